@@ -1,0 +1,30 @@
+"""Words without logic: typed errors, argument checks, generator names."""
+
+from dpfa_jax.core.errors import (
+    ArgumentError,
+    BudgetExceededError,
+    CoverageError,
+    DPFAError,
+    KeyReuseError,
+    LedgerError,
+    PrivateAutodiffError,
+    UnsupportedBackendError,
+    UnsupportedEventError,
+)
+from dpfa_jax.core.generators import GENERATORS, INSECURE_TEST, THREEFRY, Generator
+
+__all__ = [
+    "GENERATORS",
+    "INSECURE_TEST",
+    "THREEFRY",
+    "ArgumentError",
+    "BudgetExceededError",
+    "CoverageError",
+    "DPFAError",
+    "Generator",
+    "KeyReuseError",
+    "LedgerError",
+    "PrivateAutodiffError",
+    "UnsupportedBackendError",
+    "UnsupportedEventError",
+]

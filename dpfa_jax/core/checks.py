@@ -1,0 +1,88 @@
+"""Argument checks for host numbers. They refuse traced values: a bound must not depend on data."""
+
+import math
+import numbers
+
+from dpfa_jax.core.errors import ArgumentError
+
+
+def real(name: str, value: object) -> float:
+    """`value` as a finite Python float.
+
+    Errors: ArgumentError if it is a bool, a traced or non-numeric value, NaN or infinite.
+    """
+    if isinstance(value, (bool, str, bytes)) or value is None:
+        raise ArgumentError(name, value, "not a real number", "Pass a Python float.")
+    try:
+        number = float(value)  # type: ignore[arg-type]  # refused below when it is no number
+    except (TypeError, ValueError) as error:
+        raise ArgumentError(
+            name,
+            value,
+            "not a concrete real number",
+            "Pass a Python float that does not depend on traced or private values.",
+        ) from error
+    if not math.isfinite(number):
+        raise ArgumentError(name, value, "not finite", "Pass a finite number.")
+    return number
+
+
+def positive(name: str, value: object) -> float:
+    """`value` as a finite float > 0. Errors: ArgumentError."""
+    number = real(name, value)
+    if number <= 0.0:
+        raise ArgumentError(name, value, "not positive", "Pass a number greater than 0.")
+    return number
+
+
+def nonnegative(name: str, value: object) -> float:
+    """`value` as a finite float >= 0. Errors: ArgumentError."""
+    number = real(name, value)
+    if number < 0.0:
+        raise ArgumentError(name, value, "negative", "Pass 0 or a positive number.")
+    return number
+
+
+def probability(name: str, value: object) -> float:
+    """`value` as a float in (0, 1]. Errors: ArgumentError."""
+    number = positive(name, value)
+    if number > 1.0:
+        raise ArgumentError(name, value, "greater than 1", "Pass a probability in (0, 1].")
+    return number
+
+
+def count(name: str, value: object, *, minimum: int = 1) -> int:
+    """`value` as a Python int >= `minimum`. Errors: ArgumentError."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise ArgumentError(name, value, "not an integer", "Pass a Python int.")
+    number = int(value)
+    if number < minimum:
+        raise ArgumentError(name, value, f"less than {minimum}", f"Pass an int >= {minimum}.")
+    return number
+
+
+def delta(name: str, value: object, *, units: int | None = None) -> float:
+    """`value` as a DP delta in (0, 1), below 1/`units` where the number of units is public.
+
+    Errors: ArgumentError. A delta of 1/n allows the mechanism to publish one whole record.
+    """
+    number = positive(name, value)
+    if number >= 1.0:
+        raise ArgumentError(name, value, "not below 1", "Pass a delta well below 1/n.")
+    if units is not None and number >= 1.0 / units:
+        raise ArgumentError(
+            name,
+            value,
+            f"not below 1/n = {1.0 / units:.3g}",
+            f"Such a delta lets one of the {units} records be published whole; "
+            "pass a smaller one, 1/(10 n) or less.",
+        )
+    return number
+
+
+def choice(name: str, value: object, options: tuple[str, ...]) -> str:
+    """`value` if it is one of `options`. Errors: ArgumentError."""
+    if value not in options:
+        raise ArgumentError(name, value, "not an option", f"Pass one of {', '.join(options)}.")
+    assert isinstance(value, str)
+    return value
