@@ -1,0 +1,139 @@
+"""Settings of one training run, from the command line, a JSON or a TOML file."""
+
+import dataclasses
+import json
+import tomllib
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from dpfa_jax.core import ArgumentError, checks
+
+# Where a run lives and how it is entered; not part of what it computes.
+PLACE = ("out", "resume", "config")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig:
+    """Train a classifier under differential privacy and write a report, a ledger and the model.
+
+    Attributes:
+      data: r8, movies, mnist, digits, or the path of a .csv or .jsonl file.
+      text_column: column of a file that holds the text.
+      label_column: column of a file that holds the class.
+      model: architecture; the data source's own where not given.
+      epsilon: privacy budget. Smaller is more private; 3 is a common upper end.
+      delta: chance that the promise of epsilon fails; below 1 / number of examples.
+      clip: L2 norm to which each example's gradient is clipped.
+      batch: expected number of examples in a step (Poisson sampling).
+      steps: number of steps; the noise is calibrated to them.
+      learning_rate: peak learning rate of the optimizer.
+      max_length: tokens read of each text.
+      micro_batch: examples whose gradients are held in memory at once.
+      checkpoint_every: steps between two checkpoints, which is also how many are charged at once.
+      evaluate_every: steps between two looks at the held-out examples.
+      seed: of the initial weights and the data split. Never of the noise.
+      out: folder of the run; runs/<data>-<time> where not given.
+      resume: go on with the run in --out after an interruption.
+      config: JSON or TOML file with any of these settings; flags override it.
+      nonprivate_twin: train a second model without privacy, to compare. Its figures are not private.
+      insecure_test_noise: noise and batches from --seed. Protects nobody; for tests only.
+    """
+
+    data: str = "r8"
+    text_column: str | None = None
+    label_column: str | None = None
+    model: str | None = None
+    epsilon: float = 3.0
+    delta: float = 1e-5
+    clip: float | None = None
+    batch: int | None = None
+    steps: int | None = None
+    learning_rate: float | None = None
+    max_length: int | None = None
+    micro_batch: int | None = None
+    checkpoint_every: int | None = None
+    evaluate_every: int | None = None
+    seed: int = 0
+    out: Path | None = None
+    resume: bool = False
+    config: Path | None = None
+    nonprivate_twin: bool = False
+    insecure_test_noise: bool = False
+
+    def check(self) -> None:
+        """Refuses numbers that no run could use. Errors: ArgumentError."""
+        checks.positive("epsilon", self.epsilon)
+        checks.delta("delta", self.delta)
+        checks.count("seed", self.seed, minimum=0)
+        for name in ("clip", "learning_rate"):
+            if getattr(self, name) is not None:
+                checks.positive(name, getattr(self, name))
+        for name in ("batch", "steps", "micro_batch", "checkpoint_every", "evaluate_every"):
+            if getattr(self, name) is not None:
+                checks.count(name, getattr(self, name))
+        if self.max_length is not None:
+            checks.count("max_length", self.max_length, minimum=2)
+        if self.resume and self.out is None:
+            raise ArgumentError(
+                "resume", True, "no run to go on with", "Pass --out with the folder of the run."
+            )
+
+    def settings(self) -> dict[str, Any]:
+        """What the run computes, as JSON values; its place on the disk is left out."""
+        values = dataclasses.asdict(self)
+        return {name: value for name, value in values.items() if name not in PLACE}
+
+
+def from_settings(settings: dict[str, Any], source: object) -> TrainConfig:
+    """A config from JSON or TOML values; `-` and `_` in names are the same.
+
+    Errors: ArgumentError for a name that is no setting or a value of the wrong type.
+    """
+    types_of = typing.get_type_hints(TrainConfig)
+    values = {}
+    for written, value in settings.items():
+        name = written.replace("-", "_")
+        if name not in types_of or name in ("resume", "config"):
+            known = ", ".join(known for known in types_of if known not in ("resume", "config"))
+            raise ArgumentError(
+                written, value, f"not a setting (in {source})", f"The settings are: {known}."
+            )
+        values[name] = _converted(name, value, types_of[name])
+    return TrainConfig(**values)
+
+
+def read_config(path: Path) -> TrainConfig:
+    """A config from a .json or .toml file; what it leaves out keeps its default.
+
+    Errors: ArgumentError where the file is missing, malformed, or names an unknown setting.
+    """
+    if path.suffix not in (".json", ".toml"):
+        raise ArgumentError("config", str(path), "neither .json nor .toml", "Rename the file.")
+    try:
+        text = path.read_text(encoding="utf-8")
+        settings = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+    except OSError as error:
+        raise ArgumentError("config", str(path), error.strerror or "unreadable", "") from error
+    except ValueError as error:
+        raise ArgumentError("config", str(path), f"malformed ({error})", "Mend it.") from error
+    if not isinstance(settings, dict):
+        raise ArgumentError("config", str(path), "not a table of settings", 'Write {"epsilon": 3}.')
+    return from_settings(settings, path)
+
+
+def _converted(name: str, value: Any, annotation: Any) -> Any:
+    if isinstance(annotation, types.UnionType):
+        if value is None:
+            return None
+        (annotation,) = [part for part in typing.get_args(annotation) if part is not types.NoneType]
+    if annotation is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if annotation is Path and isinstance(value, str):
+        return Path(value)
+    if type(value) is not annotation:
+        raise ArgumentError(
+            name, value, f"not of type {annotation.__name__}", "Correct it in the config file."
+        )
+    return value

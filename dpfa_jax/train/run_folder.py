@@ -1,0 +1,121 @@
+"""The folder of one run: what lies where, and who may write there."""
+
+import dataclasses
+import datetime
+import json
+from pathlib import Path
+from typing import Any
+
+from dpfa_jax.train import atomic
+from dpfa_jax.train.config import TrainConfig, from_settings
+from dpfa_jax.train.errors import RunError
+
+
+@dataclasses.dataclass(frozen=True)
+class RunFolder:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def config(self) -> Path:
+        """Settings as asked for and as resolved; its presence makes the folder a run."""
+        return self.path / "config.json"
+
+    @property
+    def ledger(self) -> Path:
+        """Every release that was charged."""
+        return self.path / "ledger.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        """Training state, for `--resume`."""
+        return self.path / "checkpoints"
+
+    @property
+    def model(self) -> Path:
+        """The trained model, for `dpfa predict`."""
+        return self.path / "model"
+
+    @property
+    def report(self) -> Path:
+        """The result as numbers."""
+        return self.path / "report.json"
+
+    @property
+    def page(self) -> Path:
+        """The result as a page to read."""
+        return self.path / "report.html"
+
+    def read(self) -> dict[str, Any]:
+        """What `start` wrote. Errors: RunError where this is no run."""
+        try:
+            content = json.loads(self.config.read_text(encoding="utf-8"))
+            return {"config": content["config"], "resolved": content["resolved"]}
+        except FileNotFoundError:
+            raise RunError(
+                self.path, "holds no run", "Pass --out with the folder of a run."
+            ) from None
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise RunError(self.config, f"cannot be read ({error})", "Start a new run.") from error
+
+    def start(self, config: TrainConfig, resolved: dict[str, Any]) -> None:
+        """Makes the folder and writes the settings. Errors: RunError."""
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            atomic.write_json(self.config, {"config": config.settings(), "resolved": resolved})
+        except OSError as error:
+            raise RunError(self.path, f"cannot be written ({error.strerror})", _PLACE) from error
+
+
+_PLACE = "Pass --out with a folder that you may write, on a disk with room."
+
+
+def new_run_folder(config: TrainConfig) -> RunFolder:
+    """The folder of a new run; nothing is made yet. Errors: RunError where it is taken."""
+    if config.out is None:
+        name = Path(config.data).stem or "data"
+        now = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+        path, twin = Path("runs") / f"{name}-{now}", 1
+        while path.exists():
+            twin += 1
+            path = Path("runs") / f"{name}-{now}-{twin}"
+        return RunFolder(path)
+    folder = RunFolder(config.out)
+    if folder.config.exists():
+        raise RunError(
+            config.out,
+            "holds another run",
+            "Pass --resume to go on with it, or --out with a new folder. Nothing was changed.",
+        )
+    if config.out.exists() and not config.out.is_dir():
+        raise RunError(config.out, "is a file", "Pass --out with a folder. Nothing was changed.")
+    if config.out.exists() and any(config.out.iterdir()):
+        raise RunError(
+            config.out, "is not empty", "Pass --out with a new folder. Nothing was changed."
+        )
+    return folder
+
+
+def stored_config(path: Path) -> TrainConfig:
+    """The settings of the run in `path`. Errors: RunError."""
+    return from_settings(RunFolder(path).read()["config"], RunFolder(path).config)
+
+
+def require_same_settings(folder: RunFolder, config: TrainConfig, resolved: dict[str, Any]) -> None:
+    """Refuses to go on with a run under other settings. Errors: RunError that names each."""
+    stored = folder.read()
+    now = {"config": config.settings(), "resolved": resolved}
+    for part in ("config", "resolved"):
+        before, after = stored[part], json.loads(json.dumps(now[part]))
+        changed = [
+            f"{name} was {before.get(name)!r}, is {after.get(name)!r}"
+            for name in sorted(before.keys() | after.keys())
+            if before.get(name) != after.get(name)
+        ]
+        if changed:
+            raise RunError(
+                folder.path,
+                f"was started with other settings ({'; '.join(changed)})",
+                "Resume with the same settings, or start a new run with another --out.",
+            )
