@@ -1,0 +1,79 @@
+"""Clip rows (a query, a key, a value, one head's output) so that the STORED values keep the norm."""
+
+import jax
+from jaxtyping import Array, Float, Float32
+
+import jax.numpy as jnp
+
+from dpfa_jax.core import ArgumentError, checks
+
+# Beyond these the square or the reciprocal of a float32 clip norm leaves the normal numbers.
+_SMALLEST, _LARGEST = 1e-18, 1e18
+_SMALLEST_NORMAL = 2.0**-126
+
+
+def clip_rows(x: Float[Array, "... D"], l2_clip_norm: float) -> Float32[Array, "... D"]:
+    """`x` in float32 with each row (last axis) scaled down to an L2 norm of at most `l2_clip_norm`.
+
+    The norm of the returned float32 values, summed exactly, is <= l2_clip_norm for every input: a
+    row is left alone only if its norm is below it by the largest rounding error of a sum of D
+    squares, (D + 16) 2^-24. A row that holds NaN or an infinity becomes zero. Differentiable; the
+    gradient of a zeroed row is zero.
+
+    Errors: ArgumentError for a clip norm outside 1e-18 .. 1e18 or a row longer than 2^20.
+    """
+    checks.positive("l2_clip_norm", l2_clip_norm)
+    if not _SMALLEST <= l2_clip_norm <= _LARGEST:
+        raise ArgumentError(
+            "l2_clip_norm", l2_clip_norm, "outside 1e-18 .. 1e18", "Rescale the data."
+        )
+    if x.shape[-1] > 2**20:
+        raise ArgumentError("x", x.shape, "rows longer than 2^20", "Clip shorter rows.")
+    limit = float(l2_clip_norm) * (1.0 - (x.shape[-1] + 16) * 2.0**-24)
+
+    x = x.astype(jnp.float32)
+    x = jnp.where(jnp.all(jnp.isfinite(x), axis=-1, keepdims=True), x, 0.0)
+    # Squares of x / largest neither overflow nor vanish together. The result does not depend on
+    # the divisor, so neither does the derivative.
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0))
+    largest = jnp.where(largest < _SMALLEST_NORMAL, 1.0, largest)
+    relative = x / largest
+    squares = jnp.sum(relative * relative, axis=-1, keepdims=True)
+    length = jnp.sqrt(jnp.where(squares > 0.0, squares, 1.0))
+    keeps = (squares == 0.0) | (largest * length <= limit)
+    return jnp.where(keeps, x, relative * (limit / length))
+
+
+def clip_rows_stored(x: Float[Array, "... D"], l2_clip_norm: float) -> Float[Array, "... D"]:
+    """`clip_rows` in the dtype of `x`, rounded toward zero, so that rounding cannot add norm.
+
+    A row within the norm is returned bit for bit. Errors: as `clip_rows`, and ArgumentError for a
+    dtype other than float32, bfloat16 and float16.
+    """
+    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        raise ArgumentError(
+            "x", x.dtype, "not a storage type", "Pass float32, bfloat16 or float16."
+        )
+    return _toward_zero(clip_rows(x, l2_clip_norm), x.dtype)
+
+
+@jax.custom_jvp
+def _identity_gradient(x: Float32[Array, "..."], rounded: Float[Array, "..."]):
+    del x
+    return rounded
+
+
+@_identity_gradient.defjvp
+def _identity_gradient_jvp(primals, tangents):
+    return primals[1], tangents[0].astype(primals[1].dtype)
+
+
+def _toward_zero(x: Float32[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+    if dtype == jnp.float32:
+        return x
+    rounded = jax.lax.stop_gradient(x).astype(dtype)
+    # One unit less in the magnitude bits is the next value toward zero.
+    bits = jax.lax.bitcast_convert_type(rounded, jnp.uint16)
+    grew = jnp.abs(rounded.astype(jnp.float32)) > jnp.abs(x)
+    bits = jnp.where(grew, bits - jnp.uint16(1), bits)
+    return _identity_gradient(x, jax.lax.bitcast_convert_type(bits, dtype))

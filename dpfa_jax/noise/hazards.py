@@ -1,0 +1,183 @@
+"""Ways to use one noise key twice, each refused: the difference of two such answers is noise-free.
+
+The guard is an identity on the key. As a JAX primitive it meets vmap wherever vmap is applied,
+outside a jit too; what needs no rule of its own (closed-over keys, second eager use) is seen when
+it is called. What only the whole program shows is found by `check_no_reuse`.
+"""
+
+import threading
+
+import jax
+import numpy as np
+from jax.extend.core import Primitive, find_top_trace
+from jax.interpreters import ad, batching, mlir
+from jaxtyping import Array, Key
+
+from dpfa_jax.core import INSECURE_TEST, KeyReuseError
+from dpfa_jax.noise.keys import generator_of
+
+guard_p = Primitive("dpfa_guard_noise_key")
+
+# Transformations that do not stage a program: tracers of theirs wrap a value of the same scope.
+# These names and the attributes read in `_scope_of_*` are private to JAX; the tests pin them.
+_WRAPPED_IN = {"BatchTracer": "val", "JVPTracer": "primal", "LinearizeTracer": "primal"}
+_SEE_THROUGH = {"BatchTrace", "JVPTrace", "LinearizeTrace"}
+
+_used: set[tuple[bytes, tuple[int, ...]]] = set()
+_used_lock = threading.Lock()
+
+
+def guard(
+    noise_key: Key[Array, "..."],
+    *witnesses: Array | None,
+    uses: tuple[int | Array, ...] = (),
+) -> Key[Array, "..."]:
+    """`noise_key`, once it is sure that this use of it is not a repeated one.
+
+    Args:
+      noise_key: the key of this release.
+      witnesses: every array the noisy answer is computed from; None is skipped.
+      uses: what else tells this use from others of the same key, e.g. (release_id, layer).
+
+    Errors: KeyReuseError
+      - under vmap, where a witness has the mapped axis and the key has not;
+      - where the key is closed over by jit, scan, while, cond, checkpoint or shard_map: only as an
+        argument is it new in each call (or derive one inside: `jax.random.fold_in(key, step)`);
+      - at a second eager use of the same (key, uses) in this process. Test keys are exempt.
+    A compiled function that is called twice with one key cannot be seen from inside it; take keys
+    from `charge`, which gives each once.
+    """
+    generator = generator_of(noise_key)
+    if _scope_of_value(noise_key) is not _scope_of_trace(find_top_trace(())):
+        raise KeyReuseError(
+            "noise_key is closed over by a traced function (jit, scan, while_loop, cond, "
+            "checkpoint, shard_map), which may run more than once with it. Pass it as an argument "
+            "(a scan: keys as xs), or derive one inside: jax.random.fold_in(noise_key, step)."
+        )
+    concrete = _concrete(noise_key)
+    numbers = tuple(_concrete(use) for use in uses)
+    if generator is not INSECURE_TEST and concrete is not None and None not in numbers:
+        _register(concrete, numbers)
+    operands = [jax.numpy.asarray(use, np.uint32) for use in uses]
+    operands += [jax.lax.stop_gradient(w) for leaf in witnesses for w in jax.tree.leaves(leaf)]
+    return guard_p.bind(noise_key, *operands, num_uses=len(uses))
+
+
+def require_offsets_under_manual_mesh(
+    noise_key: Key[Array, "..."], *witnesses: Array | None, **offsets: int | Array | None
+) -> None:
+    """Inside shard_map, refuses local indices: shards would draw the same noise.
+
+    Args:
+      noise_key: the key of this release.
+      witnesses: the sharded arrays of the call; None is skipped.
+      offsets: `batch_start=..., head_start=...`, as the caller gave them; None: not given.
+
+    Errors: KeyReuseError
+      - under a manual mesh axis, for an offset that was not given;
+      - where types tell (`check_vma=True`): a witness differs over a mesh axis over which neither
+        the key nor any offset does.
+    """
+    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+    if not manual:
+        return
+    for name, offset in offsets.items():
+        if offset is None:
+            raise KeyReuseError(
+                f"{name} is missing inside shard_map over {sorted(map(str, manual))}: every shard "
+                f"would count from 0 and draw the same noise. Pass {name} = the global index of "
+                "this shard's first element, e.g. jax.lax.axis_index(axis) * local_size."
+            )
+    told_apart = _varying(noise_key).union(*(_varying(offset) for offset in offsets.values()))
+    for leaf in jax.tree.leaves(witnesses):
+        repeated = (_varying(leaf) & manual) - told_apart
+        if repeated:
+            raise KeyReuseError(
+                f"the data differ over mesh axes {sorted(map(str, repeated))}, but neither "
+                f"noise_key nor {', '.join(offsets)} does: shards would draw the same noise. "
+                "Build the offset from jax.lax.axis_index, or pass one key a shard."
+            )
+
+
+def _varying(value: object) -> frozenset[object]:
+    """Mesh axes over which a value differs between shards, as far as its type tells."""
+    if value is None or not isinstance(value, jax.core.Tracer):
+        return frozenset()
+    return frozenset(getattr(jax.typeof(value), "vma", ()) or ())
+
+
+def _register(noise_key: Key[Array, "..."], numbers: tuple[np.ndarray, ...]) -> None:
+    """Notes each eager (key, uses) once. Errors: KeyReuseError at the second time."""
+    words = np.asarray(jax.random.key_data(noise_key)).reshape(-1, 2)
+    entries = []
+    columns = [np.broadcast_to(np.ravel(number), len(words)).tolist() for number in numbers]
+    for row, word in enumerate(words):
+        entries.append((word.tobytes(), tuple(column[row] for column in columns)))
+    with _used_lock:
+        if len(set(entries)) < len(entries) or not _used.isdisjoint(entries):
+            raise KeyReuseError(
+                "noise_key has served this release already. Take a fresh one: charge(ledger, "
+                "release) gives one each time; release_id and layer tell uses of one key apart."
+            )
+        _used.update(entries)
+
+
+def _concrete(value: object) -> Array | np.ndarray | None:
+    """The concrete array below vmap and differentiation, or None where a program is staged."""
+    while type(value).__name__ in _WRAPPED_IN:
+        value = getattr(value, _WRAPPED_IN[type(value).__name__])
+    if isinstance(value, jax.core.Tracer):
+        return None
+    return value if isinstance(value, jax.Array) else np.asarray(value)
+
+
+def _scope_of_value(value: object) -> object:
+    """The trace of the staged program that holds `value`; None for a concrete value."""
+    while type(value).__name__ in _WRAPPED_IN:
+        value = getattr(value, _WRAPPED_IN[type(value).__name__])
+    return value._trace if isinstance(value, jax.core.Tracer) else None
+
+
+def _scope_of_trace(trace: object) -> object:
+    """The trace of the staged program that is being traced now; None in eager execution."""
+    while type(trace).__name__ in _SEE_THROUGH:
+        trace = trace.parent_trace
+    return None if type(trace).__name__ == "EvalTrace" else trace
+
+
+@guard_p.def_impl
+def _impl(noise_key, *operands, num_uses):
+    del operands, num_uses
+    return noise_key
+
+
+@guard_p.def_abstract_eval
+def _abstract_eval(noise_key, *operands, num_uses):
+    del operands, num_uses
+    return noise_key
+
+
+def _jvp(primals, tangents, *, num_uses):
+    del tangents  # keys have no tangent
+    out = guard_p.bind(*primals, num_uses=num_uses)
+    return out, ad.Zero(jax.typeof(out).to_tangent_aval())
+
+
+def _batch(operands, axes, *, num_uses):
+    if axes[0] is None:
+        raise KeyReuseError(
+            "vmap maps the data but not noise_key: every element would get the same noise. Map the "
+            "key too: jax.random.split(noise_key, size) with in_axes=0, or keep the batch axis and "
+            "call once without vmap."
+        )
+    # The mapped axis of other operands is not needed below; index 0 stands for all of it.
+    operands = [
+        operand if axis is None or place == 0 else jax.lax.index_in_dim(operand, 0, axis, False)
+        for place, (operand, axis) in enumerate(zip(operands, axes, strict=True))
+    ]
+    return guard_p.bind(*operands, num_uses=num_uses), axes[0]
+
+
+ad.primitive_jvps[guard_p] = _jvp
+batching.primitive_batchers[guard_p] = _batch
+mlir.register_lowering(guard_p, lambda ctx, noise_key, *operands, num_uses: [noise_key])
