@@ -1,0 +1,83 @@
+"""Poisson batches as accounted: drawn independently, cut at the capacity, padded to it."""
+
+from collections.abc import Iterator
+
+import jax
+import numpy as np
+from jaxtyping import PyTree
+
+from dpfa_jax.core import ArgumentError, checks
+from dpfa_jax.release import Sampling
+
+PADDING = -1
+
+
+def poisson_batches(
+    sampling: Sampling, rng: np.random.Generator, steps: int
+) -> Iterator[np.ndarray]:
+    """`steps` batches of example indices, shape (capacity,), padded with -1.
+
+    Every example enters each batch independently with `sampling.probability`; a batch beyond the
+    capacity is cut to a uniformly random subset. Who is in a batch is secret: draw `rng` from the
+    operating system's entropy (`np.random.default_rng()`), and publish neither seed nor indices.
+
+    Errors: ArgumentError for another sampling scheme or an `rng` that is no numpy Generator.
+    Source: jax_privacy.batch_selection (Google DeepMind, 2025) draws the indices.
+    """
+    if sampling.scheme != "poisson":
+        raise ArgumentError(
+            "sampling",
+            sampling.scheme,
+            "these batches are drawn by Poisson sampling",
+            'Pass a release with sampling="poisson".',
+        )
+    if not isinstance(rng, np.random.Generator):
+        raise ArgumentError(
+            "rng",
+            rng,
+            "not a numpy.random.Generator",
+            "Pass np.random.default_rng(), which takes its seed from the operating system.",
+        )
+    checks.count("steps", steps, minimum=0)
+    return _batches(sampling, rng, steps)
+
+
+def _batches(sampling: Sampling, rng: np.random.Generator, steps: int) -> Iterator[np.ndarray]:
+    from jax_privacy import batch_selection  # heavy: only where batches are drawn
+
+    strategy = batch_selection.CyclicPoissonSampling(
+        sampling_prob=sampling.probability,
+        iterations=steps,
+        truncated_batch_size=sampling.truncated_batch_size,
+    )
+    for drawn in strategy.batch_iterator(sampling.dataset_size, rng=rng):
+        indices = np.full(sampling.truncated_batch_size, PADDING, dtype=np.int64)
+        indices[: len(drawn)] = drawn
+        yield indices
+
+
+def take_batch(examples: PyTree, indices: np.ndarray) -> tuple[PyTree, np.ndarray]:
+    """Rows of a pytree of host arrays: (batch, is_real). Padding rows hold zeros, not data.
+
+    Args:
+      examples: pytree of numpy arrays with leading axis n.
+      indices: (capacity,), -1 for padding.
+
+    Errors: ArgumentError for an index outside -1 .. n-1.
+    """
+    indices = np.asarray(indices)
+    is_real = indices != PADDING
+
+    def rows(leaf: np.ndarray) -> np.ndarray:
+        if indices.size and (indices.min() < PADDING or indices.max() >= len(leaf)):
+            raise ArgumentError(
+                "indices",
+                (int(indices.min()), int(indices.max())),
+                f"outside -1 .. {len(leaf) - 1}",
+                "Draw the batches for the dataset_size of these examples.",
+            )
+        taken = np.zeros((len(indices), *leaf.shape[1:]), leaf.dtype)
+        taken[is_real] = leaf[indices[is_real]]
+        return taken
+
+    return jax.tree.map(rows, examples), is_real

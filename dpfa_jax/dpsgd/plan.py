@@ -1,0 +1,186 @@
+"""One frozen plan: Poisson sampling, clipping, noise, steps and the release, never apart."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Self
+
+import numpy as np
+
+from dpfa_jax.core import ArgumentError, checks
+from dpfa_jax.dpsgd import batches
+from dpfa_jax.dpsgd.parameters import Groups
+from dpfa_jax.release import GaussianRecord, TrainingRelease
+
+DEFAULT_MICRO_BATCH_SIZE = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class DPSGDPlan:
+    """How a model is trained privately, and what that releases.
+
+    Attributes:
+      release: one step's promise: clip norms, noise, Poisson sampling, number of parameters.
+      steps: how many steps the plan may take; `make_dp_step` refuses one more.
+      delta: the delta at which `epsilon` is stated, below 1/n.
+      micro_batch_size: per-example gradients held in memory at a time; divides the capacity.
+      groups: clip groups, one for each of `release.l2_clip_norms`, each a tuple of path prefixes
+        ("encoder/0", "embedding"). Every parameter must be in exactly one. None: one flat group.
+
+    Errors: ArgumentError for combinations that contradict each other.
+    Source: Abadi et al. (2016); truncated Poisson batches: arXiv 2508.15089 (2025).
+    """
+
+    release: TrainingRelease
+    steps: int
+    delta: float
+    micro_batch_size: int = DEFAULT_MICRO_BATCH_SIZE
+    groups: Groups | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.release, TrainingRelease):
+            raise ArgumentError(
+                "release", self.release, "not a TrainingRelease", "Pass a TrainingRelease."
+            )
+        if self.release.sampling != "poisson":
+            raise ArgumentError(
+                "release.sampling",
+                self.release.sampling,
+                "a plan draws Poisson batches, and only these are what it is charged for",
+                'Pass sampling="poisson".',
+            )
+        checks.count("steps", self.steps)
+        checks.delta("delta", self.delta, units=self.release.dataset_size)
+        checks.count("micro_batch_size", self.micro_batch_size)
+        if self.capacity % self.micro_batch_size:
+            raise ArgumentError(
+                "micro_batch_size",
+                self.micro_batch_size,
+                f"does not divide the capacity {self.capacity}",
+                "Pass a divisor, set truncated_batch_size to a multiple, or let "
+                "DPSGDPlan.calibrated choose.",
+            )
+        for norm in self.release.l2_clip_norms:
+            if not 2.0**-100 <= norm <= 2.0**100:
+                raise ArgumentError(
+                    "release.l2_clip_norm",
+                    norm,
+                    "outside 2^-100 .. 2^100, where float32 norms lose their meaning",
+                    "Scale the loss.",
+                )
+        self._check_groups()
+
+    @classmethod
+    def calibrated(
+        cls,
+        *,
+        epsilon: float,
+        delta: float,
+        dataset_size: int,
+        expected_batch_size: int,
+        steps: int,
+        l2_clip_norm: float | tuple[float, ...],
+        num_parameters: int,
+        micro_batch_size: int = DEFAULT_MICRO_BATCH_SIZE,
+        truncated_batch_size: int | None = None,
+        groups: Groups | None = None,
+        noise_shares: tuple[float, ...] | None = None,
+        insecure_test_noise: bool = False,
+    ) -> Self:
+        """The plan with the least noise that keeps `steps` steps within (epsilon, delta).
+
+        The capacity is rounded up to a multiple of the micro-batch, and a micro-batch larger than
+        the capacity is cut to it. Takes the time of one noise calibration (seconds).
+
+        Errors: ArgumentError as the constructor's, and for a budget that no noise can meet.
+        """
+        from dpfa_jax import accounting  # pulls in dp_accounting: only where epsilon is asked for
+
+        checks.positive("epsilon", epsilon)
+        checks.count("steps", steps)
+        checks.count("micro_batch_size", micro_batch_size)
+        release = TrainingRelease(
+            l2_clip_norm=l2_clip_norm,
+            noise_multiplier=1.0,
+            dataset_size=dataset_size,
+            expected_batch_size=expected_batch_size,
+            num_parameters=num_parameters,
+            truncated_batch_size=truncated_batch_size,
+            noise_shares=noise_shares,
+            insecure_test_noise=insecure_test_noise,
+        )
+        capacity = release.batches().truncated_batch_size
+        micro_batch_size = min(micro_batch_size, capacity)
+        capacity = micro_batch_size * math.ceil(capacity / micro_batch_size)
+        release = dataclasses.replace(release, truncated_batch_size=capacity)
+        plan = cls(release, steps, delta, micro_batch_size, groups)  # refuses before it computes
+        found = accounting.calibrate(release, delta=delta, epsilon=epsilon, count=steps)
+        return dataclasses.replace(plan, release=found.release)
+
+    @property
+    def capacity(self) -> int:
+        """Rows of a padded batch: the truncation that is accounted."""
+        return self.release.batches().truncated_batch_size
+
+    @functools.cached_property
+    def epsilon(self) -> float:
+        """epsilon of all `steps` steps at `delta`, every iterate published."""
+        from dpfa_jax import accounting
+
+        return accounting.calibrate(self.release, delta=self.delta, count=self.steps).epsilon
+
+    def record(self) -> GaussianRecord:
+        """The frozen record of one step, as charged."""
+        return self.release.record()
+
+    def index_batches(
+        self, rng: np.random.Generator, steps: int | None = None
+    ) -> Iterator[np.ndarray]:
+        """Example indices of each batch, shape (capacity,), -1 for padding.
+
+        Args:
+          rng: `np.random.default_rng()`: who is in a batch is secret, so its seed is too.
+          steps: how many batches; all of the plan's where None. After a resumption ask for the
+            remaining ones with a fresh generator: draws are independent from step to step.
+
+        Errors: ArgumentError for an rng that is no Generator, or more steps than planned.
+        """
+        steps = self.steps if steps is None else checks.count("steps", steps, minimum=0)
+        if steps > self.steps:
+            raise ArgumentError(
+                "steps", steps, f"more than the plan's {self.steps}", "Plan for more steps."
+            )
+        return batches.poisson_batches(self.release.batches(), rng, steps)
+
+    def _check_groups(self) -> None:
+        norms, groups = self.release.l2_clip_norms, self.groups
+        if groups is None:
+            if len(norms) > 1:
+                raise ArgumentError(
+                    "groups",
+                    None,
+                    f"{len(norms)} clip norms are given, but not whose they are",
+                    "Pass one tuple of path prefixes for each clip norm.",
+                )
+            return
+        well_formed = isinstance(groups, tuple) and all(
+            isinstance(prefixes, tuple)
+            and prefixes
+            and all(isinstance(prefix, str) for prefix in prefixes)
+            for prefixes in groups
+        )
+        if not well_formed:
+            raise ArgumentError(
+                "groups",
+                groups,
+                "not a tuple of non-empty tuples of path prefixes",
+                'Write (("embedding",), ("encoder/0", "encoder/1")).',
+            )
+        if len(groups) != len(norms):
+            raise ArgumentError(
+                "groups",
+                groups,
+                f"{len(groups)} groups for {len(norms)} clip norms",
+                "Give release.l2_clip_norm one number for each group.",
+            )

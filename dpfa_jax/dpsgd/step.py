@@ -1,0 +1,163 @@
+"""One private training step: clip each example, add up, noise once, update. Jitted whole."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Bool, Int, Key, PyTree
+
+from dpfa_jax.clipping.trees import PerExampleLoss, clipped_sum
+from dpfa_jax.core import ArgumentError, BudgetExceededError
+from dpfa_jax.dpsgd.noisy_sum import TRAINING_LAYER, NoisySumState, check_noise_key, noisy_sum
+from dpfa_jax.dpsgd.parameters import check_parameters, leaf_groups
+from dpfa_jax.dpsgd.plan import DPSGDPlan
+from dpfa_jax.noise import hazards
+
+
+class DPState(NamedTuple):
+    """What a step takes and returns; all of it has been released, nothing of it is secret.
+
+    Attributes:
+      step: number of steps taken. It enters the noise counters: never set it back with old keys.
+      params: trainable parameters, nothing else.
+      opt_state: the optimizer's state, computed from released gradients only.
+    """
+
+    step: Int[Array, ""]
+    params: PyTree
+    opt_state: PyTree
+
+
+class DPStep(NamedTuple):
+    """`init(params) -> DPState` and `step(state, batch, is_real, noise_key) -> DPState`."""
+
+    init: Callable[[PyTree], DPState]
+    step: Callable[[DPState, PyTree, Bool[Array, " capacity"], Key[Array, ""]], DPState]
+
+
+def make_dp_step(
+    loss_fn: PerExampleLoss,
+    optimizer: optax.GradientTransformation,
+    plan: DPSGDPlan,
+    *,
+    axis_name: str | tuple[str, ...] | None = None,
+    donate_state: bool = False,
+) -> DPStep:
+    """DP-SGD as planned, for any optax optimizer.
+
+    Args:
+      loss_fn: (params, batch) -> losses of shape (B,). It is called with one example at a time, so
+        no example can touch another's gradient; a batch-coupled layer sees a batch of one.
+      optimizer: receives the noised mean gradient, float32.
+      plan: what is promised. Charge it before stepping (`charge`); a step does not charge.
+      axis_name: inside `shard_map`: the mesh axes over which the batch is split. Clipped sums are
+        added over them first, then every shard adds the same noise, once. Not needed under plain
+        jit with sharded arrays: there the sum is the whole batch's in any case.
+      donate_state: let the step reuse the memory of the state it is given; that state is then gone.
+
+    `step` takes a batch of exactly `plan.capacity` rows and the mask of the real ones. It returns
+    the new state and nothing else: no loss, norm, clip fraction or batch size, which are private.
+    It never skips: an empty batch gives pure noise, a NaN example counts as zero. Parameters that
+    one leaf shares between layers (tied embeddings) are clipped and noised once, as that leaf;
+    frozen ones stay out of `params`: close over them. Called outside jit, it refuses a noise key
+    that has served the same step number, and steps beyond the plan.
+
+    Errors: ArgumentError for params, batch, mask or key that do not fit the plan; CoverageError for
+    a parameter under no clip group; KeyReuseError; BudgetExceededError after `plan.steps` steps.
+    Source: Abadi et al., "Deep Learning with Differential Privacy" (2016), algorithm 1.
+    """
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
+        raise ArgumentError(
+            "optimizer", optimizer, "not an optax transformation", "Pass e.g. optax.adam(1e-3)."
+        )
+    release, noise = plan.release, noisy_sum(plan)
+    generator = release.record().generator
+
+    def init(params: PyTree) -> DPState:
+        check_parameters(params, release.num_parameters)
+        leaf_groups(params, plan.groups)
+        return DPState(np.zeros((), np.int32), params, optimizer.init(params))
+
+    def updated(
+        step_number: Int[Array, ""],
+        params: PyTree,
+        opt_state: PyTree,
+        batch: PyTree,
+        is_real: Bool[Array, " capacity"],
+        noise_key: Key[Array, ""],
+    ) -> tuple[PyTree, PyTree]:
+        sums = clipped_sum(
+            loss_fn,
+            params,
+            batch,
+            is_real,
+            l2_clip_norms=release.l2_clip_norms,
+            leaf_groups=leaf_groups(params, plan.groups),
+            micro_batch_size=plan.micro_batch_size,
+        )
+        if axis_name is not None:
+            sums = jax.lax.psum(sums, axis_name)
+        means, _ = noise.update(sums, NoisySumState(step_number), params, noise_key=noise_key)
+        updates, opt_state = optimizer.update(means, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    jitted = jax.jit(updated, donate_argnums=(1, 2) if donate_state else ())
+
+    def step(
+        state: DPState, batch: PyTree, is_real: Bool[Array, " capacity"], noise_key: Key[Array, ""]
+    ) -> DPState:
+        check_noise_key(noise_key, generator)
+        check_parameters(state.params, release.num_parameters)
+        _check_rows(is_real, plan.capacity, axis_name)
+        step_number = state.step
+        if not isinstance(step_number, jax.core.Tracer):
+            # Counted on the host: waiting for the device to count would stall it at every step.
+            step_number = np.asarray(step_number, np.int32)
+            if step_number >= plan.steps:
+                raise BudgetExceededError(
+                    f"step {int(step_number)} is beyond the plan's {plan.steps} steps; nothing was "
+                    "released. Plan, and charge, more steps."
+                )
+        if not jax.config.jax_disable_jit:  # else noisy_sum's own guard already sees the key
+            noise_key = hazards.guard(noise_key, uses=(step_number, TRAINING_LAYER))
+        params, opt_state = jitted(
+            step_number, state.params, state.opt_state, batch, is_real, noise_key
+        )
+        following = step_number + 1
+        if not isinstance(following, jax.core.Tracer):
+            following = np.asarray(following, np.int32)
+        return DPState(following, params, opt_state)
+
+    return DPStep(init, step)
+
+
+def _check_rows(
+    is_real: Bool[Array, " capacity"], capacity: int, axis_name: str | tuple[str, ...] | None
+) -> None:
+    if getattr(is_real, "dtype", None) != jnp.bool_ or is_real.ndim != 1:
+        raise ArgumentError(
+            "is_real",
+            getattr(is_real, "dtype", type(is_real)),
+            "not a vector of booleans",
+            "Pass indices >= 0, as take_batch returns it.",
+        )
+    shards = 1
+    if axis_name is not None:
+        shards = jax.lax.axis_size(axis_name)
+    elif jax.sharding.get_abstract_mesh().manual_axes:
+        raise ArgumentError(
+            "axis_name",
+            None,
+            "inside shard_map each shard would noise its own part of the sum",
+            "Name the mesh axes over which the batch is split.",
+        )
+    if is_real.shape[0] * shards != capacity:
+        raise ArgumentError(
+            "is_real",
+            is_real.shape,
+            f"{shards} x {is_real.shape[0]} rows are not the plan's capacity {capacity}",
+            "Pad each batch to the capacity, as plan.index_batches does.",
+        )
