@@ -50,7 +50,7 @@ class Block(nnx.Module):
         self.mlp_out = nnx.Linear(hidden_features, features, kernel_init=residual_init, rngs=rngs)
 
     def __call__(
-        self, x: Float[Array, "B S E"], mask: Bool[Array, "B #1 #S S"] | None = None
+        self, x: Float[Array, "B S E"], mask: Bool[Array, "B _ _ S"] | None = None
     ) -> Float[Array, "B S E"]:
         """The stream after this block; `mask` is True where a position may attend to another."""
         x = x + self.attention(self.attention_norm(x), mask=mask, is_causal=self.is_causal)

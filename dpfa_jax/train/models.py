@@ -96,6 +96,7 @@ def build_model(
 
 
 def _path_name(path: tuple) -> str:
-    """"encoder.blocks.0.mlp_in.kernel" of a key path into the module's state."""
-    keys = (getattr(key, "key", getattr(key, "name", getattr(key, "idx", None))) for key in path)
-    return ".".join(str(key) for key in keys if key is not None)
+    """ "encoder.blocks.0.mlp_in.kernel" of a key path into the module's state."""
+    if isinstance(path[-1], jax.tree_util.GetAttrKey):  # the array inside its nnx variable
+        path = path[:-1]
+    return jax.tree_util.keystr(path, simple=True, separator=".")

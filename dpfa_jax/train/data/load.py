@@ -3,8 +3,12 @@
 import pathlib
 
 from dpfa_jax.train.data.dataset import ClassificationData
+from dpfa_jax.train.data.digits import load_digits
 from dpfa_jax.train.data.errors import DataError
+from dpfa_jax.train.data.mnist import load_mnist
+from dpfa_jax.train.data.movies import load_movies
 from dpfa_jax.train.data.reuters import load_reuters
+from dpfa_jax.train.data.table import load_table
 
 SOURCES = ("r8", "movies", "mnist", "digits")
 
@@ -33,21 +37,13 @@ def load_data(
     if source == "r8":
         return load_reuters(max_length)
     if source == "movies":
-        from dpfa_jax.train.data.movies import load_movies
-
         return load_movies(max_length, seed)
     if source == "mnist":
-        from dpfa_jax.train.data.mnist import load_mnist
-
         return load_mnist(seed)
     if source == "digits":
-        from dpfa_jax.train.data.digits import load_digits
-
         return load_digits(seed)
     suffix = pathlib.PurePath(source).suffix.lower()
     if suffix in (".csv", ".jsonl"):
-        from dpfa_jax.train.data.table import load_table
-
         return load_table(
             source,
             max_length=max_length,

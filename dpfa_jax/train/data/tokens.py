@@ -6,6 +6,7 @@ Both are fixed before any private text is seen: the vocabulary is whole, the len
 import functools
 import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -52,12 +53,11 @@ def token_embeddings() -> np.ndarray:
             raise DataError(file, f"holds no float32 tensor {_TABLE!r}", "Reinstall the package.")
         start, stop = entry["data_offsets"]
         stream.seek(8 + size + start)
-        table = np.frombuffer(stream.read(stop - start), "<f4").reshape(entry["shape"])
-    return table
+        return np.frombuffer(stream.read(stop - start), "<f4").reshape(entry["shape"])
 
 
 @functools.cache
-def _tokenizer():  # noqa: ANN202  # tokenizers.Tokenizer, of an optional package
+def _tokenizer() -> Any:  # tokenizers.Tokenizer, of an optional package
     try:
         import tokenizers
     except ImportError:
