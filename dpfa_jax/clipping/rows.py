@@ -1,9 +1,8 @@
-"""Clip rows (a query, a key, a value, one head's output) so that the STORED values keep the norm."""
+"""Clip rows (query, key, value, one head's output) so that the STORED values keep the norm."""
 
 import jax
-from jaxtyping import Array, Float, Float32
-
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32
 
 from dpfa_jax.core import ArgumentError, checks
 

@@ -1,6 +1,11 @@
 """Noise: keys from OS entropy, counters, standard normals, the public grid, refused reuse."""
 
-from dpfa_jax.noise.counters import attention_counter, bind, check_attention_ranges, parameter_counter
+from dpfa_jax.noise.counters import (
+    attention_counter,
+    bind,
+    check_attention_ranges,
+    parameter_counter,
+)
 from dpfa_jax.noise.fields import attention_noise, parameter_noise
 from dpfa_jax.noise.grid import snap
 from dpfa_jax.noise.hazards import guard, require_offsets_under_manual_mesh

@@ -4,10 +4,9 @@ A release's key is first bound to its domain and to (release id, layer); the cou
 batch row, head, query row and pair of columns. Every map here is one-to-one.
 """
 
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, UInt32
-
-import jax.numpy as jnp
 
 from dpfa_jax.core import ArgumentError
 from dpfa_jax.noise.threefry import threefry2x32
@@ -80,7 +79,9 @@ def check_attention_ranges(*, batches: int, heads: int, rows: int, columns: int)
             )
 
 
-def parameter_counter(pair: UInt32[Array, "..."]) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+def parameter_counter(
+    pair: UInt32[Array, "..."],
+) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
     """(hi, lo) = (0, pair) of the elements 2 pair and 2 pair + 1 of a flattened leaf."""
     return jnp.zeros_like(pair), pair
 
@@ -91,7 +92,10 @@ def _derive(
     lo: int | UInt32[Array, "..."],
 ) -> UInt32[Array, "... 2"]:
     words = threefry2x32(
-        key_words[..., 0], key_words[..., 1], jnp.asarray(hi, jnp.uint32), jnp.asarray(lo, jnp.uint32)
+        key_words[..., 0],
+        key_words[..., 1],
+        jnp.asarray(hi, jnp.uint32),
+        jnp.asarray(lo, jnp.uint32),
     )
     return jnp.stack(words, axis=-1)
 

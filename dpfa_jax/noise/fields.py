@@ -3,9 +3,8 @@
 import math
 
 import jax
-from jaxtyping import Array, Float32, Int, Key, UInt32
-
 import jax.numpy as jnp
+from jaxtyping import Array, Float32, Int, Key, UInt32
 
 from dpfa_jax.core import ArgumentError
 from dpfa_jax.noise import counters

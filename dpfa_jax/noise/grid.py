@@ -1,8 +1,8 @@
 """Released values lie on a public grid, which hides how floating point rounded them."""
 
-from jaxtyping import Array, Float, Float32
-
 import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Float, Float32
 
 
 def snap(x: Float[Array, "..."], grid: float | Float32[Array, "..."]) -> Float[Array, "..."]:
@@ -14,7 +14,8 @@ def snap(x: Float[Array, "..."], grid: float | Float32[Array, "..."]) -> Float[A
         division and the product are exact. Runs inside Pallas kernels.
 
     Blunts attacks on floating-point noise; it does not make the mechanism exact.
-    Source: Mironov, "On significance of the least significant bits for differential privacy" (2012).
+    Source: Mironov, "On significance of the least significant bits for differential privacy"
+    (2012).
     """
     grid = jnp.asarray(grid, x.dtype)
-    return jnp.round(x / grid) * grid
+    return lax.round(x * (1.0 / grid), lax.RoundingMethod.TO_NEAREST_EVEN) * grid

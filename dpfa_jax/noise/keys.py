@@ -125,7 +125,7 @@ def _generator(parameter: str, noise_key: object) -> Generator:
 
 
 class _Shown:
-    """Stands for a rejected value in a message: its type, never its contents, which may be secret."""
+    """Stands for a rejected value in a message: its type, never its contents."""
 
     def __init__(self, value: object):
         dtype, shape = getattr(value, "dtype", None), getattr(value, "shape", None)

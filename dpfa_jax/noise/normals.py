@@ -2,10 +2,9 @@
 
 import math
 
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float32, UInt32
-
-import jax.numpy as jnp
 
 _ANGLE_BITS = 24
 

@@ -10,9 +10,15 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
 from dpfa_jax.core import KeyReuseError
 from dpfa_jax.noise.hazards import guard_p
 
-# Called once, or exactly as often as the equation runs: their bodies are read in place.
-_LOOPS = ("scan", "while")
-_IDENTITIES = ("dpfa_guard_noise_key", "optimization_barrier", "copy", "copy_p", "sharding_constraint", "pvary")
+# Primitives that hand their first operands on unchanged.
+_IDENTITIES = (
+    "dpfa_guard_noise_key",
+    "optimization_barrier",
+    "copy",
+    "copy_p",
+    "sharding_constraint",
+    "pvary",
+)
 
 
 class _Value(NamedTuple):
@@ -155,7 +161,11 @@ class _Reader:
     ) -> list[_Value]:
         first, count = params["num_consts"], params["num_carry"]
         loop = object()
-        consts, carry, slices = operands[:first], operands[first : first + count], operands[first + count :]
+        consts, carry, slices = (
+            operands[:first],
+            operands[first : first + count],
+            operands[first + count :],
+        )
         xs = [_Value(next(self._fresh), value.varies | {loop}) for value in slices]
         body = _open(params["jaxpr"])
         if params["length"] == 1:

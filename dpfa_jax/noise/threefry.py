@@ -1,9 +1,8 @@
 """The threefry2x32 block function in plain uint32 operations: one text for oracle and kernels."""
 
+import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, UInt32
-
-import jax.numpy as jnp
 
 _ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 _PARITY = 0x1BD11BDA  # key schedule constant of the Skein family
