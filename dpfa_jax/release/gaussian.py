@@ -1,10 +1,16 @@
 """The frozen record of one noisy answer: all that accounting and the ledger ever see."""
 
+from __future__ import annotations
+
 import dataclasses
 import math
+from typing import TYPE_CHECKING
 
 from dpfa_jax.core import GENERATORS, ArgumentError, checks
 from dpfa_jax.release import sensitivity
+
+if TYPE_CHECKING:
+    import dp_accounting
 
 RELATIONS = ("add_or_remove", "replace", "mask", "substitute")
 
@@ -102,6 +108,23 @@ class GaussianRecord:
     def is_secret_noise(self) -> bool:
         """False where the noise came from a test seed; such an answer protects nobody."""
         return GENERATORS[self.generator].is_secret
+
+    def dp_event(self) -> dp_accounting.DpEvent:
+        """The dp_accounting event of ONE answer, to be read under ADD_OR_REMOVE_ONE always.
+
+        Poisson batches are cut at their capacity, which the event knows. Shuffled and full batches
+        are not amplified; `accounting.dp_event` counts epochs for the former.
+        """
+        import dp_accounting
+
+        if self.sampling is not None and self.sampling.scheme == "poisson":
+            return dp_accounting.TruncatedSubsampledGaussianDpEvent(
+                dataset_size=self.sampling.dataset_size,
+                sampling_probability=self.sampling.probability,
+                truncated_batch_size=self.sampling.truncated_batch_size,
+                noise_multiplier=self.noise_multiplier,
+            )
+        return dp_accounting.GaussianDpEvent(self.noise_multiplier)
 
 
 def noise_grid(noise_stddev: float) -> float:

@@ -39,7 +39,7 @@ def memory_sum(
     tokens_per_record: int,
     relation: str,
 ) -> float:
-    """One head of (N, Z) = sum_j e_j (v_j, kappa), 0 <= e_j <= 1, |v_j| <= C, over `num_queries` rows.
+    """One head of (N, Z) = sum_j e_j (v_j, kappa), 0 <= e_j <= 1, |v_j| <= C, m query rows.
 
     Masking one record moves each row by at most g sqrt(C^2 + kappa^2). Substituting it moves a row
     by |a (v, kappa) - b (w, kappa)|, convex in (a, b), hence largest at a corner of [0, 1]^2:
@@ -59,7 +59,8 @@ def memory_ratio(
 ) -> float:
     """One head of softmax(s) v with |s| <= B and n public and fixed, one record substituted.
 
-    2 C w_g sqrt(m), w_g = 1 / (1 + ((n - g) / g) e^(-2B)): the largest weight g tokens can carry. Tight.
+    2 C w_g sqrt(m), w_g = 1 / (1 + ((n - g) / g) e^(-2B)): the most weight g tokens can carry.
+    Tight.
     """
     others = (memory_length - tokens_per_record) / tokens_per_record
     weight = 1.0 / (1.0 + others * math.exp(-2.0 * logit_bound))
