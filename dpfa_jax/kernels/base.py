@@ -63,7 +63,7 @@ class AttentionSpec:
       scale: factor on q.k.
       is_causal: query row t sees keys s <= t (no shift where T != S), as in jax.nn.
       local_window: (left, right): row t sees keys t - left <= s <= t + right; None: all.
-      logits_soft_cap: c: logits become c tanh(logits / c) before the mask; None: none.
+      logits_soft_cap: c: logits become c tanh(logits / c) before bias and mask; None: none.
       readout: what becomes of the normalised output.
     """
 

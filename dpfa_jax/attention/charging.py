@@ -1,0 +1,59 @@
+"""Charge first, then get the key: the only order in which a release may happen."""
+
+from typing import overload
+
+from jaxtyping import Array, Key
+
+from dpfa_jax.accounting import Ledger, LedgerFile, record
+from dpfa_jax.core import ArgumentError, checks
+from dpfa_jax.noise import new_noise_key
+from dpfa_jax.release import Release
+
+
+@overload
+def charge(
+    ledger: Ledger, release: Release, count: int | None = None
+) -> tuple[Ledger, Key[Array, "..."]]: ...
+
+
+@overload
+def charge(
+    ledger: LedgerFile, release: Release, count: int | None = None
+) -> tuple[LedgerFile, Key[Array, "..."]]: ...
+
+
+def charge(
+    ledger: Ledger | LedgerFile, release: Release, count: int | None = None
+) -> tuple[Ledger | LedgerFile, Key[Array, "..."]]:
+    """Records the release, then and only then makes its noise key from OS entropy.
+
+    Args:
+      ledger: a `Ledger` (a new one is returned) or an open `LedgerFile` (written before this
+        returns; it is handed back).
+      release: what is about to be answered.
+      count: None for one answer; an int for that many, each with its own key.
+
+    Returns:
+      The ledger that knows of the charge, and a key of shape () or (count,).
+
+    Batch rows of one answer are different individuals, so one charge covers the call. A crash after
+    the charge wastes budget; nothing can spend it twice.
+
+    Errors: ArgumentError for a release with test noise, which no ledger should count as private;
+    BudgetExceededError from a ledger file with a budget.
+    """
+    if release.insecure_test_noise:
+        raise ArgumentError(
+            "release",
+            release,
+            "noise from a test seed protects nobody",
+            "Use insecure_test_key(seed) directly, and record(ledger, release) to note the run.",
+        )
+    number = 1 if count is None else checks.count("count", count)
+    if isinstance(ledger, LedgerFile):
+        ledger.charge(release, number)
+    elif isinstance(ledger, Ledger):
+        ledger = record(ledger, release, number)
+    else:
+        raise ArgumentError("ledger", ledger, "not a ledger", "Pass a Ledger or a LedgerFile.")
+    return ledger, new_noise_key(() if count is None else (number,))

@@ -1,0 +1,197 @@
+"""Every check of an attention call's arrays and options, and their one normal form."""
+
+import math
+import numbers
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Bool, Float, Int
+
+from dpfa_jax.core import ArgumentError
+from dpfa_jax.core import checks as host
+from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, Readout
+
+IMPLEMENTATIONS = ("mosaic_gpu", "blocked", "reference")
+_FLOATS = ("float32", "bfloat16", "float16", "float64")
+
+
+def implementation(value: object) -> str | None:
+    """A backend's name. jax.nn's "xla" is "blocked"; its "cudnn" is not offered."""
+    if value is None or value in IMPLEMENTATIONS:
+        return value  # type: ignore[return-value]
+    if value == "xla":
+        return "blocked"
+    advice = f"Pass None, 'xla' or one of {', '.join(map(repr, IMPLEMENTATIONS))}."
+    if value == "cudnn":
+        raise ArgumentError(
+            "implementation",
+            value,
+            "cuDNN is not a backend here",
+            "Pass None (the fastest that can) or call jax.nn.dot_product_attention.",
+        )
+    raise ArgumentError("implementation", value, "no such backend", advice)
+
+
+def arrays(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None,
+    mask: ArrayLike | None,
+    query_seq_lengths: ArrayLike | None,
+    key_value_seq_lengths: ArrayLike | None,
+) -> AttentionInputs:
+    """The arrays of a call with a batch axis, checked against each other.
+
+    Errors: ArgumentError for a rank, shape or dtype that does not fit.
+    """
+    query, key, value = (
+        _with_batch(name, x) for name, x in (("query", query), ("key", key), ("value", value))
+    )
+    _dtype_in("query", query, _FLOATS)
+    for name, x in (("key", key), ("value", value)):
+        if x.dtype != query.dtype:
+            raise ArgumentError(
+                name, x.dtype, f"query is {query.dtype}", "Cast all three to one dtype."
+            )
+    batch, length, heads, size = query.shape
+    if key.shape[0] != batch or key.shape[3] != size:
+        raise ArgumentError(
+            "key",
+            key.shape,
+            f"does not fit query {query.shape}",
+            "Batch and head size must agree (BTNH and BSKH).",
+        )
+    if value.shape != key.shape:
+        raise ArgumentError("value", value.shape, f"key is {key.shape}", "Give both one shape.")
+    if size < 1:
+        raise ArgumentError("query", query.shape, "head size is 0", "Pass a head size of 1 or more.")
+    if key.shape[2] < 1 or heads % key.shape[2]:
+        raise ArgumentError(
+            "key",
+            key.shape,
+            f"{heads} query heads are no multiple of {key.shape[2]} key heads",
+            "Use a number of key heads that divides the query heads.",
+        )
+    logits_shape = (batch, heads, length, key.shape[1])
+    return AttentionInputs(
+        query,
+        key,
+        value,
+        _bias(bias, logits_shape),
+        _mask(mask, logits_shape),
+        _lengths("query_seq_lengths", query_seq_lengths, batch),
+        _lengths("key_value_seq_lengths", key_value_seq_lengths, batch),
+    )
+
+
+def spec(
+    inputs: AttentionInputs,
+    readout: Readout,
+    *,
+    scale: object,
+    is_causal: object,
+    local_window_size: object,
+    logits_soft_cap: object,
+) -> AttentionSpec:
+    """The static part of a call. Errors: ArgumentError for an option outside its range."""
+    if not isinstance(is_causal, bool):
+        raise ArgumentError("is_causal", is_causal, "not a Python bool", "Pass True or False.")
+    cap = None if logits_soft_cap is None else host.positive("logits_soft_cap", logits_soft_cap)
+    size = inputs.query.shape[-1]
+    return AttentionSpec(
+        scale=1.0 / math.sqrt(size) if scale is None else host.real("scale", scale),
+        is_causal=is_causal,
+        local_window=_window(local_window_size, inputs),
+        logits_soft_cap=cap,
+        readout=readout,
+    )
+
+
+def _with_batch(name: str, x: ArrayLike) -> Float[Array, "B T N H"]:
+    if x is None:
+        raise ArgumentError(name, x, "missing", "Pass an array (BTNH or TNH).")
+    x = jnp.asarray(x)
+    if x.ndim not in (3, 4):
+        raise ArgumentError(
+            name, x.shape, "not of rank 3 or 4", "Pass (batch, length, heads, size) or without batch."
+        )
+    return x if x.ndim == 4 else x[None]
+
+
+def _dtype_in(name: str, x: jax.Array, options: tuple[str, ...]) -> None:
+    if x.dtype.name not in options:
+        raise ArgumentError(
+            name, x.dtype, "not a supported dtype", f"Cast it to one of {', '.join(options)}."
+        )
+
+
+def _bias(bias: ArrayLike | None, shape: tuple[int, ...]) -> Float[Array, "b n t s"] | None:
+    if bias is None:
+        return None
+    bias = jnp.asarray(bias)
+    if bias.dtype == jnp.bool_:
+        raise ArgumentError(
+            "bias", bias.dtype, "boolean", "Pass it as mask, or an additive bias as floats."
+        )
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        bias = bias.astype(jnp.float32)
+    return _broadcastable("bias", bias, shape)
+
+
+def _mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Bool[Array, "b n t s"] | None:
+    if mask is None:
+        return None
+    mask = jnp.asarray(mask)
+    if mask.dtype != jnp.bool_:
+        raise ArgumentError(
+            "mask",
+            mask.dtype,
+            "not boolean",
+            "Pass True where a key takes part; an additive mask goes to bias.",
+        )
+    return _broadcastable("mask", mask, shape)
+
+
+def _broadcastable(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """`x` with four axes, each 1 or full."""
+    if x.ndim > 4:
+        raise ArgumentError(name, x.shape, "more than 4 axes", "Pass (batch, heads, T, S).")
+    full = x.reshape((1,) * (4 - x.ndim) + x.shape)
+    if any(have not in (1, want) for have, want in zip(full.shape, shape, strict=True)):
+        raise ArgumentError(
+            name, x.shape, f"does not broadcast to {shape}", "Each axis must be full or 1."
+        )
+    return full
+
+
+def _lengths(name: str, lengths: ArrayLike | None, batch: int) -> Int[Array, " B"] | None:
+    if lengths is None:
+        return None
+    lengths = jnp.asarray(lengths)
+    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+        raise ArgumentError(name, lengths.dtype, "not integers", "Pass int32 lengths.")
+    if lengths.shape != (batch,):
+        raise ArgumentError(
+            name, lengths.shape, f"not of shape ({batch},)", "Pass one length a batch row."
+        )
+    return lengths.astype(jnp.int32)
+
+
+def _window(window: object, inputs: AttentionInputs) -> tuple[int, int] | None:
+    if window is None:
+        return None
+    pair = (window, window) if isinstance(window, numbers.Integral) else window
+    if (
+        isinstance(window, bool)
+        or not isinstance(pair, (tuple, list))
+        or len(pair) != 2
+        or not all(isinstance(side, numbers.Integral) for side in pair)
+    ):
+        raise ArgumentError(
+            "local_window_size", window, "neither an int nor a pair of ints", "Pass (left, right)."
+        )
+    # A side beyond both lengths hides nothing; smaller numbers keep index sums within 32 bits.
+    far = inputs.query.shape[1] + inputs.key.shape[1]
+    left, right = (max(-far, min(far, int(side))) for side in pair)
+    return left, right

@@ -1,0 +1,86 @@
+"""Derivatives around a backend: the softmax readouts have one, a memory readout refuses it."""
+
+import functools
+from typing import NoReturn
+
+import jax
+from jaxtyping import Array, Float
+
+from dpfa_jax.core import PrivateAutodiffError
+from dpfa_jax.kernels import epilogue, manual_axes
+from dpfa_jax.kernels.base import (
+    AttentionInputs,
+    AttentionOutputs,
+    AttentionSpec,
+    Backend,
+    ExampleReadout,
+    MemoryReadout,
+    Plain,
+)
+
+
+def attend(
+    backend: Backend, spec: AttentionSpec, inputs: AttentionInputs
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"] | None]:
+    """Output and log-sum-exp (None for a memory); what a private caller gets is the output only."""
+    axes = manual_axes.varying_axes(*jax.tree.leaves(inputs))
+    inputs = jax.tree.map(lambda x: manual_axes.vary_over(x, axes), inputs)
+    if isinstance(spec.readout, MemoryReadout):
+        return _memory(backend, spec, inputs), None
+    if isinstance(spec.readout, Plain) and backend.name == "reference":
+        outputs = backend.forward(spec, inputs)
+        return outputs.output, outputs.lse
+    return _softmax(backend, spec, inputs)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _softmax(
+    backend: Backend, spec: AttentionSpec, inputs: AttentionInputs
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"] | None]:
+    outputs = backend.forward(spec, inputs)
+    return outputs.output, outputs.lse
+
+
+def _softmax_forward(backend: Backend, spec: AttentionSpec, inputs: AttentionInputs):  # noqa: ANN202
+    outputs = backend.forward(spec, inputs)
+    return (outputs.output, outputs.lse), (inputs, outputs)
+
+
+def _softmax_backward(
+    backend: Backend,
+    spec: AttentionSpec,
+    residuals: tuple[AttentionInputs, AttentionOutputs],
+    cotangents: tuple[Float[Array, "B T N H"], Float[Array, "B T N"]],
+) -> tuple[AttentionInputs]:
+    inputs, outputs = residuals
+    cotangent, _ = cotangents  # the log-sum-exp is returned under stop_gradient
+    if isinstance(spec.readout, ExampleReadout):
+        # Noise is a constant, and snapping passes the cotangent straight through.
+        assert outputs.unclipped is not None
+        cotangent = epilogue.clip_cotangent(spec.readout, outputs.unclipped, cotangent)
+    gradients = backend.backward(spec, inputs, outputs, cotangent, None)
+    return (AttentionInputs(*gradients, None, None, None, None),)
+
+
+_softmax.__wrapped__.defvjp(_softmax_forward, _softmax_backward)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _memory(
+    backend: Backend, spec: AttentionSpec, inputs: AttentionInputs
+) -> Float[Array, "B T N H"]:
+    return backend.forward(spec, inputs).output
+
+
+@_memory.__wrapped__.defjvp
+def _memory_jvp(
+    backend: Backend, spec: AttentionSpec, primals: object, tangents: object
+) -> NoReturn:
+    del backend, spec, primals, tangents
+    raise PrivateAutodiffError(
+        "a memory readout (RecordRelease) has no derivative: gradients through it would be "
+        "noise-free functions of the private records. Put jax.lax.stop_gradient around query, "
+        "key, value and bias, or train by DP-SGD (TrainingRelease)."
+    )

@@ -1,0 +1,126 @@
+"""Plain attention with the signature of `jax.nn.dot_product_attention`."""
+
+from typing import Literal, overload
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float
+
+from dpfa_jax.attention import checks, core
+from dpfa_jax.kernels import dispatch
+from dpfa_jax.kernels.base import Plain
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = ...,
+    mask: ArrayLike | None = ...,
+    *,
+    scale: ArrayLike | None = ...,
+    is_causal: bool = ...,
+    query_seq_lengths: ArrayLike | None = ...,
+    key_value_seq_lengths: ArrayLike | None = ...,
+    local_window_size: int | tuple[int, int] | None = ...,
+    implementation: str | None = ...,
+    return_residual: Literal[False] = ...,
+    logits_soft_cap: float | None = ...,
+) -> Float[Array, "*B T N H"]: ...
+
+
+@overload
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = ...,
+    mask: ArrayLike | None = ...,
+    *,
+    scale: ArrayLike | None = ...,
+    is_causal: bool = ...,
+    query_seq_lengths: ArrayLike | None = ...,
+    key_value_seq_lengths: ArrayLike | None = ...,
+    local_window_size: int | tuple[int, int] | None = ...,
+    implementation: str | None = ...,
+    return_residual: Literal[True],
+    logits_soft_cap: float | None = ...,
+) -> tuple[Float[Array, "*B T N H"], Float[Array, "*B T N"]]: ...
+
+
+def dot_product_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    scale: ArrayLike | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    implementation: str | None = None,
+    return_residual: bool = False,
+    logits_soft_cap: float | None = None,
+) -> Float[Array, "*B T N H"] | tuple[Float[Array, "*B T N H"], Float[Array, "*B T N"]]:
+    """softmax(scale q.k + bias) v without storing the attention matrix. No privacy.
+
+    B batch, T query rows, S keys, N query heads, K key heads (K divides N: grouped-query and
+    multi-query attention), H head size.
+
+    Args:
+      query: (B, T, N, H) or (T, N, H), float32, bfloat16, float16 or float64.
+      key: (B, S, K, H) or (S, K, H), in the query's dtype.
+      value: as `key`.
+      bias: added to the logits; each axis of (B, N, T, S) full or 1. It has a gradient.
+      mask: boolean, True where a key takes part; broadcasts as `bias`.
+      scale: factor on q.k; 1 / sqrt(H) where None. A traced scale is multiplied into the query.
+      is_causal: row t sees keys s <= t.
+      query_seq_lengths: (B,) ints; rows from there on give 0.
+      key_value_seq_lengths: (B,) ints; keys from there on take no part.
+      local_window_size: (left, right) or one int for both: row t sees keys t - left .. t + right.
+      implementation: None (the first backend that can), "mosaic_gpu", "blocked" or "reference";
+        jax.nn's "xla" means "blocked". "reference" needs O(T S) memory and alone has forward-mode
+        and higher derivatives.
+      return_residual: also return the log-sum-exp of each row's logits, without gradient.
+      logits_soft_cap: c: scale q.k becomes c tanh(scale q.k / c), before bias and mask.
+
+    Returns:
+      The output in the query's shape and dtype, and with `return_residual` the log-sum-exp,
+      (B, T, N) or (T, N), in that dtype.
+
+    Where it differs from jax.nn: a row that sees no key gives 0 and log-sum-exp -inf (there: the
+    mean of all values); NaN in a hidden key's bytes never reaches an output or a gradient; float64
+    stays float64 in the softmax; integer lengths of any width are taken.
+
+    Errors: ArgumentError for arguments that do not fit; UnsupportedBackendError, alone or in an
+    ExceptionGroup, where no backend can serve the call.
+    Source: Dao et al., "FlashAttention" (2022); Rabe and Staats (2021).
+    """
+    inputs = checks.arrays(
+        query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths
+    )
+    if isinstance(scale, jax.Array):
+        if scale.ndim:
+            raise checks.ArgumentError("scale", scale.shape, "not a scalar", "Pass one number.")
+        if isinstance(scale, jax.core.Tracer):
+            scaled = (inputs.query * scale).astype(inputs.query.dtype)
+            inputs, scale = inputs._replace(query=scaled), 1.0
+    spec = checks.spec(
+        inputs,
+        Plain(),
+        scale=scale,
+        is_causal=is_causal,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+    )
+    backend = dispatch.choose(spec, inputs, checks.implementation(implementation))
+    output, lse = core.attend(backend, spec, inputs)
+    shape = jnp.shape(query)
+    output = output.reshape(shape)
+    if not return_residual:
+        return output
+    assert lse is not None
+    return output, jax.lax.stop_gradient(lse.astype(output.dtype).reshape(shape[:-1]))

@@ -1,0 +1,114 @@
+"""Private attention: an example's output (F) or the readout of a private memory (M)."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, ArrayLike, Float, Key, UInt32
+
+from dpfa_jax.attention import checks, core, private_checks
+from dpfa_jax.kernels import dispatch
+from dpfa_jax.kernels.base import ExampleReadout, MemoryReadout, NoiseInputs, Readout
+from dpfa_jax.noise import bind, guard, key_words
+from dpfa_jax.release import ExampleRelease, RecordRelease
+
+
+def dp_attention(
+    query: ArrayLike,
+    key: ArrayLike,
+    value: ArrayLike,
+    bias: ArrayLike | None = None,
+    mask: ArrayLike | None = None,
+    *,
+    release: ExampleRelease | RecordRelease,
+    noise_key: Key[Array, ""],
+    release_id: int | UInt32[Array, ""] = 0,
+    layer: int | UInt32[Array, ""] = 0,
+    batch_start: int | UInt32[Array, ""] | None = None,
+    head_start: int | UInt32[Array, ""] | None = None,
+    scale: float | None = None,
+    is_causal: bool = False,
+    query_seq_lengths: ArrayLike | None = None,
+    key_value_seq_lengths: ArrayLike | None = None,
+    local_window_size: int | tuple[int, int] | None = None,
+    logits_soft_cap: float | None = None,
+    implementation: str | None = None,
+) -> Float[Array, "*B T N H"]:
+    """Attention whose output is one private release; charge it first (`charge`).
+
+    With `ExampleRelease`: the normalised output is clipped, noised, snapped to a public grid and
+    cast. Every row gets noise, padded and fully masked ones too. Gradients pass through clip and
+    attention; they are noise-free functions of the input, and what is computed from them is not
+    covered by this release.
+
+    With `RecordRelease`: (N, Z) = sum_j e_j (v_j, kappa) + noise with the public maximum B, then
+    N / max(Z / kappa, floor); or, in the ratio form, N / Z + noise. No derivative exists.
+
+    Args:
+      query, key, value, bias, mask, scale, is_causal, query_seq_lengths, key_value_seq_lengths,
+        local_window_size, logits_soft_cap, implementation: as `dot_product_attention`, without
+        float64; scale is a Python float.
+      release: the promise, which must match the shapes (rows T, heads N, head size H).
+      noise_key: the key of this release, from `charge`. An argument, never closed over.
+      release_id, layer: tell several uses of one key apart, 32 bits each.
+      batch_start, head_start: global index of the first batch row and query head, where this call
+        sees a part of them; due inside shard_map. The noise depends on global indices only.
+
+    Returns:
+      The private answer in the query's shape and dtype. Log-sum-exp, maxima and logits are never
+      returned.
+
+    Formal guarantees:
+      ExampleRelease: each batch row is one example, replaced whole; `release.record()` is the
+        Gaussian mechanism of one row, and rows are different individuals.
+      RecordRelease: each batch row has its own memory, and no record lies in two of them; put
+        queries that share a memory along T. Query, scale and soft cap are public. Bias and mask
+        may be public, or depend, in the column of a key, on that key's record. The sum form takes
+        every mask, length, window and causality: a hidden key has weight 0, bit for bit. The ratio
+        form is for `release.memory_length` keys, all seen: it refuses every one of them, and its
+        bias must be public.
+
+    Errors: ArgumentError for arguments that do not fit each other or the release; KeyReuseError
+    for a key that would serve twice; PrivateAutodiffError for a derivative of a record release.
+    """
+    readout = private_checks.release_of(release)
+    inputs = checks.arrays(
+        query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths
+    )
+    if isinstance(scale, jax.core.Tracer):
+        private_checks.refuse_traced("scale", scale)
+    spec = checks.spec(
+        inputs,
+        readout,
+        scale=scale,
+        is_causal=is_causal,
+        local_window_size=local_window_size,
+        logits_soft_cap=logits_soft_cap,
+    )
+    private_checks.fits(release, spec, inputs, head_start)
+    private_checks.noise_key(release, noise_key)
+    offsets = private_checks.offsets(
+        inputs, noise_key, batch_start=batch_start, head_start=head_start
+    )
+    witnesses = [x for x in jax.tree.leaves(inputs) if x is not None]
+    noise_key = guard(noise_key, *witnesses, uses=(release_id, layer, *offsets))
+    inputs = inputs._replace(
+        noise=_noise_inputs(noise_key, release_id, layer, offsets, inputs.query.shape[0])
+    )
+    backend = dispatch.choose(spec, inputs, checks.implementation(implementation))
+    output, _ = core.attend(backend, spec, inputs)
+    return output.reshape(jnp.shape(query))
+
+
+def _noise_inputs(
+    noise_key: Key[Array, ""],
+    release_id: int | UInt32[Array, ""],
+    layer: int | UInt32[Array, ""],
+    offsets: tuple[int | UInt32[Array, ""], int | UInt32[Array, ""]],
+    batch: int,
+) -> NoiseInputs:
+    words = bind(key_words(noise_key), release_id, layer)
+    batch_start, head_start = (jnp.asarray(start, jnp.uint32) for start in offsets)
+    return NoiseInputs(
+        jnp.broadcast_to(words, (batch, 2)),
+        batch_start + jnp.arange(batch, dtype=jnp.uint32),
+        jnp.broadcast_to(head_start, (batch,)),
+    )

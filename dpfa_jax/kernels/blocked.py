@@ -1,0 +1,72 @@
+"""The backend for every device that XLA serves: blocked loops, O(T + S) memory, any option."""
+
+import dataclasses
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dpfa_jax.kernels import epilogue, memory_loop, softmax_loop
+from dpfa_jax.kernels.base import (
+    AttentionGradients,
+    AttentionInputs,
+    AttentionOutputs,
+    AttentionSpec,
+    ExampleReadout,
+    MemoryReadout,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Blocked:
+    """Attention by blocks in plain XLA; see docs/kernels/blocked.md for its numerics."""
+
+    name: str = "blocked"
+
+    def cannot(self, spec: AttentionSpec, inputs: AttentionInputs, platform: str) -> str | None:
+        """None: it serves every call."""
+        del spec, inputs, platform
+        return None
+
+    def forward(self, spec: AttentionSpec, inputs: AttentionInputs) -> AttentionOutputs:
+        """The readout and its residuals."""
+        dtype = inputs.query.dtype
+        if isinstance(spec.readout, MemoryReadout):
+            sums = memory_loop.sums(spec, spec.readout, inputs)
+            released = epilogue.memory(spec.readout, sums, inputs.noise)
+            return AttentionOutputs(released.astype(dtype), None, None)
+        normalised, lse = softmax_loop.forward(spec, inputs)
+        if isinstance(spec.readout, ExampleReadout):
+            released = epilogue.example(spec.readout, normalised, inputs.noise)
+            return AttentionOutputs(released.astype(dtype), normalised, lse)
+        return AttentionOutputs(normalised.astype(dtype), None, lse)
+
+    def backward(
+        self,
+        spec: AttentionSpec,
+        inputs: AttentionInputs,
+        outputs: AttentionOutputs,
+        cotangent: Float[Array, "B T N H"],
+        lse_cotangent: Float[Array, "B T N"] | None,
+    ) -> AttentionGradients:
+        """Gradients of plain attention."""
+        assert outputs.lse is not None
+        output = outputs.output if outputs.unclipped is None else outputs.unclipped
+        dtype = outputs.lse.dtype
+        # A row that saw no key is the constant 0: a NaN that arrives there must go no further.
+        is_seen = ~jnp.isneginf(outputs.lse)[..., None]
+        cotangent = jnp.where(is_seen, cotangent, jnp.zeros((), cotangent.dtype))
+        output_dot = jnp.sum(output.astype(dtype) * cotangent.astype(dtype), axis=-1)
+        if lse_cotangent is not None:
+            output_dot = output_dot - lse_cotangent.astype(dtype)
+        query, key, value, bias = softmax_loop.backward(
+            spec, inputs, outputs.lse, cotangent, output_dot
+        )
+        return AttentionGradients(
+            query.astype(inputs.query.dtype),
+            key.astype(inputs.key.dtype),
+            value.astype(inputs.value.dtype),
+            None if bias is None or inputs.bias is None else bias.astype(inputs.bias.dtype),
+        )
+
+
+BACKEND = Blocked()

@@ -1,0 +1,95 @@
+"""What becomes of a private answer before it leaves a kernel: clip, noise, public grid.
+
+The noise of an element is a function of its key and its global (batch, head, row, column), so no
+tile size, sharding or recomputation changes it. Without noise inputs nothing private is answered.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dpfa_jax.clipping.rows import clip_rows
+from dpfa_jax.core import ArgumentError
+from dpfa_jax.kernels import compensated
+from dpfa_jax.kernels.base import ExampleReadout, MemoryReadout, NoiseInputs
+from dpfa_jax.kernels.compensated import TwoFloat
+from dpfa_jax.noise import attention_noise, snap
+
+
+def clipped(
+    readout: ExampleReadout, normalised: Float[Array, "B T N H"]
+) -> Float[Array, "B T N H"]:
+    """Rows of each head, or each example whole, clipped to the readout's norm in float32."""
+    normalised = normalised.astype(jnp.float32)
+    if readout.clip == "row":
+        return clip_rows(normalised, readout.l2_clip_norm)
+    whole = normalised.reshape(normalised.shape[0], -1)
+    return clip_rows(whole, readout.l2_clip_norm).reshape(normalised.shape)
+
+
+def clip_cotangent(
+    readout: ExampleReadout,
+    normalised: Float[Array, "B T N H"],
+    cotangent: Float[Array, "B T N H"],
+) -> Float[Array, "B T N H"]:
+    """The cotangent pulled back through `clipped` at `normalised`, in float32."""
+    _, pull_back = jax.vjp(lambda x: clipped(readout, x), normalised.astype(jnp.float32))
+    return pull_back(cotangent.astype(jnp.float32))[0]
+
+
+def example(
+    readout: ExampleReadout, normalised: Float[Array, "B T N H"], noise: NoiseInputs | None
+) -> Float[Array, "B T N H"]:
+    """Clipped, noised and snapped output in float32."""
+    drawn = _scaled_noise(readout.noise_stddevs, normalised.shape, noise)
+    return snap(clipped(readout, normalised) + drawn, _per_head(readout.grids))
+
+
+def memory(
+    readout: MemoryReadout, sums: TwoFloat, noise: NoiseInputs | None
+) -> Float[Array, "B T N H"]:
+    """The answer of a private memory, in float32, from its un-noised (N, Z).
+
+    The exact two-float sums meet the noise before anything is rounded to float32; all that
+    follows the snap is post-processing.
+    """
+    columns = sums.high.shape[-1] - 1
+    if readout.form == "ratio":
+        answer = ratio(sums)
+        drawn = _scaled_noise(readout.noise_stddevs, answer.high.shape, noise)
+        return compensated.snap(compensated.add(answer, drawn), _per_head(readout.grids))
+    drawn = _scaled_noise(readout.noise_stddevs, sums.high.shape, noise)
+    released = compensated.snap(compensated.add(sums, drawn), _per_head(readout.grids))
+    numerator, normaliser = released[..., :columns], released[..., columns:]
+    return numerator / jnp.maximum(normaliser / readout.weight_scale, readout.floor)
+
+
+def ratio(sums: TwoFloat) -> TwoFloat:
+    """N / Z in two floats; (B, T, N, H + 1) -> (B, T, N, H)."""
+    numerator = TwoFloat(sums.high[..., :-1], sums.low[..., :-1])
+    normaliser = TwoFloat(sums.high[..., -1:], sums.low[..., -1:])
+    return compensated.divide(numerator, normaliser)
+
+
+def _scaled_noise(
+    stddevs: tuple[float, ...], shape: tuple[int, ...], noise: NoiseInputs | None
+) -> Float[Array, "B T N h"]:
+    if noise is None:
+        raise ArgumentError(
+            "noise", None, "a private readout has no noise inputs", "Pass NoiseInputs."
+        )
+    _, rows, heads, columns = shape
+    drawn = attention_noise(
+        noise.key_words,
+        noise.batch_index,
+        noise.head_start,
+        heads=heads,
+        row_start=0,
+        rows=rows,
+        columns=columns,
+    )
+    return drawn * _per_head(stddevs)
+
+
+def _per_head(numbers: tuple[float, ...]) -> Float[Array, "N 1"]:
+    return jnp.asarray(numbers, jnp.float32)[:, None]

@@ -1,0 +1,30 @@
+"""Inside shard_map, arrays carry the mesh axes over which they vary; loops want these to agree.
+
+The only file that reads that part of an array's type: its name has changed between JAX releases.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Shaped
+
+
+def varying_axes(*arrays: jax.Array | None) -> frozenset[str]:
+    """Manual mesh axes over which any of `arrays` varies; empty outside shard_map."""
+    axes: frozenset[str] = frozenset()
+    for array in arrays:
+        if array is not None:
+            axes |= getattr(jax.typeof(array).manual_axis_type, "varying", frozenset())
+    return axes
+
+
+def vary_over(array: Shaped[Array, "*shape"], axes: frozenset[str]) -> Shaped[Array, "*shape"]:
+    """`array`, marked as varying over `axes`. Its transpose sums over the newly marked ones."""
+    missing = tuple(sorted(axes - varying_axes(array)))
+    return jax.lax.pcast(array, missing, to="varying") if missing else array
+
+
+def zeros(
+    shape: tuple[int, ...], dtype: jnp.dtype, axes: frozenset[str], fill: float = 0.0
+) -> Shaped[Array, "*shape"]:
+    """A loop's initial value: `fill` everywhere, varying over `axes`."""
+    return vary_over(jnp.full(shape, fill, dtype), axes)
