@@ -1,15 +1,14 @@
 """Released values lie on a public grid, which hides how floating point rounded them."""
 
 import jax.numpy as jnp
-from jax import lax
-from jaxtyping import Array, Float, Float32
+from jaxtyping import Array, Float32
 
 
-def snap(x: Float[Array, "..."], grid: float | Float32[Array, "..."]) -> Float[Array, "..."]:
+def snap(x: Float32[Array, "..."], grid: float | Float32[Array, "..."]) -> Float32[Array, "..."]:
     """`x` rounded to the nearest multiple of `grid`, ties to even.
 
     Args:
-      x: noised values, float32.
+      x: noised values.
       grid: a power of two (or an array of them that broadcasts), in the units of x; then both the
         division and the product are exact. Runs inside Pallas kernels.
 
@@ -17,5 +16,10 @@ def snap(x: Float[Array, "..."], grid: float | Float32[Array, "..."]) -> Float[A
     Source: Mironov, "On significance of the least significant bits for differential privacy"
     (2012).
     """
-    grid = jnp.asarray(grid, x.dtype)
-    return lax.round(x * (1.0 / grid), lax.RoundingMethod.TO_NEAREST_EVEN) * grid
+    grid = jnp.asarray(grid, jnp.float32)
+    multiples = x * (1.0 / grid)
+    # Beyond 2^23 a float32 is a whole number; below, adding 2^23 leaves no bit for a fraction.
+    # (lax.round has no lowering in Triton kernels.)
+    shift = jnp.where(multiples < 0.0, jnp.float32(-(2.0**23)), jnp.float32(2.0**23))
+    rounded = (multiples + shift) - shift
+    return jnp.where(jnp.abs(multiples) < jnp.float32(2.0**23), rounded, multiples) * grid

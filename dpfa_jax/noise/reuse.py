@@ -96,7 +96,7 @@ class _Reader:
         if name in _IDENTITIES and len(equation.outvars) <= len(operands):
             return operands[: len(equation.outvars)]
         if name == "scan":
-            return self._scan(params, operands, loops, counts)
+            return self._scan(equation, operands, loops, counts)
         if name == "while":
             return self._while(params, operands, loops, counts)
         if name == "cond":
@@ -157,22 +157,22 @@ class _Reader:
         return merged
 
     def _scan(
-        self, params: dict, operands: list[_Value], loops: frozenset[object], counts: bool
+        self, equation: JaxprEqn, operands: list[_Value], loops: frozenset[object], counts: bool
     ) -> list[_Value]:
-        first, count = params["num_consts"], params["num_carry"]
-        loop = object()
-        consts, carry, slices = (
-            operands[:first],
-            operands[first : first + count],
-            operands[first + count :],
+        body, loop = _open(equation.params["jaxpr"]), object()
+        # By shape, since the names of scan's parameters change: a slice and a stacked result have
+        # one axis less inside the body than outside.
+        slices = sum(_loses_axis(*pair) for pair in zip(equation.invars, body.invars, strict=True))
+        stacked = sum(
+            _loses_axis(*pair) for pair in zip(equation.outvars, body.outvars, strict=True)
         )
-        xs = [_Value(next(self._fresh), value.varies | {loop}) for value in slices]
-        body = _open(params["jaxpr"])
-        if params["length"] == 1:
-            loop_set = loops
-        else:
-            loop_set = loops | {loop}
-        results = self._loop(body, consts, carry, xs, loop, loop_set, counts)
+        fixed = len(operands) - slices
+        first = fixed - (len(equation.outvars) - stacked)
+        xs = [_Value(next(self._fresh), value.varies | {loop}) for value in operands[fixed:]]
+        demanded = loops if equation.params["length"] == 1 else loops | {loop}
+        results = self._loop(
+            body, operands[:first], operands[first:fixed], xs, loop, demanded, counts
+        )
         return [_Value(next(self._fresh), value.varies - {loop}) for value in results]
 
     def _while(
@@ -230,6 +230,10 @@ def _returns(place: int, came_from: list[int | None]) -> bool:
             break
         at = came_from[at]
     return at == place
+
+
+def _loses_axis(outside: Var | Literal, inside: Var | Literal) -> bool:
+    return len(outside.aval.shape) == len(inside.aval.shape) + 1
 
 
 def _open(jaxpr: object) -> Jaxpr:
