@@ -1,0 +1,367 @@
+"""Forward kernel: FA3's schedule (Shah et al., 2024) in Pallas Mosaic GPU.
+
+One program owns `2 * block_q` query rows of one head. A producer warpgroup streams key and value
+tiles by TMA; two compute warpgroups take turns on the tensor cores (one multiplies while the other
+does its softmax); under `ExampleReadout` the epilogue clips, noises and snaps each row.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from dpfa_jax.kernels.base import AttentionSpec, ExampleReadout
+from dpfa_jax.kernels.mosaic_gpu import tiles
+from dpfa_jax.kernels.mosaic_gpu.layouts import (
+    LOG2_E,
+    ROW,
+    WGMMA,
+    pad_sequence,
+    tiled_shared,
+    visible,
+)
+from dpfa_jax.kernels.mosaic_gpu.noise import clip_rows, tile_normals
+from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ForwardTiles
+from dpfa_jax.noise.grid import snap
+
+# Start of the running maximum: finite, so that a row with no key yet gives exp2(-inf) = 0, no NaN.
+LOWEST = -1e38
+
+
+class ForwardArrays(NamedTuple):
+    """Operands of the kernel; absent ones are None.
+
+    `stddevs`, `grids`: (N,) float32. `key_words`: (B, 2), `batch_index`, `head_start`: (B,) uint32.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    query_lengths: Any = None
+    key_lengths: Any = None
+    key_words: Any = None
+    batch_index: Any = None
+    head_start: Any = None
+    stddevs: Any = None
+    grids: Any = None
+
+
+class ForwardResults(NamedTuple):
+    """`output` and `unclipped` like query; `lse` (B, N, T) float32."""
+
+    output: Any
+    unclipped: Any
+    lse: Any
+
+
+def _body(
+    arrays: ForwardArrays,
+    results: ForwardResults,
+    shared: dict[str, Any],
+    barriers: dict[str, Any],
+    *,
+    spec: AttentionSpec,
+    tile: ForwardTiles,
+    keys: int,
+    group: int,
+    simulate: bool,
+) -> None:
+    batch, head = lax.axis_index("batch"), lax.axis_index("heads")
+    # The last rows first: under a causal mask they are the longest.
+    block = lax.axis_size("rows") - 1 - lax.axis_index("rows")
+    warpgroup = lax.axis_index("warpgroup")
+    block_q, block_kv, stages = tile.block_q, tile.block_kv, tile.stages
+    head_size = arrays.query.shape[-1]
+    dtype = arrays.query.dtype
+    program_begin = block * tile.rows
+    key_length = keys
+    if arrays.key_lengths is not None:
+        key_length = jnp.clip(arrays.key_lengths[batch], 0, keys)
+    query_length = None if arrays.query_lengths is None else arrays.query_lengths[batch]
+    steps = tiles.key_steps(spec, program_begin, tile.rows, block_kv, key_length, query_length)
+    count = steps.end - steps.begin
+
+    def slot_of(step):
+        return lax.rem(jnp.int32(step - steps.begin), jnp.int32(stages))
+
+    def take_turns():
+        plgpu.barrier_arrive(barriers["turn"])
+        plgpu.barrier_wait(barriers["turn"])
+
+    @pl.when(warpgroup < COMPUTE_WARPGROUPS)
+    def compute():
+        if not simulate:
+            plgpu.set_max_registers(216 if tile.noise_warpgroup else 232, action="increase")
+        row_begin = program_begin + warpgroup * block_q
+        rows = pl.ds(row_begin, block_q)
+        q_shared = shared["query"].at[warpgroup]
+        plgpu.copy_gmem_to_smem(
+            arrays.query.at[batch, rows, head], q_shared, barriers["query"].at[warpgroup]
+        )
+        largest = plgpu.layout_cast(jnp.full((block_q,), LOWEST, jnp.float32), ROW)
+        total = plgpu.layout_cast(jnp.zeros((block_q,), jnp.float32), ROW)
+        acc = plgpu.layout_cast(jnp.zeros((block_q, head_size), jnp.float32), WGMMA)
+        plgpu.barrier_wait(barriers["query"].at[warpgroup])
+
+        @pl.when(count > 0)
+        def _():
+            plgpu.barrier_wait(barriers["key"].at[0])
+
+        pl.when(warpgroup == 1)(take_turns)
+
+        def step_body(step, carry, masked: bool):
+            acc, largest, total = carry
+            slot = slot_of(step)
+            k_shared, v_shared = shared["key"].at[slot], shared["value"].at[slot]
+
+            def logits(acc_ref):
+                plgpu.wgmma(acc_ref, q_shared, k_shared.T)
+                take_turns()
+                return acc_ref[...]
+
+            s = pl.run_scoped(logits, plgpu.ACC((block_q, block_kv), jnp.float32))
+            plgpu.barrier_arrive(barriers["key_free"].at[slot])
+            factor = spec.scale
+            if spec.logits_soft_cap is not None:
+                s = jnp.tanh(s * (factor / spec.logits_soft_cap))
+                factor = spec.logits_soft_cap
+            factor *= LOG2_E
+            if masked:
+                columns = step * block_kv
+                seen = visible(spec, s.shape, row_begin, columns, key_length, query_length)
+                s = jnp.where(seen, s, -jnp.inf)
+            previous = largest
+            largest = jnp.maximum(previous, s.max(axis=1) * factor)
+            decay = jnp.exp2(previous - largest)
+            p = jnp.exp2(s * factor - lax.broadcast_in_dim(largest, s.shape, [0]))
+            acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
+            total *= decay
+            p_stored = p.astype(dtype)
+
+            def end_turn():
+                plgpu.barrier_arrive(barriers["turn"])
+                plgpu.barrier_wait(barriers["value"].at[slot])
+                plgpu.barrier_wait(barriers["turn"])
+
+            if head_size <= 128:
+                total += p.sum(axis=1)
+                acc, total, largest, p_stored = lax.optimization_barrier(
+                    (acc, total, largest, p_stored)
+                )
+                end_turn()
+            else:  # fewer registers are free: do not hold p and its sum across the turn
+                end_turn()
+                total += p.sum(axis=1)
+
+            def wait_for_next_key():
+                @pl.when(step + 1 < steps.end)
+                def _():
+                    plgpu.barrier_wait(barriers["key"].at[slot_of(step + 1)])
+
+            if simulate:  # the simulator has no wgmma with an operand in registers
+                acc += jnp.dot(
+                    p_stored.astype(jnp.float32),
+                    v_shared[...].astype(jnp.float32),
+                    preferred_element_type=jnp.float32,
+                )
+                wait_for_next_key()
+            else:
+
+                def weighted_values(acc_ref):
+                    plgpu.wgmma(acc_ref, p_stored, v_shared)
+                    wait_for_next_key()
+
+                acc = pl.run_state(weighted_values)(plgpu.ACC.init(acc))
+            plgpu.barrier_arrive(barriers["value_free"].at[slot])
+            return acc, largest, total
+
+        carry = (acc, largest, total)
+        plain_loop = functools.partial(step_body, masked=False)
+        masked_loop = functools.partial(step_body, masked=True)
+        if tiles.left_reach(spec) is not None:
+            carry = lax.fori_loop(steps.begin, steps.full_begin, masked_loop, carry)
+        carry = lax.fori_loop(steps.full_begin, steps.full_end, plain_loop, carry)
+        if not (isinstance(steps.end, int) and steps.end == steps.full_end):
+            carry = lax.fori_loop(steps.full_end, steps.end, masked_loop, carry)
+        acc, largest, total = carry
+        pl.when(warpgroup == 0)(take_turns)
+
+        unseen = total == 0.0
+        inverse = jnp.where(unseen, 0.0, 1.0 / jnp.where(unseen, 1.0, total))
+        acc *= lax.broadcast_in_dim(inverse, acc.shape, [0])
+        lse = (largest + jnp.log2(jnp.where(unseen, 1.0, total))) * (1.0 / LOG2_E)
+        lse_shared = shared["lse"].at[warpgroup]
+        lse_shared[...] = jnp.where(unseen, -jnp.inf, lse)
+        out_shared = q_shared  # its query is spent
+        out_rows = results.output.at[batch, rows, head]
+        if results.unclipped is not None:
+            out_shared[...] = acc.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_shared, results.unclipped.at[batch, rows, head])
+        if isinstance(spec.readout, ExampleReadout):
+            acc = _release(
+                acc, arrays, shared, barriers, batch, head, row_begin, warpgroup,
+                spec=spec, tile=tile, simulate=simulate,
+            )  # fmt: skip
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        out_shared[...] = acc.astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_shared, out_rows)
+        plgpu.copy_smem_to_gmem(lse_shared, results.lse.at[batch, head, rows])
+        plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(warpgroup == COMPUTE_WARPGROUPS)
+    def produce():
+        if not simulate:
+            plgpu.set_max_registers(24 if tile.noise_warpgroup else 40, action="decrease")
+        kv_head = lax.div(head, jnp.int32(group))
+
+        @pl.loop(steps.begin, steps.end)
+        def _(step):
+            slot = slot_of(step)
+            source = (batch, pl.ds(step * block_kv, block_kv), kv_head)
+
+            def load(name: str, array: Any):
+                @pl.when(step - steps.begin >= stages)
+                def _():
+                    plgpu.barrier_wait(barriers[name + "_free"].at[slot])
+
+                plgpu.copy_gmem_to_smem(
+                    array.at[source], shared[name].at[slot], barriers[name].at[slot]
+                )
+
+            load("key", arrays.key)
+            load("value", arrays.value)
+
+        @pl.loop(jnp.maximum(steps.begin, steps.end - stages), steps.end)
+        def _(step):  # leave no arrival unseen
+            for name in ("key_free", "value_free"):
+                plgpu.barrier_wait(barriers[name].at[slot_of(step)])
+
+    if tile.noise_warpgroup:
+
+        @pl.when(warpgroup == COMPUTE_WARPGROUPS + 1)
+        def make_noise():
+            if not simulate:
+                plgpu.set_max_registers(56, action="decrease")
+            for part in range(COMPUTE_WARPGROUPS):
+                row_begin = program_begin + part * block_q
+                normals = _normals(arrays, batch, head, row_begin, block_q, head_size, simulate)
+                shared["noise"].at[part][...] = normals
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(barriers["noise"])
+
+
+def _normals(arrays, batch, head, row_begin, block_q, head_size, simulate):
+    return tile_normals(
+        (arrays.key_words[batch, 0], arrays.key_words[batch, 1]),
+        arrays.batch_index[batch],
+        arrays.head_start[batch] + head.astype(jnp.uint32),
+        row_begin.astype(jnp.uint32),
+        (block_q, head_size),
+        simulate=simulate,
+    )
+
+
+def _release(
+    acc, arrays, shared, barriers, batch, head, row_begin, warpgroup, *, spec, tile, simulate
+):
+    """Clips each row, adds the noise, snaps."""
+    acc = clip_rows(acc, spec.readout.l2_clip_norm)
+    if tile.noise_warpgroup:
+        plgpu.barrier_wait(barriers["noise"])
+        noise = plgpu.load(shared["noise"].at[warpgroup], layout=WGMMA, optimized=False)
+    else:
+        noise = _normals(arrays, batch, head, row_begin, *acc.shape, simulate)
+    # In units of the grid: a power of two, so its reciprocal is exact and no division is left.
+    inverse = 1.0 / arrays.grids[head]
+    return snap((acc + arrays.stddevs[head] * noise) * inverse, 1.0) * arrays.grids[head]
+
+
+def attention_forward(
+    spec: AttentionSpec, arrays: ForwardArrays, tile: ForwardTiles, *, interpret: Any = None
+) -> ForwardResults:
+    """Runs the kernel.
+
+    Args:
+      spec: `readout` is `Plain` or `ExampleReadout` with `clip="row"`; `scale` > 0.
+      arrays: query (B, T, N, H), key and value (B, S, K, H), bfloat16 or float16; the noise
+        operands where the readout asks for noise.
+      tile: tile sizes that fit shared memory for H rounded up to a multiple of 64.
+      interpret: parameters of the Mosaic GPU simulator, None on a GPU.
+
+    Returns:
+      ForwardResults; `unclipped` is None under `Plain`.
+    """
+    shape = arrays.query.shape
+    keys, kv_heads = arrays.key.shape[1:3]
+    arrays = arrays._replace(
+        query=pad_sequence(arrays.query),
+        key=pad_sequence(arrays.key),
+        value=pad_sequence(arrays.value),
+    )
+    batch, num_queries, heads, head_size = arrays.query.shape
+    dtype = arrays.query.dtype
+    programs = tiles.cdiv(num_queries, tile.rows)
+    released = isinstance(spec.readout, ExampleReadout)
+    like_query = jax.ShapeDtypeStruct(arrays.query.shape, dtype)
+    out_type = (
+        like_query,
+        jax.ShapeDtypeStruct((batch, heads, programs * tile.rows), jnp.float32),
+        *((like_query,) if released else ()),
+    )
+    shared = {
+        "query": tiled_shared((COMPUTE_WARPGROUPS, tile.block_q, head_size), dtype),
+        "key": tiled_shared((tile.stages, tile.block_kv, head_size), dtype),
+        "value": tiled_shared((tile.stages, tile.block_kv, head_size), dtype),
+        "lse": plgpu.SMEM((COMPUTE_WARPGROUPS, tile.block_q), jnp.float32),
+    }
+    barriers = {
+        "query": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
+        "key": plgpu.Barrier(num_barriers=tile.stages),
+        "value": plgpu.Barrier(num_barriers=tile.stages),
+        "key_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=tile.stages),
+        "value_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=tile.stages),
+        "turn": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+    }
+    if tile.noise_warpgroup:
+        shared["noise"] = plgpu.SMEM((COMPUTE_WARPGROUPS, tile.block_q, head_size), jnp.float32)
+        barriers["noise"] = plgpu.Barrier()
+    present = [x is not None for x in arrays]
+
+    def kernel(*refs):
+        operands = iter(refs[: sum(present)])
+        refs = refs[sum(present) :]
+        in_refs = ForwardArrays(*(next(operands) if there else None for there in present))
+        output, lse, *unclipped = refs[: len(out_type)]
+        _body(
+            in_refs,
+            ForwardResults(output, unclipped[0] if unclipped else None, lse),
+            *refs[len(out_type) :],
+            spec=spec,
+            tile=tile,
+            keys=keys,
+            group=heads // kv_heads,
+            simulate=interpret is not None,
+        )
+
+    output, lse, *unclipped = plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=(shared, barriers),
+        grid=(heads, programs, batch),
+        grid_names=("heads", "rows", "batch"),
+        num_threads=COMPUTE_WARPGROUPS + 1 + tile.noise_warpgroup,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="dpfa_attention_forward",
+        interpret=interpret,
+    )(*(x for x in arrays if x is not None))
+    cut = tuple(slice(size) for size in shape)
+    return ForwardResults(
+        output[cut], unclipped[0][cut] if unclipped else None, lse[..., : shape[1]]
+    )

@@ -1,0 +1,58 @@
+"""How arrays lie in shared memory and registers, and which keys of a tile each row sees."""
+
+import math
+from typing import Any
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+
+from dpfa_jax.kernels.base import AttentionSpec
+from dpfa_jax.kernels.mosaic_gpu import tiles
+from dpfa_jax.kernels.mosaic_gpu.tiles import Scalar
+
+LOG2_E = math.log2(math.e)
+WGMMA = plgpu.Layout.WGMMA
+ROW = plgpu.Layout.WGMMA.reduce(1)
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+def tiled_shared(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory laid out for the tensor cores."""
+    itemsize = jnp.dtype(dtype).itemsize
+    swizzle = plgpu.find_swizzle(shape[-1] * itemsize * 8)
+    transforms = (
+        plgpu.TilingTransform((8, swizzle // itemsize)),
+        plgpu.SwizzleTransform(swizzle),
+    )
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def pad_sequence(x: jax.Array) -> jax.Array:
+    """(B, T, N, H) with zeros up to multiples of 8 in T and of 64 in H, as TMA tiles need."""
+    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % 8), (0, 0), (0, -x.shape[3] % 64)))
+
+
+def visible(
+    spec: AttentionSpec,
+    shape: tuple[int, int],
+    row_begin: Scalar,
+    column_begin: Scalar,
+    key_length: Scalar,
+    query_length: Scalar | None,
+    *,
+    transposed: bool = False,
+) -> jax.Array:
+    """Which keys (columns) of one tile each query (row) sees; `transposed`: keys are the rows."""
+    q_axis, k_axis = (1, 0) if transposed else (0, 1)
+    row = row_begin + plgpu.broadcasted_iota(jnp.int32, shape, q_axis, layout=WGMMA)
+    column = column_begin + plgpu.broadcasted_iota(jnp.int32, shape, k_axis, layout=WGMMA)
+    seen = column < key_length
+    right, left = tiles.right_reach(spec), tiles.left_reach(spec)
+    if right is not None:
+        seen &= column <= row + right
+    if left is not None:
+        seen &= column >= row - left
+    if query_length is not None:
+        seen &= row < query_length
+    return seen

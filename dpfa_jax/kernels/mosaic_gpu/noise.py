@@ -1,0 +1,87 @@
+"""Clip and noise of one tile, in the registers of one warpgroup."""
+
+import jax
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+
+from dpfa_jax.noise.normals import normal_pair
+from dpfa_jax.noise.threefry import threefry2x32
+
+# One register per lane holds the pair of columns (2j, 2j + 1) of the WGMMA layout: the same tiles
+# with half the columns.
+_PAIRS = plgpu.Layout.TILED(
+    plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))),
+    warp_dims=(-7,),
+    lane_dims=(-3, -2),
+    vector_dim=-1,
+)
+
+
+# What float32 may lose in the norm of a row of 256 numbers: sum, product and approximate root.
+_NORM_MARGIN = 1.0 - 2.0**-18
+
+
+def clip_rows(x: jax.Array, l2_clip_norm: float) -> jax.Array:
+    """Rows of norm <= l2_clip_norm; a row that is not finite becomes zero.
+
+    The largest entry is divided out first, so that no square overflows or vanishes.
+    """
+    largest = jnp.maximum(jnp.abs(x).max(axis=1), 1e-30)
+    unscaled = x * lax.broadcast_in_dim(1.0 / largest, x.shape, [0])
+    square = (unscaled * unscaled).sum(axis=1)
+    bound = l2_clip_norm * _NORM_MARGIN
+    scale = jnp.minimum(1.0, (bound / largest) * lax.rsqrt(square))
+    # NaN and infinity make `square` NaN. A select, not a product: 0 * NaN is NaN.
+    scale = jnp.where(square < jnp.inf, scale, 0.0)
+    scale = lax.broadcast_in_dim(scale, x.shape, [0])
+    return jnp.where(scale > 0.0, x * scale, 0.0)
+
+
+def _interleave(even: jax.Array, odd: jax.Array, *, simulate: bool) -> jax.Array:
+    """(R, C / 2) twice -> (R, C): a move between names of registers, no instruction."""
+    rows, half = even.shape
+    if simulate:
+        return jnp.stack([even, odd], axis=-1).reshape(rows, 2 * half)
+
+    @plgpu.inline_mgpu(
+        arg_types=(_PAIRS, _PAIRS),
+        return_type=plgpu.ShapeDtypeStruct(
+            (rows, 2 * half), jnp.float32, layout=plgpu.Layout.WGMMA
+        ),
+    )
+    def join(_, even, odd):
+        registers = np.empty(even.registers.shape, dtype=object)
+        for index, first in np.ndenumerate(even.registers):
+            registers[index] = mgpu.utils.vector_concat([first, odd.registers[index]])
+        target = plgpu.Layout.WGMMA.to_mgpu()
+        registers = registers.reshape(target.registers_shape((rows, 2 * half)))
+        return mgpu.FragmentedArray(_registers=registers, _layout=target, _is_signed=None)
+
+    return join(even, odd)
+
+
+def tile_normals(
+    key_words: tuple[jax.Array, jax.Array],
+    batch: jax.Array,
+    head: jax.Array,
+    row_begin: jax.Array,
+    shape: tuple[int, int],
+    *,
+    simulate: bool,
+) -> jax.Array:
+    """Standard normals of rows [row_begin, row_begin + R) and all C columns of one head."""
+    rows, columns = shape
+    half = (rows, columns // 2)
+    layout = _PAIRS
+    row = row_begin + plgpu.broadcasted_iota(jnp.uint32, half, 0, layout=layout)
+    pair = plgpu.broadcasted_iota(jnp.uint32, half, 1, layout=layout)
+    high = (batch << 12) | head
+    low = (row << 9) | pair
+    words = threefry2x32(*key_words, jnp.full_like(low, high), low)
+    cosine, sine = normal_pair(*words)
+    # The approximate logarithm may come out above 0 where u is within 2^-22 of 1: radius 0.
+    cosine, sine = (jnp.where(z == z, z, 0.0) for z in (cosine, sine))
+    return _interleave(cosine, sine, simulate=simulate)

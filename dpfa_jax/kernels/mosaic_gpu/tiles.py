@@ -1,0 +1,191 @@
+"""Which tiles a kernel walks: plain integer arithmetic, on ints and on traced scalars alike."""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from dpfa_jax.kernels.base import AttentionSpec
+
+Scalar = int | jax.Array
+
+# Shared memory that one block of a Hopper GPU can own, less room for barriers and reductions.
+SHARED_MEMORY_BYTES = 227 * 1024 - 4096
+WARPGROUP_ROWS = 64
+COMPUTE_WARPGROUPS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardTiles:
+    """Tile sizes of the forward kernel.
+
+    Attributes:
+      block_q: query rows of one compute warpgroup; a program owns two such blocks.
+      block_kv: keys of one step.
+      stages: key and value tiles in flight.
+      noise_warpgroup: a spare warpgroup makes the noise during the key loop (else: the epilogue).
+    """
+
+    block_q: int = 64
+    block_kv: int = 128
+    stages: int = 2
+    noise_warpgroup: bool = False
+
+    def __post_init__(self) -> None:
+        if self.block_q % WARPGROUP_ROWS or self.block_kv % 64 or self.stages < 2:
+            raise ValueError(f"{self} is no tiling: block_q % 64, block_kv % 64, stages >= 2")
+
+    @property
+    def rows(self) -> int:
+        """Query rows of one program."""
+        return COMPUTE_WARPGROUPS * self.block_q
+
+    def shared_bytes(self, head_size: int) -> int:
+        """Shared memory of one program, for 16-bit inputs."""
+        q = self.rows * head_size * 2
+        kv = self.stages * self.block_kv * head_size * 4
+        noise = self.rows * head_size * 4 if self.noise_warpgroup else 0
+        return q + kv + noise + self.rows * 4
+
+
+def forward_tiles(head_size: int, keys: int) -> ForwardTiles:
+    """Tiles for a padded head size and a number of keys."""
+    stages = 2 if keys <= 256 else 3
+    for candidate in (
+        ForwardTiles(block_kv=128, stages=stages),
+        ForwardTiles(block_kv=128, stages=2),
+        ForwardTiles(block_kv=64, stages=2),
+    ):
+        if candidate.shared_bytes(head_size) <= SHARED_MEMORY_BYTES:
+            return candidate
+    raise ValueError(f"head_size={head_size}: no tile of the forward kernel fits")
+
+
+@dataclasses.dataclass(frozen=True)
+class BackwardTiles:
+    """Tile sizes of the two backward kernels (rows are those of one warpgroup)."""
+
+    block_q_dq: int = 64
+    block_kv_dq: int = 64
+    block_q_dkv: int = 64
+    block_kv_dkv: int = 64
+    stages: int = 2
+
+
+class StepRange(NamedTuple):
+    """Steps [begin, end) of a loop over tiles; those of [full_begin, full_end) need no mask."""
+
+    begin: Scalar
+    full_begin: Scalar
+    full_end: Scalar
+    end: Scalar
+
+
+def cdiv(a: Scalar, b: int) -> Scalar:
+    """Ceiling of a / b, for a >= 0."""
+    return (a + b - 1) // b if isinstance(a, int) else lax.div(a + (b - 1), jnp.int32(b))
+
+
+def _fdiv(a: Scalar, b: int) -> Scalar:
+    return a // b if isinstance(a, int) else lax.div(a, jnp.int32(b))
+
+
+def _least(a: Scalar, b: Scalar) -> Scalar:
+    both = isinstance(a, int) and isinstance(b, int)
+    return min(a, b) if both else jnp.minimum(jnp.int32(a), jnp.int32(b))
+
+
+def _most(a: Scalar, b: Scalar) -> Scalar:
+    both = isinstance(a, int) and isinstance(b, int)
+    return max(a, b) if both else jnp.maximum(jnp.int32(a), jnp.int32(b))
+
+
+def _when(condition: bool | jax.Array, value: Scalar) -> Scalar:
+    if isinstance(condition, bool):
+        return value if condition else 0
+    return jnp.where(condition, jnp.int32(value), jnp.int32(0))
+
+
+def right_reach(spec: AttentionSpec) -> int | None:
+    """Keys s <= t + right_reach are seen by row t; None: no bound."""
+    right = None if spec.local_window is None else spec.local_window[1]
+    if not spec.is_causal:
+        return right
+    return 0 if right is None else min(0, right)
+
+
+def left_reach(spec: AttentionSpec) -> int | None:
+    """Keys s >= t - left_reach are seen by row t; None: no bound."""
+    return None if spec.local_window is None else spec.local_window[0]
+
+
+def key_steps(
+    spec: AttentionSpec,
+    row_begin: Scalar,
+    rows: int,
+    block_kv: int,
+    key_length: Scalar,
+    query_length: Scalar | None,
+) -> StepRange:
+    """Key tiles that query rows [row_begin, row_begin + rows) of one program need.
+
+    `key_length` is the number of keys that exist; a row at or past `query_length` sees none.
+    """
+    right, left = right_reach(spec), left_reach(spec)
+    last, every = key_length, key_length  # end of the keys that some row, that each row sees
+    if right is not None:
+        last = _most(0, _least(last, row_begin + rows + right))
+        every = _most(0, _least(every, row_begin + 1 + right))
+    first, late = 0, 0  # begin of the keys that some row, that each row sees
+    if left is not None:
+        first = _most(0, row_begin - left)
+        late = _most(0, row_begin + rows - 1 - left)
+    if query_length is not None:
+        last = _when(query_length > row_begin, last)
+        every = _when(query_length >= row_begin + rows, every)
+    begin = _fdiv(first, block_kv)
+    end = _most(begin, cdiv(last, block_kv))
+    full_begin = _least(_most(cdiv(late, block_kv), begin), end)
+    full_end = _most(_least(_fdiv(every, block_kv), end), full_begin)
+    return StepRange(begin, full_begin, full_end, end)
+
+
+def query_steps(
+    spec: AttentionSpec, key_begin: Scalar, keys: int, block_q: int, num_queries: int
+) -> StepRange:
+    """Query tiles that see keys [key_begin, key_begin + keys); lengths are left to the mask."""
+    right, left = right_reach(spec), left_reach(spec)
+    first, late = 0, 0
+    if right is not None:
+        first = _least(_most(0, key_begin - right), num_queries)
+        late = _most(0, key_begin + keys - 1 - right)
+    last, every = num_queries, num_queries
+    if left is not None:
+        last = _least(last, key_begin + keys + left)
+        every = _least(every, key_begin + 1 + left)
+    begin = _fdiv(first, block_q)
+    end = _most(begin, cdiv(last, block_q))
+    full_begin = _least(_most(cdiv(late, block_q), begin), end)
+    full_end = _most(_least(_fdiv(every, block_q), end), full_begin)
+    return StepRange(begin, full_begin, full_end, end)
+
+
+def within_key_length(
+    steps: StepRange, key_begin: Scalar, keys: int, key_length: Scalar
+) -> StepRange:
+    """`steps` of a program that owns keys [key_begin, key_begin + keys): none if they do not exist.
+
+    Where only some exist, every step needs the mask.
+    """
+    if isinstance(key_begin, int) and isinstance(key_length, int):
+        begin, full_begin, full_end, end = steps
+        if key_begin >= key_length:
+            return StepRange(begin, begin, begin, begin)
+        return steps if key_begin + keys <= key_length else StepRange(begin, end, end, end)
+    begin, full_begin, full_end, end = (jnp.int32(x) for x in steps)
+    end = jnp.where(key_begin < key_length, end, begin)
+    is_whole = key_begin + keys <= key_length
+    full_begin = jnp.where(is_whole, full_begin, end)
+    return StepRange(begin, full_begin, jnp.where(is_whole, full_end, end), end)
