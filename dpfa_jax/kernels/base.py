@@ -113,11 +113,14 @@ class AttentionOutputs(NamedTuple):
         returned to a caller); None under `Plain`, where it is `output`, and under `MemoryReadout`.
       lse: log-sum-exp of each row's logits in float32, natural logarithm; -inf for a row that sees
         no key. None under `MemoryReadout`.
+      weights: the softmax weights, where a backend found the matrix small enough to keep; as
+        `unclipped`, never returned to a caller. Their layout is the backend's own.
     """
 
     output: Float[Array, "B T N H"]
     unclipped: Float[Array, "B T N H"] | None
     lse: Float[Array, "B T N"] | None
+    weights: Float[Array, "..."] | None = None
 
 
 class AttentionGradients(NamedTuple):

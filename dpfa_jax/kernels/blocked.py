@@ -34,11 +34,11 @@ class Blocked:
             sums = memory_loop.sums(spec, spec.readout, inputs)
             released = epilogue.memory(spec.readout, sums, inputs.noise)
             return AttentionOutputs(released.astype(dtype), None, None)
-        normalised, lse = softmax_loop.forward(spec, inputs)
+        normalised, lse, weights = softmax_loop.forward(spec, inputs)
         if isinstance(spec.readout, ExampleReadout):
             released = epilogue.example(spec.readout, normalised, inputs.noise)
-            return AttentionOutputs(released.astype(dtype), normalised, lse)
-        return AttentionOutputs(normalised.astype(dtype), None, lse)
+            return AttentionOutputs(released.astype(dtype), normalised, lse, weights)
+        return AttentionOutputs(normalised.astype(dtype), None, lse, weights)
 
     def backward(
         self,
@@ -59,7 +59,7 @@ class Blocked:
         if lse_cotangent is not None:
             output_dot = output_dot - lse_cotangent.astype(dtype)
         query, key, value, bias = softmax_loop.backward(
-            spec, inputs, outputs.lse, cotangent, output_dot
+            spec, inputs, outputs.lse, outputs.weights, cotangent, output_dot
         )
         return AttentionGradients(
             query.astype(inputs.query.dtype),

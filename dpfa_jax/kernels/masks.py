@@ -13,6 +13,13 @@ from jaxtyping import Array, Bool, Int
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec
 
 
+def hides(spec: AttentionSpec, inputs: AttentionInputs) -> bool:
+    """Whether any argument may hide a key from a row."""
+    arrays = (inputs.mask, inputs.query_lengths, inputs.key_lengths)
+    is_hidden = any(array is not None for array in arrays)
+    return spec.is_causal or spec.local_window is not None or is_hidden
+
+
 def is_row_dependent(spec: AttentionSpec, inputs: AttentionInputs) -> bool:
     """Whether one key may be visible to one row (or head) and hidden from another."""
     mask = inputs.mask

@@ -18,6 +18,8 @@ from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, group_size
 
 # One block serves up to this many logits of a head: there a loop costs more than it saves.
 ONE_BLOCK = 512 * 512
+# Up to this many logits the weights are kept for the backward pass: making them anew costs more.
+KEPT_WEIGHTS = 128 * 128
 BLOCK_Q = 256
 BLOCK_KV = 512
 
@@ -146,17 +148,14 @@ def put(
 
 def forward(
     spec: AttentionSpec, inputs: AttentionInputs
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
-    """Normalised output and log-sum-exp, both in the accumulator's type."""
+) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"], Float[Array, "B K G T S"] | None]:
+    """Normalised output, log-sum-exp, and the weights where they are few; all as accumulated."""
     problem = Problem(spec, inputs)
     value, is_shielded = _shield(spec, inputs)
     blocks = Blocks.of(problem.query_length, problem.key_length)
 
-    def softmax_of(i: Int[Array, ""] | int, j: Int[Array, ""] | int) -> tiles.Softmax:
-        tile = problem.tile(
-            blocks, problem.query, inputs.key, value, i, j, count_rows_once=False
-        )
-        return tiles.attend(spec, tile)
+    def tile_of(i: Int[Array, ""] | int, j: Int[Array, ""] | int) -> tiles.Tile:
+        return problem.tile(blocks, problem.query, inputs.key, value, i, j, count_rows_once=False)
 
     def finish(softmax: tiles.Softmax) -> tuple[jax.Array, jax.Array]:
         if is_shielded:
@@ -164,8 +163,13 @@ def forward(
         return tiles.normalised(softmax)
 
     if blocks.is_single:
-        output, lse = finish(softmax_of(0, 0))
-        return problem.by_head(output), problem.by_head(lse)
+        is_kept = blocks.rows * blocks.keys <= KEPT_WEIGHTS and spec.logits_soft_cap is None
+        if is_kept:
+            softmax, weights = tiles.attend_keeping_weights(spec, tile_of(0, 0))
+        else:
+            softmax, weights = tiles.attend(spec, tile_of(0, 0)), None
+        output, lse = finish(softmax)
+        return problem.by_head(output), problem.by_head(lse), weights
 
     dtype = tiles.accumulator(inputs.query.dtype)
     batch, _, key_heads, groups, _ = problem.query.shape
@@ -182,7 +186,7 @@ def forward(
             ),
         )
         softmax = jax.lax.fori_loop(
-            first, stop, lambda j, so_far: tiles.merge(so_far, softmax_of(i, j)), empty
+            first, stop, lambda j, so_far: tiles.merge(so_far, tiles.attend(spec, tile_of(i, j))), empty
         )
         output, lse = finish(softmax)
         return put(done[0], output, start), put(done[1], lse, start)
@@ -193,13 +197,14 @@ def forward(
         manual_axes.zeros((batch, length, key_heads, groups), dtype, problem.axes),
     )
     output, lse = jax.lax.fori_loop(0, blocks.num_rows, query_block, nothing)
-    return problem.by_head(output), problem.by_head(lse)
+    return problem.by_head(output), problem.by_head(lse), None
 
 
 def backward(
     spec: AttentionSpec,
     inputs: AttentionInputs,
     lse: Float[Array, "B T N"],
+    weights: Float[Array, "B K G T S"] | None,
     cotangent: Float[Array, "B T N H"],
     output_dot: Float[Array, "B T N"],
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
@@ -208,20 +213,23 @@ def backward(
     `output_dot`: row-wise product of output and cotangent, less the cotangent of `lse`.
     """
     problem = Problem(spec, inputs)
-    # Hidden entries have weight 0, which removes a factor only if that factor is finite.
-    query, key, value = (
-        tiles.finite_or_zero(x) for x in (problem.query, inputs.key, inputs.value)
-    )
+    query, key, value = problem.query, inputs.key, inputs.value
+    if masks.hides(spec, inputs):
+        # A hidden entry has weight 0, which removes a factor only if that factor is finite.
+        key, value = tiles.finite_or_zero(key), tiles.finite_or_zero(value)
+        if not spec.is_causal or inputs.query_lengths is not None or inputs.mask is not None:
+            query = tiles.finite_or_zero(query)
     lse, cotangent, output_dot = map(problem.by_group, (lse, cotangent, output_dot))
     blocks = Blocks.of(problem.query_length, problem.key_length)
 
     def gradients_of(i: Int[Array, ""] | int, j: Int[Array, ""] | int):  # noqa: ANN202
         tile = problem.tile(blocks, query, key, value, i, j, count_rows_once=True)
-        if blocks.is_single:
-            return tiles.attend_backward(spec, tile, lse, cotangent, output_dot)
-        row, _ = problem.starts(blocks, i, j)
-        rows = (cut(x, row, blocks.rows) for x in (lse, cotangent, output_dot))
-        return tiles.attend_backward(spec, tile, *rows)
+        rows = lse, cotangent, output_dot
+        if not blocks.is_single:
+            row, _ = problem.starts(blocks, i, j)
+            rows = tuple(cut(x, row, blocks.rows) for x in rows)
+        known = tiles.recomputed_weights(spec, tile, rows[0]) if weights is None else (weights, None)
+        return tiles.attend_backward(spec, tile, *known, *rows[1:])
 
     if blocks.is_single:
         d_query, d_key, d_value, d_biased = gradients_of(0, 0)

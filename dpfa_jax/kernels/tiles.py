@@ -92,20 +92,48 @@ def unshielded(values: Float[Array, "B t K G h"]) -> Float[Array, "B t K G H"]:
     return jnp.where(values[..., -1:] > 0, jnp.nan, values[..., :-1])
 
 
-def attend(spec: AttentionSpec, tile: Tile) -> Softmax:
-    """Softmax of one rectangle alone."""
+def relative_weights(
+    spec: AttentionSpec, tile: Tile
+) -> tuple[Float[Array, "B K G t"], Float[Array, "B K G t s"]]:
+    """Each row's largest logit, and exp(logits - largest)."""
     logits_BKGTS = biased(raw_logits(spec, tile), tile)
     maximum = jnp.max(logits_BKGTS, axis=-1, initial=-jnp.inf)
     # A row without keys has maximum -inf; exp(-inf - 0) = 0 gives it weight 0 instead of NaN.
     safe = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
-    weights_BKGTS = jnp.exp(logits_BKGTS - safe[..., None])
-    values = jnp.einsum(
+    return maximum, jnp.exp(logits_BKGTS - safe[..., None])
+
+
+def attend(spec: AttentionSpec, tile: Tile) -> Softmax:
+    """Softmax of one rectangle alone, not yet normalised."""
+    maximum, weights_BKGTS = relative_weights(spec, tile)
+    total = jnp.sum(weights_BKGTS, axis=-1)
+    return Softmax(maximum, total, weighted_values(weights_BKGTS, tile.value))
+
+
+def attend_keeping_weights(
+    spec: AttentionSpec, tile: Tile
+) -> tuple[Softmax, Float[Array, "B K G t s"]]:
+    """Softmax of one rectangle that is the whole matrix, and its normalised weights."""
+    maximum, weights_BKGTS = relative_weights(spec, tile)
+    total = jnp.sum(weights_BKGTS, axis=-1)
+    is_empty = total == 0
+    weights_BKGTS = weights_BKGTS / jnp.where(is_empty, 1.0, total)[..., None]
+    safe = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
+    lse = jnp.where(is_empty, -jnp.inf, safe + jnp.log(jnp.where(is_empty, 1.0, total)))
+    one = jnp.where(is_empty, 0.0, 1.0).astype(total.dtype)
+    return Softmax(lse, one, weighted_values(weights_BKGTS, tile.value)), weights_BKGTS
+
+
+def weighted_values(
+    weights: Float[Array, "B K G t s"], value: Float[Array, "B s K h"]
+) -> Float[Array, "B t K G h"]:
+    """sum_s weights v, products in the values' dtype, sums in the weights'."""
+    return jnp.einsum(
         "bkgts,bskh->btkgh",
-        weights_BKGTS.astype(tile.value.dtype),
-        tile.value,
-        preferred_element_type=logits_BKGTS.dtype,
+        weights.astype(value.dtype),
+        value,
+        preferred_element_type=weights.dtype,
     )
-    return Softmax(maximum, jnp.sum(weights_BKGTS, axis=-1), values)
 
 
 def merge(one: Softmax, other: Softmax) -> Softmax:
@@ -128,35 +156,46 @@ def normalised(
     return softmax.values / _by_row(total), jnp.moveaxis(lse, 3, 1)
 
 
-def attend_backward(
-    spec: AttentionSpec,
-    tile: Tile,
-    lse: Float[Array, "B t K G"],
-    cotangent: Float[Array, "B t K G H"],
-    output_dot: Float[Array, "B t K G"],
-) -> tuple[jax.Array, jax.Array, jax.Array, Float[Array, "B K G t s"]]:
-    """Gradients of one rectangle with respect to query, key, value and biased logits.
-
-    Weights are recomputed from `lse`. `output_dot` is the row-wise product of output and
-    cotangent, less the cotangent of `lse` (Dao et al., 2022). All in the accumulator's type.
-    """
-    dtype = accumulator(tile.query.dtype)
+def recomputed_weights(
+    spec: AttentionSpec, tile: Tile, lse: Float[Array, "B t K G"]
+) -> tuple[Float[Array, "B K G t s"], Float[Array, "B K G t s"] | None]:
+    """Softmax weights of one rectangle from `lse`, and the cap's derivative where there is one."""
     raw_BKGTS = raw_logits(spec, tile)
     lse_BKGT = jnp.moveaxis(lse, 1, 3)
     # An empty row has lse = -inf; against +inf every weight is exp(-inf) = 0.
     safe = jnp.where(jnp.isneginf(lse_BKGT), jnp.inf, lse_BKGT)
     weights_BKGTS = jnp.exp(biased(raw_BKGTS, tile) - safe[..., None])
-    stored = tile.query.dtype
+    if spec.logits_soft_cap is None:
+        return weights_BKGTS, None
+    ratio = raw_BKGTS / jnp.asarray(spec.logits_soft_cap, raw_BKGTS.dtype)
+    return weights_BKGTS, 1.0 - ratio * ratio
+
+
+def attend_backward(
+    spec: AttentionSpec,
+    tile: Tile,
+    weights: Float[Array, "B K G t s"],
+    slope: Float[Array, "B K G t s"] | None,
+    cotangent: Float[Array, "B t K G H"],
+    output_dot: Float[Array, "B t K G"],
+) -> tuple[jax.Array, jax.Array, jax.Array, Float[Array, "B K G t s"]]:
+    """Gradients of one rectangle with respect to query, key, value and biased logits.
+
+    `weights` are the softmax weights, `slope` the derivative of the cap. `output_dot` is the
+    row-wise product of output and cotangent, less the cotangent of the log-sum-exp (Dao et al.,
+    2022). Results are in the accumulator's type.
+    """
+    dtype, stored = accumulator(tile.query.dtype), tile.query.dtype
     cotangent = cotangent.astype(stored)
     d_value = jnp.einsum(
-        "bkgts,btkgh->bskh", weights_BKGTS.astype(stored), cotangent, preferred_element_type=dtype
+        "bkgts,btkgh->bskh", weights.astype(stored), cotangent, preferred_element_type=dtype
     )
     d_weights = jnp.einsum("btkgh,bskh->bkgts", cotangent, tile.value, preferred_element_type=dtype)
-    d_biased = weights_BKGTS * (d_weights - jnp.moveaxis(output_dot, 1, 3)[..., None])
+    d_biased = weights * (d_weights - jnp.moveaxis(output_dot, 1, 3)[..., None])
     d_logits = d_biased
-    if spec.logits_soft_cap is not None:
-        ratio = raw_BKGTS / jnp.asarray(spec.logits_soft_cap, dtype)
-        d_logits = jnp.where(d_biased == 0, 0.0, d_biased * (1.0 - ratio * ratio))
+    if slope is not None:
+        # A hidden entry may have any bytes, hence a NaN slope, and has no derivative.
+        d_logits = jnp.where(d_biased == 0, 0.0, d_biased * slope)
     d_logits = (d_logits * jnp.asarray(spec.scale, dtype)).astype(stored)
     d_query = jnp.einsum("bkgts,bskh->btkgh", d_logits, tile.key, preferred_element_type=dtype)
     d_key = jnp.einsum("bkgts,btkgh->bskh", d_logits, tile.query, preferred_element_type=dtype)
