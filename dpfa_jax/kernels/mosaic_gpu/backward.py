@@ -18,7 +18,6 @@ from dpfa_jax.kernels.mosaic_gpu.layouts import (
     COLUMN,
     LOG2_E,
     ROW,
-    WGMMA,
     pad_sequence,
     tiled_shared,
     visible,
@@ -335,7 +334,7 @@ def _launch(body, arrays, out_type, shared, barriers, grid, names, name, interpr
         grid_names=names,
         num_threads=COMPUTE_WARPGROUPS + 1,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name=name,
         interpret=interpret,
     )(*(x for x in arrays if x is not None))
@@ -380,7 +379,7 @@ def attention_backward(
     batch, num_queries, heads, head_size = arrays.query.shape
     kv_heads = k_shape[2]
     dtype = query.dtype
-    static = dict(spec=spec, tile=tile, keys=keys, group=group)
+    static = {"spec": spec, "tile": tile, "keys": keys, "group": group}
     like_query = jax.ShapeDtypeStruct(arrays.query.shape, dtype)
     like_key = jax.ShapeDtypeStruct(arrays.key.shape, dtype)
 

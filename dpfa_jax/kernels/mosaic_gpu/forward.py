@@ -14,6 +14,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from dpfa_jax.core.generators import BOX_MULLER_TAIL
 from dpfa_jax.kernels.base import AttentionSpec, ExampleReadout
 from dpfa_jax.kernels.mosaic_gpu import tiles
 from dpfa_jax.kernels.mosaic_gpu.layouts import (
@@ -24,18 +25,20 @@ from dpfa_jax.kernels.mosaic_gpu.layouts import (
     tiled_shared,
     visible,
 )
-from dpfa_jax.kernels.mosaic_gpu.noise import clip_rows, tile_normals
+from dpfa_jax.kernels.mosaic_gpu.noise import clip_rows, snap_tile, tile_normals
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ForwardTiles
-from dpfa_jax.noise.grid import snap
 
 # Start of the running maximum: finite, so that a row with no key yet gives exp2(-inf) = 0, no NaN.
 LOWEST = -1e38
+# Columns that the noise warpgroup makes at a time.
+NOISE_COLUMNS = 16
 
 
 class ForwardArrays(NamedTuple):
     """Operands of the kernel; absent ones are None.
 
-    `stddevs`, `grids`: (N,) float32. `key_words`: (B, 2), `batch_index`, `head_start`: (B,) uint32.
+    `stddevs`, `grids`: (B, N) float32. `key_words`: (B, 2), `batch_index`, `head_start`: (B,)
+    uint32. Every operand has the batch axis, so that a vmapped axis can be folded into it.
     """
 
     query: Any
@@ -248,21 +251,29 @@ def _body(
         def make_noise():
             if not simulate:
                 plgpu.set_max_registers(56, action="decrease")
-            for part in range(COMPUTE_WARPGROUPS):
-                row_begin = program_begin + part * block_q
-                normals = _normals(arrays, batch, head, row_begin, block_q, head_size, simulate)
-                shared["noise"].at[part][...] = normals
+            chunks = head_size // NOISE_COLUMNS
+
+            # Few columns at a time: this warpgroup owns few registers.
+            @pl.loop(0, COMPUTE_WARPGROUPS * chunks)
+            def _(chunk):
+                part = lax.div(chunk, jnp.int32(chunks))
+                shared["noise"].at[chunk][...] = _normals(
+                    arrays, batch, head, program_begin + part * block_q,
+                    (chunk - part * chunks) * NOISE_COLUMNS, (block_q, NOISE_COLUMNS), simulate,
+                )  # fmt: skip
+
             plgpu.commit_smem()
             plgpu.barrier_arrive(barriers["noise"])
 
 
-def _normals(arrays, batch, head, row_begin, block_q, head_size, simulate):
+def _normals(arrays, batch, head, row_begin, column_begin, shape, simulate):
     return tile_normals(
         (arrays.key_words[batch, 0], arrays.key_words[batch, 1]),
         arrays.batch_index[batch],
-        arrays.head_start[batch] + head.astype(jnp.uint32),
-        row_begin.astype(jnp.uint32),
-        (block_q, head_size),
+        arrays.head_start[batch] + lax.convert_element_type(head, jnp.uint32),
+        lax.convert_element_type(row_begin, jnp.uint32),
+        lax.convert_element_type(column_begin, jnp.uint32),
+        shape,
         simulate=simulate,
     )
 
@@ -274,16 +285,32 @@ def _release(
     acc = clip_rows(acc, spec.readout.l2_clip_norm)
     if tile.noise_warpgroup:
         plgpu.barrier_wait(barriers["noise"])
-        noise = plgpu.load(shared["noise"].at[warpgroup], layout=WGMMA, optimized=False)
+        chunks = acc.shape[1] // NOISE_COLUMNS
+        noise = jnp.concatenate(
+            [
+                plgpu.load(shared["noise"].at[warpgroup * chunks + chunk], layout=WGMMA)
+                for chunk in range(chunks)
+            ],
+            axis=1,
+        )
     else:
-        noise = _normals(arrays, batch, head, row_begin, *acc.shape, simulate)
-    # In units of the grid: a power of two, so its reciprocal is exact and no division is left.
-    inverse = 1.0 / arrays.grids[head]
-    return snap((acc + arrays.stddevs[head] * noise) * inverse, 1.0) * arrays.grids[head]
+        noise = _normals(arrays, batch, head, row_begin, jnp.int32(0), acc.shape, simulate)
+    readout = spec.readout
+    largest = max(
+        (readout.l2_clip_norm + 2.0 * BOX_MULLER_TAIL * stddev) / grid
+        for stddev, grid in zip(readout.noise_stddevs, readout.grids, strict=True)
+    )
+    stddev, grid = arrays.stddevs[batch, head], arrays.grids[batch, head]
+    return snap_tile(acc + stddev * noise, grid, largest)
 
 
 def attention_forward(
-    spec: AttentionSpec, arrays: ForwardArrays, tile: ForwardTiles, *, interpret: Any = None
+    spec: AttentionSpec,
+    arrays: ForwardArrays,
+    tile: ForwardTiles,
+    *,
+    keep_unclipped: bool = True,
+    interpret: Any = None,
 ) -> ForwardResults:
     """Runs the kernel.
 
@@ -292,6 +319,7 @@ def attention_forward(
       arrays: query (B, T, N, H), key and value (B, S, K, H), bfloat16 or float16; the noise
         operands where the readout asks for noise.
       tile: tile sizes that fit shared memory for H rounded up to a multiple of 64.
+      keep_unclipped: whether a backward pass will want `unclipped`.
       interpret: parameters of the Mosaic GPU simulator, None on a GPU.
 
     Returns:
@@ -307,12 +335,12 @@ def attention_forward(
     batch, num_queries, heads, head_size = arrays.query.shape
     dtype = arrays.query.dtype
     programs = tiles.cdiv(num_queries, tile.rows)
-    released = isinstance(spec.readout, ExampleReadout)
+    keep_unclipped &= isinstance(spec.readout, ExampleReadout)
     like_query = jax.ShapeDtypeStruct(arrays.query.shape, dtype)
     out_type = (
         like_query,
         jax.ShapeDtypeStruct((batch, heads, programs * tile.rows), jnp.float32),
-        *((like_query,) if released else ()),
+        *((like_query,) if keep_unclipped else ()),
     )
     shared = {
         "query": tiled_shared((COMPUTE_WARPGROUPS, tile.block_q, head_size), dtype),
@@ -329,7 +357,8 @@ def attention_forward(
         "turn": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
     }
     if tile.noise_warpgroup:
-        shared["noise"] = plgpu.SMEM((COMPUTE_WARPGROUPS, tile.block_q, head_size), jnp.float32)
+        chunks = COMPUTE_WARPGROUPS * head_size // NOISE_COLUMNS
+        shared["noise"] = tiled_shared((chunks, tile.block_q, NOISE_COLUMNS), jnp.float32)
         barriers["noise"] = plgpu.Barrier()
     present = [x is not None for x in arrays]
 
@@ -357,7 +386,8 @@ def attention_forward(
         grid_names=("heads", "rows", "batch"),
         num_threads=COMPUTE_WARPGROUPS + 1 + tile.noise_warpgroup,
         thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True),
+        # Reductions along a row stay inside a quad of lanes: they need no shared memory.
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name="dpfa_attention_forward",
         interpret=interpret,
     )(*(x for x in arrays if x is not None))

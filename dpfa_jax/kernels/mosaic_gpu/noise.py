@@ -7,6 +7,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 
+from dpfa_jax.noise.grid import snap
 from dpfa_jax.noise.normals import normal_pair
 from dpfa_jax.noise.threefry import threefry2x32
 
@@ -40,6 +41,15 @@ def clip_rows(x: jax.Array, l2_clip_norm: float) -> jax.Array:
     return jnp.where(scale > 0.0, x * scale, 0.0)
 
 
+def snap_tile(x: jax.Array, grid: jax.Array, largest_multiple: float) -> jax.Array:
+    """`noise.grid.snap`, in two additions where every |x| / grid is publicly known to be small."""
+    if largest_multiple >= 2.0**21:
+        return snap(x, grid)
+    # At 1.5 2^23 the last bit of a float32 counts 1, so the sum is rounded to whole, ties to even.
+    shift = jnp.float32(1.5 * 2.0**23)
+    return ((x * (1.0 / grid) + shift) - shift) * grid
+
+
 def _interleave(even: jax.Array, odd: jax.Array, *, simulate: bool) -> jax.Array:
     """(R, C / 2) twice -> (R, C): a move between names of registers, no instruction."""
     rows, half = even.shape
@@ -68,16 +78,17 @@ def tile_normals(
     batch: jax.Array,
     head: jax.Array,
     row_begin: jax.Array,
+    column_begin: jax.Array,
     shape: tuple[int, int],
     *,
     simulate: bool,
 ) -> jax.Array:
-    """Standard normals of rows [row_begin, row_begin + R) and all C columns of one head."""
+    """Standard normals of R rows and C columns of one head; `column_begin` is even."""
     rows, columns = shape
     half = (rows, columns // 2)
     layout = _PAIRS
     row = row_begin + plgpu.broadcasted_iota(jnp.uint32, half, 0, layout=layout)
-    pair = plgpu.broadcasted_iota(jnp.uint32, half, 1, layout=layout)
+    pair = (column_begin >> 1) + plgpu.broadcasted_iota(jnp.uint32, half, 1, layout=layout)
     high = (batch << 12) | head
     low = (row << 9) | pair
     words = threefry2x32(*key_words, jnp.full_like(low, high), low)

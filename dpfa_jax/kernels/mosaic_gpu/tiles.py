@@ -11,8 +11,8 @@ from dpfa_jax.kernels.base import AttentionSpec
 
 Scalar = int | jax.Array
 
-# Shared memory that one block of a Hopper GPU can own, less room for barriers and reductions.
-SHARED_MEMORY_BYTES = 227 * 1024 - 4096
+# Shared memory that one block of a Hopper GPU can own, less room for barriers.
+SHARED_MEMORY_BYTES = 227 * 1024 - 1024
 WARPGROUP_ROWS = 64
 COMPUTE_WARPGROUPS = 2
 
@@ -50,14 +50,10 @@ class ForwardTiles:
         return q + kv + noise + self.rows * 4
 
 
-def forward_tiles(head_size: int, keys: int) -> ForwardTiles:
+def forward_tiles(spec: AttentionSpec, head_size: int, keys: int) -> ForwardTiles:
     """Tiles for a padded head size and a number of keys."""
-    stages = 2 if keys <= 256 else 3
-    for candidate in (
-        ForwardTiles(block_kv=128, stages=stages),
-        ForwardTiles(block_kv=128, stages=2),
-        ForwardTiles(block_kv=64, stages=2),
-    ):
+    del spec, keys
+    for candidate in (ForwardTiles(block_kv=128), ForwardTiles(block_kv=64)):
         if candidate.shared_bytes(head_size) <= SHARED_MEMORY_BYTES:
             return candidate
     raise ValueError(f"head_size={head_size}: no tile of the forward kernel fits")
@@ -72,6 +68,12 @@ class BackwardTiles:
     block_q_dkv: int = 64
     block_kv_dkv: int = 64
     stages: int = 2
+
+
+def backward_tiles(head_size: int) -> BackwardTiles:
+    """Tiles for a padded head size of at most 128."""
+    del head_size
+    return BackwardTiles()
 
 
 class StepRange(NamedTuple):

@@ -1,0 +1,196 @@
+"""The Hopper backend: what it serves, and how a call becomes kernel launches."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dpfa_jax.kernels import manual_axes
+from dpfa_jax.kernels.base import (
+    AttentionGradients,
+    AttentionInputs,
+    AttentionOutputs,
+    AttentionSpec,
+    ExampleReadout,
+    MemoryReadout,
+)
+from dpfa_jax.kernels.mosaic_gpu.backward import attention_backward
+from dpfa_jax.kernels.mosaic_gpu.forward import ForwardArrays, ForwardResults, attention_forward
+from dpfa_jax.kernels.mosaic_gpu.tiles import backward_tiles, forward_tiles
+
+MAX_HEAD_SIZE = 256
+# Past this the accumulators of dK and dV do not fit the registers of a warpgroup.
+MAX_HEAD_SIZE_BACKWARD = 128
+MAX_BATCH = 65535
+
+
+@functools.cache
+def _hopper_reason() -> str | None:
+    """None where the default GPU is Hopper."""
+    try:
+        device = jax.devices("gpu")[0]
+    except RuntimeError as error:
+        return f"no GPU is visible to JAX ({error})"
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    if capability == "9.0":
+        return None
+    return f"needs compute capability 9.0 (H100, H200), {device.device_kind} has {capability}"
+
+
+def _fold_vmap(function: Any) -> Any:
+    """`function` of arrays with a leading batch axis; a vmapped axis is folded into that axis."""
+    folding = jax.custom_batching.custom_vmap(function)
+
+    @folding.def_vmap
+    def _(axis_size, in_batched, *args):
+        def fold(x: jax.Array, is_batched: bool) -> jax.Array:
+            if not is_batched:
+                x = jnp.broadcast_to(x, (axis_size, *x.shape))
+            return x.reshape(axis_size * x.shape[1], *x.shape[2:])
+
+        def unfold(x: jax.Array) -> jax.Array:
+            return x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:])
+
+        results = folding(*jax.tree.map(fold, args, tuple(in_batched)))
+        return jax.tree.map(unfold, results), jax.tree.map(lambda _: True, results)
+
+    return folding
+
+
+def _varying_as(inputs: Any, results: Any) -> Any:
+    """`results`, marked as varying over the manual mesh axes of `inputs`; kernels drop the marks."""
+    axes = manual_axes.varying_axes(*jax.tree.leaves(inputs))
+    return jax.tree.map(lambda x: manual_axes.vary_over(x, axes), results)
+
+
+def _keep_rows(x: Float[Array, "B T N H"], lengths: jax.Array | None) -> Float[Array, "B T N H"]:
+    """`x` with rows past their example's length replaced by zero: 0 * NaN must not reach a sum."""
+    if lengths is None:
+        return x
+    is_row = jnp.arange(x.shape[1])[None, :] < lengths[:, None]
+    return jnp.where(is_row[:, :, None, None], x, 0)
+
+
+@dataclasses.dataclass(frozen=True)
+class MosaicGpuBackend:
+    """Pallas Mosaic GPU kernels for Hopper.
+
+    Attributes:
+      interpret: parameters of the Mosaic GPU simulator (tests on a CPU); None on a GPU.
+    """
+
+    name: str = "mosaic_gpu"
+    interpret: Any = None
+
+    def cannot(self, spec: AttentionSpec, inputs: AttentionInputs, platform: str) -> str | None:
+        """None if the kernels serve the call on `platform`, else why not."""
+        batch, rows, _, head_size = inputs.query.shape
+        dtypes = {x.dtype for x in (inputs.query, inputs.key, inputs.value)}
+        if self.interpret is None:
+            if platform != "gpu":
+                return f"needs a Hopper GPU, the call is on {platform}"
+            reason = _hopper_reason()
+            if reason is not None:
+                return reason
+        if len(dtypes) > 1 or next(iter(dtypes)) not in (jnp.bfloat16, jnp.float16):
+            names = ", ".join(sorted(str(dtype) for dtype in dtypes))
+            return f"query, key and value must share bfloat16 or float16, got {names}"
+        if inputs.bias is not None:
+            return "an additive bias is not served by these kernels"
+        if inputs.mask is not None:
+            return "a mask array is not served (causal, local window and lengths are)"
+        if isinstance(spec.readout, MemoryReadout):
+            return "the memory readout is not served by these kernels"
+        if isinstance(spec.readout, ExampleReadout) and spec.readout.clip != "row":
+            return (
+                f"clip={spec.readout.clip!r} needs the norm of the whole example; 'row' is served"
+            )
+        if not (math.isfinite(spec.scale) and spec.scale > 0):
+            return f"scale={spec.scale} must be positive for the running maximum"
+        if head_size > MAX_HEAD_SIZE:
+            return f"head size {head_size} is above {MAX_HEAD_SIZE}"
+        if batch > MAX_BATCH:
+            return f"batch {batch} is above {MAX_BATCH}"
+        if 0 in (batch, rows, inputs.key.shape[1], head_size):
+            return "an axis is empty"
+        return None
+
+    def forward(
+        self, spec: AttentionSpec, inputs: AttentionInputs, *, residuals: bool = True
+    ) -> AttentionOutputs:
+        """The readout and its residuals; without `residuals`, `unclipped` is None."""
+        batch = inputs.query.shape[0]
+        arrays = ForwardArrays(
+            inputs.query,
+            inputs.key,
+            _keep_rows(inputs.value, inputs.key_lengths),
+            inputs.query_lengths,
+            inputs.key_lengths,
+        )
+        if isinstance(spec.readout, ExampleReadout):
+            if inputs.noise is None:
+                raise ValueError("noise=None: an example readout needs NoiseInputs")
+            per_head = (spec.readout.noise_stddevs, spec.readout.grids)
+            stddevs, grids = (
+                jnp.broadcast_to(jnp.asarray(x, jnp.float32), (batch, len(x))) for x in per_head
+            )
+            arrays = arrays._replace(**inputs.noise._asdict(), stddevs=stddevs, grids=grids)
+        head_size = inputs.query.shape[3]
+        tile = forward_tiles(spec, -(-head_size // 64) * 64, inputs.key.shape[1])
+        present = [x is not None for x in arrays]
+
+        def run(*operands: jax.Array) -> tuple[jax.Array | None, ...]:
+            given = iter(operands)
+            filled = ForwardArrays(*(next(given) if there else None for there in present))
+            return tuple(
+                attention_forward(
+                    spec, filled, tile, keep_unclipped=residuals, interpret=self.interpret
+                )
+            )
+
+        results = ForwardResults(*_fold_vmap(run)(*(x for x in arrays if x is not None)))
+        outputs = AttentionOutputs(
+            results.output, results.unclipped, jnp.swapaxes(results.lse, 1, 2)
+        )
+        return _varying_as(inputs, outputs)
+
+    def backward(
+        self,
+        spec: AttentionSpec,
+        inputs: AttentionInputs,
+        outputs: AttentionOutputs,
+        cotangent: Float[Array, "B T N H"],
+        lse_cotangent: Float[Array, "B T N"] | None,
+    ) -> AttentionGradients:
+        """Gradients of plain attention; above head size 128 through the blocked backend."""
+        if inputs.query.shape[3] > MAX_HEAD_SIZE_BACKWARD:
+            from dpfa_jax.kernels.blocked import BACKEND as BLOCKED
+
+            return BLOCKED.backward(spec, inputs, outputs, cotangent, lse_cotangent)
+        assert outputs.lse is not None
+        answer = outputs.output if outputs.unclipped is None else outputs.unclipped
+        query, cotangent = (_keep_rows(x, inputs.query_lengths) for x in (inputs.query, cotangent))
+        key, value = (_keep_rows(x, inputs.key_lengths) for x in (inputs.key, inputs.value))
+        delta = jnp.einsum(
+            "btnh,btnh->btn", answer.astype(jnp.float32), cotangent.astype(jnp.float32)
+        )
+        if lse_cotangent is not None:
+            delta -= lse_cotangent.astype(jnp.float32)
+        lse, delta = (jnp.swapaxes(x, 1, 2) for x in (outputs.lse, delta))
+        lengths = () if inputs.key_lengths is None else (inputs.key_lengths,)
+        tile = backward_tiles(-(-query.shape[3] // 64) * 64)
+
+        def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
+            *dense, key_lengths = operands if lengths else (*operands, None)
+            return attention_backward(spec, *dense, key_lengths, tile, interpret=self.interpret)
+
+        operands = (query, key, value, cotangent.astype(query.dtype), lse, delta, *lengths)
+        gradients = AttentionGradients(*_fold_vmap(run)(*operands), None)
+        return _varying_as((inputs, cotangent), gradients)
+
+
+BACKEND = MosaicGpuBackend()
