@@ -22,6 +22,8 @@ class TrainConfig:
       data: r8, movies, mnist, digits, or the path of a .csv or .jsonl file.
       text_column: column of a file that holds the text.
       label_column: column of a file that holds the class.
+      class_names: public names of a file's classes; read from the file, and so made public, where
+        not given.
       model: architecture; the data source's own where not given.
       epsilon: privacy budget. Smaller is more private; 3 is a common upper end.
       delta: chance that the promise of epsilon fails; below 1 / number of examples.
@@ -44,6 +46,7 @@ class TrainConfig:
     data: str = "r8"
     text_column: str | None = None
     label_column: str | None = None
+    class_names: tuple[str, ...] | None = None
     model: str | None = None
     epsilon: float = 3.0
     delta: float = 1e-5
@@ -132,8 +135,11 @@ def _converted(name: str, value: Any, annotation: Any) -> Any:
         return float(value)
     if annotation is Path and isinstance(value, str):
         return Path(value)
+    if annotation == tuple[str, ...] and isinstance(value, list):
+        if all(isinstance(part, str) for part in value):
+            return tuple(value)
     if type(value) is not annotation:
         raise ArgumentError(
-            name, value, f"not of type {annotation.__name__}", "Correct it in the config file."
+            name, value, f"not of type {getattr(annotation, '__name__', annotation)}", "Correct it in the config file."
         )
     return value

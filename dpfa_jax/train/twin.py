@@ -1,5 +1,6 @@
 """The same model trained without privacy, to show what privacy costs. Never written to the disk."""
 
+import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -8,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from dpfa_jax.train.evaluate import Metrics
 from dpfa_jax.train.models import Classifier, Params
+
+
+@dataclasses.dataclass(frozen=True)
+class Twin:
+    """What a twin showed on the held-out examples: at the end, and on the way."""
+
+    final: Metrics
+    history: list[dict[str, float]]
 
 
 def train_twin(

@@ -1,0 +1,84 @@
+"""`dpfa account LEDGER`: verify the chain, compose what was charged, say what is left."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import tyro
+
+from dpfa_jax.accounting import LedgerFile, epsilon
+from dpfa_jax.accounting.budget import largest_count
+from dpfa_jax.cli.entry import DONE, FAILED
+from dpfa_jax.cli.table import print_table
+from dpfa_jax.core import LedgerError
+
+
+@dataclasses.dataclass(frozen=True)
+class AccountConfig:
+    """Verify a ledger and say what it has spent. Exit code 1 where it cannot be trusted.
+
+    Attributes:
+      ledger: the ledger.jsonl of a run, or the run's folder.
+      delta: at which epsilon is stated; the budget's own where not given.
+    """
+
+    ledger: tyro.conf.Positional[Path]
+    delta: float | None = None
+
+
+def run(arguments: list[str]) -> int:
+    """Prints the account and returns the exit code."""
+    config = tyro.cli(AccountConfig, prog="dpfa account", args=arguments)
+    path = config.ledger / "ledger.jsonl" if config.ledger.is_dir() else config.ledger
+    if not path.exists():
+        raise LedgerError(f"ledger = {str(path)!r}: no such file. Pass the ledger.jsonl of a run.")
+    try:
+        file = LedgerFile.open(path, read_only=True)
+    except LedgerError as error:
+        print(f"NOT VERIFIED  {error}")
+        return FAILED
+    with file:
+        print(f"verified: the chain is whole; head {file.head}")
+        _print_account(file, config.delta)
+    return DONE
+
+
+def _print_account(file: LedgerFile, asked_delta: float | None) -> None:
+    ledger, budget = file.ledger, file.budget
+    if file.insecure_test_noise:
+        print("INSECURE: noise from a test seed. This ledger protects nobody; epsilon is infinite.")
+        print("Below: what the same charges would cost with secret noise.")
+    rows = []
+    for entry in ledger.entries:
+        record, noise = entry.record, getattr(entry.record, "noise_multiplier", None)
+        rows.append(
+            (
+                f"{entry.count:,}",
+                getattr(record, "kind", "un-noised"),
+                f"{record.unit}, {record.relation.replace('_', ' ')}",
+                "none" if noise is None else f"{noise:.4f}",
+                getattr(record, "generator", "-"),
+            )
+        )
+    print_table(("answers", "kind", "unit and relation", "noise multiplier", "generator"), rows)
+    delta = asked_delta if asked_delta is not None else (budget.delta if budget else 1e-5)
+    pld = epsilon(ledger, delta, nominal=True)
+    rdp = epsilon(ledger, delta, accountant="rdp", nominal=True)
+    summary = [("delta", f"{delta:g}"), ("epsilon (PLD)", _number(pld))]
+    summary.append(("epsilon (RDP, looser)", _number(rdp)))
+    if budget is not None:
+        summary.append(("budget", f"epsilon {budget.epsilon:g} at delta {budget.delta:g}"))
+        spent = epsilon(ledger, budget.delta, accountant=budget.accountant, nominal=True)
+        summary.append(("budget left", f"epsilon {_number(max(budget.epsilon - spent, 0.0))}"))
+        if len(ledger.entries) == 1:
+            # One kind of answer: how many more of it fit is the exact form of what is left.
+            from dpfa_jax.accounting import Ledger
+
+            only = ledger.entries[0]
+            room = largest_count(budget, Ledger(), only.record) - only.count
+            summary.append(("more such answers", f"{max(room, 0):,}"))
+    print_table(("", ""), summary)
+
+
+def _number(value: float) -> str:
+    return "infinite" if math.isinf(value) else f"{value:.4f}"
