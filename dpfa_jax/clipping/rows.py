@@ -6,9 +6,8 @@ from jaxtyping import Array, Float, Float32
 
 from dpfa_jax.core import ArgumentError, checks
 
-# Beyond these the square or the reciprocal of a float32 clip norm leaves the normal numbers.
+# Far inside float32, so that products with a clip norm stay normal numbers.
 _SMALLEST, _LARGEST = 1e-18, 1e18
-_SMALLEST_NORMAL = 2.0**-126
 
 
 def clip_rows(x: Float[Array, "... D"], l2_clip_norm: float) -> Float32[Array, "... D"]:
@@ -32,15 +31,15 @@ def clip_rows(x: Float[Array, "... D"], l2_clip_norm: float) -> Float32[Array, "
 
     x = x.astype(jnp.float32)
     x = jnp.where(jnp.all(jnp.isfinite(x), axis=-1, keepdims=True), x, 0.0)
-    # Squares of x / largest neither overflow nor vanish together. The result does not depend on
-    # the divisor, so neither does the derivative.
-    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(x), axis=-1, keepdims=True, initial=0.0))
-    largest = jnp.where(largest < _SMALLEST_NORMAL, 1.0, largest)
-    relative = x / largest
-    squares = jnp.sum(relative * relative, axis=-1, keepdims=True)
+    # Scaled by a power of two that brings the largest entry near 1, squares neither overflow nor
+    # vanish. Neither the result nor its derivative depends on the scale.
+    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1, keepdims=True, initial=0.0)
+    scale = _reciprocal_power_of_two(largest)
+    scaled = x * scale
+    squares = jnp.sum(scaled * scaled, axis=-1, keepdims=True)
     length = jnp.sqrt(jnp.where(squares > 0.0, squares, 1.0))
-    keeps = (squares == 0.0) | (largest * length <= limit)
-    return jnp.where(keeps, x, relative * (limit / length))
+    keeps = (squares == 0.0) | (length <= limit * scale)
+    return jnp.where(keeps, x, scaled * (limit / length))
 
 
 def clip_rows_stored(x: Float[Array, "... D"], l2_clip_norm: float) -> Float[Array, "... D"]:
@@ -54,6 +53,13 @@ def clip_rows_stored(x: Float[Array, "... D"], l2_clip_norm: float) -> Float[Arr
             "x", x.dtype, "not a storage type", "Pass float32, bfloat16 or float16."
         )
     return _toward_zero(clip_rows(x, l2_clip_norm), x.dtype)
+
+
+def _reciprocal_power_of_two(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
+    """2^-k, exact, with x 2^-k in [1, 4) for every normal x > 0. A division might underflow."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
+    exponent = jnp.clip(jnp.right_shift(bits, 23), 1, 253)
+    return jax.lax.bitcast_convert_type(jnp.left_shift(254 - exponent, 23), jnp.float32)
 
 
 @jax.custom_jvp

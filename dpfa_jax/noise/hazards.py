@@ -103,7 +103,10 @@ def _varying(value: object) -> frozenset[object]:
     """Mesh axes over which a value differs between shards, as far as its type tells."""
     if value is None or not isinstance(value, jax.core.Tracer):
         return frozenset()
-    return frozenset(getattr(jax.typeof(value), "vma", ()) or ())
+    described = jax.typeof(value)
+    # `vma` became `manual_axis_type.varying` in JAX 0.11.
+    axes = getattr(getattr(described, "manual_axis_type", None), "varying", None)
+    return frozenset(getattr(described, "vma", ()) if axes is None else axes)
 
 
 def _register(noise_key: Key[Array, "..."], numbers: tuple[np.ndarray, ...]) -> None:

@@ -1,0 +1,96 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpfa_jax.clipping.rows import clip_rows, clip_rows_stored
+from dpfa_jax.core import ArgumentError
+
+DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def _hostile(rows, columns, dtype, seed=0):
+    """Rows of every magnitude; a tenth holds 0, subnormals, 1e38, inf or NaN somewhere."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((rows, columns)) * 10.0 ** rng.uniform(-44, 37, (rows, 1))
+    special = np.array([0.0, 1e-40, -1e-45, 1e38, -3e38, np.inf, -np.inf, np.nan])
+    where = rng.integers(0, rows, rows // 10)
+    x[where, rng.integers(0, columns, len(where))] = rng.choice(special, len(where))
+    x[0], x[1], x[2] = 0.0, 1e-40, 3e38
+    with np.errstate(over="ignore"):
+        return jnp.asarray(x.astype(np.float32)).astype(dtype)
+
+
+def _norms(x):
+    return np.linalg.norm(np.asarray(x).astype(np.float64), axis=-1)
+
+
+def _assert_clipped(rows, columns, dtype, bound):
+    x = _hostile(rows, columns, dtype)
+    y = jax.jit(clip_rows_stored, static_argnums=1)(x, bound)
+    assert y.dtype == dtype
+    assert _norms(y).max() <= bound
+    finite = np.isfinite(np.asarray(x).astype(np.float64)).all(-1)
+    assert not finite.all()
+    assert (np.asarray(y)[~finite] == 0).all()
+    inside = finite & (_norms(x) <= bound * 0.999)
+    assert (np.asarray(y)[inside] == np.asarray(x)[inside]).all()
+    # The bound is used: clipped rows keep their direction and nearly all of the norm.
+    outside = finite & (_norms(x) > bound)
+    if dtype == jnp.float32:
+        assert _norms(y)[outside].min() >= bound * (1 - 1e-4)
+    return x
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bound", [1.0, 0.37, 1000.0])
+def test_stored_norm_never_passes_the_bound(dtype, bound):
+    """V4 (20,000 rows of each kind): stored norm <= C in float64; NaN and inf rows are zero."""
+    _assert_clipped(20_000, 33, dtype, bound)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stored_norm_of_a_million_rows(dtype):
+    """V4 at its full size."""
+    _assert_clipped(1_000_000, 16, dtype, 1.0)
+
+
+def test_a_cast_scale_factor_would_be_caught():
+    """V4, negative control: scaling by a factor cast to bfloat16 overshoots the bound."""
+    x = _hostile(20_000, 33, jnp.bfloat16)
+    x = x[np.isfinite(_norms(x)) & (_norms(x) > 1) & (_norms(x) < 1e10)]
+    factor = (1.0 / _norms(x)).astype(jnp.bfloat16)
+    assert _norms(x * jnp.asarray(factor)[:, None]).max() > 1.001
+
+
+def test_derivative_is_that_of_the_projection():
+    """V8 for rows: d clip(x) against a float64 finite difference; no NaN from a bad row."""
+    x = np.random.default_rng(1).standard_normal((5, 8)).astype(np.float32) * 3
+    direction = np.random.default_rng(2).standard_normal(x.shape).astype(np.float32)
+
+    def project(x):
+        return x * np.minimum(1.0, 2.0 / np.linalg.norm(x, axis=-1, keepdims=True))
+
+    step = 1e-6
+    x64, d64 = x.astype(np.float64), direction.astype(np.float64)
+    slope = (project(x64 + step * d64) - project(x64 - step * d64)) / (2 * step)
+    _, tangent = jax.jvp(lambda x: clip_rows(x, 2.0), (x,), (direction,))
+    np.testing.assert_allclose(tangent, slope, atol=2e-5)
+    bad = jnp.asarray([[np.nan, 1.0], [np.inf, 2.0], [0.0, 0.0]])
+    gradient = jax.grad(lambda x: clip_rows(x, 1.0).sum())(bad)
+    assert np.isfinite(gradient).all()
+    assert (gradient[:2] == 0).all()
+
+
+@pytest.mark.parametrize("bound", [0.0, -1.0, float("nan"), float("inf"), 1e30, "1", True])
+def test_bad_bounds_are_refused(bound):
+    """V23."""
+    with pytest.raises(ArgumentError, match="l2_clip_norm"):
+        clip_rows(jnp.ones((2, 3)), bound)
+
+
+def test_integers_are_no_storage_type():
+    """V23."""
+    with pytest.raises(ArgumentError, match="x"):
+        clip_rows_stored(jnp.ones((2, 3), jnp.int32), 1.0)
