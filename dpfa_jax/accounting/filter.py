@@ -14,6 +14,7 @@ import math
 
 import numpy as np
 
+from dpfa_jax.accounting.events import charged_count
 from dpfa_jax.accounting.ledger import Ledger, Record, as_record, record
 from dpfa_jax.accounting.renyi import ORDERS, conversion_credit, renyi_curve
 from dpfa_jax.accounting.tails import TAIL_FACTOR, TailCost, record_tail_cost
@@ -128,6 +129,7 @@ def _tails(ledger: Ledger) -> TailCost:
     for entry in ledger.entries:
         assert isinstance(entry.record, GaussianRecord)
         cost = record_tail_cost(entry.record)
-        delta += entry.count * cost.delta
-        log_factor += entry.count * cost.log_factor
+        count = charged_count(entry.record, entry.count)
+        delta += count * cost.delta
+        log_factor += count * cost.log_factor
     return TailCost(delta, log_factor)

@@ -3,6 +3,7 @@
 import functools
 import math
 
+from dpfa_jax.accounting.events import charged_count
 from dpfa_jax.accounting.ledger import Ledger
 from dpfa_jax.accounting.losses import FINE, composed_epsilon
 from dpfa_jax.accounting.renyi import ORDERS, curve_epsilon, renyi_curve
@@ -54,7 +55,10 @@ def answers_epsilon(
     if not answers:
         return 0.0
     remaining = gaussian_delta(
-        delta, tuple((record_tail_cost(record), count) for record, count in answers)
+        delta,
+        tuple(
+            (record_tail_cost(record), charged_count(record, count)) for record, count in answers
+        ),
     )
     if accountant == "pld":
         return composed_epsilon(answers, remaining, interval)

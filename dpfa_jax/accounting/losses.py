@@ -17,8 +17,8 @@ from dpfa_jax.release import GaussianRecord
 if TYPE_CHECKING:
     from dp_accounting.pld import privacy_loss_distribution
 
-# Against 1e-4, the fine grid adds below 1e-3 to epsilon in 1e4 steps of ordinary DP-SGD, and takes a
-# fifth of the time.
+# Against 1e-4, the fine grid adds below 1e-3 to epsilon in 1e4 steps of ordinary DP-SGD and takes
+# a fifth of the time.
 FINE, COARSE = 5e-4, 1e-3
 
 

@@ -33,7 +33,7 @@ class Sampling:
     truncated_batch_size: int
 
     def __post_init__(self) -> None:
-        checks.choice("sampling.scheme", self.scheme, ("poisson", "shuffled", "full"))
+        checks.choice("sampling", self.scheme, ("poisson", "shuffled", "full"))
         checks.count("dataset_size", self.dataset_size)
         checks.count("expected_batch_size", self.expected_batch_size)
         if self.expected_batch_size > self.dataset_size:
