@@ -1,0 +1,142 @@
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from dpfa_jax.core import KeyReuseError
+from dpfa_jax.noise import guard, insecure_test_key, new_noise_key
+from dpfa_jax.noise.hazards import require_offsets_under_manual_mesh
+
+X, BATCH = jnp.ones(4), jnp.ones((3, 4))
+
+
+def use(key, x, **uses):
+    """Stands for a release: an answer that depends on the guarded key."""
+    word = jax.random.key_data(guard(key, x, **uses))[..., :1].astype(jnp.float32)
+    return x + word * jnp.ones_like(x)
+
+
+def _loss(x, key):
+    return (use(key, x) ** 2).sum()
+
+
+@jax.custom_vjp
+def _custom(key, x):
+    return use(key, x)
+
+
+_custom.defvjp(lambda key, x: (use(key, x), None), lambda _, cotangent: (None, cotangent))
+
+ALLOWED = {
+    "nested jit": lambda k: jax.jit(lambda k, x: jax.jit(use)(k, x))(k, X),
+    "checkpoint": lambda k: jax.grad(lambda x, k: jax.checkpoint(use)(k, x).sum())(X, k),
+    "eager grad, key closed over": lambda k: jax.grad(lambda x: _loss(x, k))(X),
+    "jit grad": lambda k: jax.jit(lambda k, x: jax.value_and_grad(_loss)(x, k))(k, X),
+    "linearize": lambda k: jax.linearize(lambda x: use(k, x), X)[1](X),
+    "hessian": lambda k: jax.hessian(_loss)(X, k),
+    "custom_vjp": lambda k: jax.jit(jax.grad(lambda x, k: _custom(k, x).sum()))(X, k),
+    "vmap over keys": lambda k: jax.vmap(jax.jit(use))(jax.random.split(k, 3), BATCH),
+    "vmap of grad over keys": lambda k: jax.vmap(jax.grad(_loss))(BATCH, jax.random.split(k, 3)),
+    "nested vmap": lambda k: jax.vmap(jax.vmap(use))(
+        jax.random.split(k, (2, 3)), jnp.ones((2, 3, 4))
+    ),
+    "vmap, other axis": lambda k: jax.vmap(use, (0, 1))(jax.random.split(k, 3), BATCH.T),
+    "scan over keys": lambda k: jax.lax.scan(
+        lambda c, k: (use(k, c), None), X, jax.random.split(k, 3)
+    ),
+    "scan, folded in": lambda k: jax.lax.scan(
+        lambda c, i: (use(jax.random.fold_in(k, i), c), None), X, jnp.arange(3)
+    ),
+    "cond operand": lambda k: jax.lax.cond(X[0] > 0, use, lambda k, x: x, k, X),
+}
+
+REFUSED = {
+    "vmap, key not mapped": lambda k: jax.vmap(use, (None, 0))(k, BATCH),
+    "vmap, key closed over": lambda k: jax.vmap(lambda x: use(k, x))(BATCH),
+    "vmap of jit": lambda k: jax.vmap(jax.jit(use), (None, 0))(k, BATCH),
+    "jit of vmap": lambda k: jax.jit(jax.vmap(use, (None, 0)))(k, BATCH),
+    "vmap of checkpoint": lambda k: jax.vmap(jax.checkpoint(use), (None, 0))(k, BATCH),
+    "vmap of custom_vjp": lambda k: jax.vmap(_custom, (None, 0))(k, BATCH),
+    "vmap of grad": lambda k: jax.vmap(jax.grad(_loss), (0, None))(BATCH, k),
+    "inner vmap": lambda k: jax.vmap(jax.vmap(use, (None, 0)))(
+        jax.random.split(k, 2), jnp.ones((2, 3, 4))
+    ),
+    "jit, key closed over": lambda k: jax.jit(lambda x: use(k, x))(X),
+    "scan, key closed over": lambda k: jax.lax.scan(
+        lambda c, _: (use(k, c), None), X, None, length=3
+    ),
+    "scan in jit, key closed over": lambda k: jax.jit(
+        lambda k, x: jax.lax.scan(lambda c, _: (use(k, c), None), x, None, length=3)
+    )(k, X),
+    "scan of grad, key closed over": lambda k: jax.jit(
+        lambda k, x: jax.lax.scan(lambda c, _: (jax.grad(_loss)(c, k), None), x, None, length=3)
+    )(k, X),
+    "while": lambda k: jax.lax.while_loop(lambda c: c[0] < 3, lambda c: use(k, c), X),
+    "fori_loop": lambda k: jax.lax.fori_loop(0, 3, lambda i, c: use(k, c), X),
+    "map": lambda k: jax.lax.map(lambda c: use(k, c), BATCH),
+    "checkpoint, key closed over": lambda k: jax.checkpoint(lambda c: use(k, c))(X),
+    "cond, key closed over": lambda k: jax.lax.cond(X[0] > 0, lambda c: use(k, c), lambda c: c, X),
+}
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_one_use_is_allowed(name):
+    """V11: what draws once a release passes, under every transformation."""
+    jax.block_until_ready(ALLOWED[name](new_noise_key()))
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_planted_reuse_is_refused(name):
+    """V11: reuse planted by vmap, scan and closure."""
+    with pytest.raises(KeyReuseError, match="noise_key"):
+        REFUSED[name](new_noise_key())
+
+
+def test_second_eager_use_is_refused():
+    """V11: the same key on two calls; (release_id, layer) tells uses apart; test keys are exempt."""
+    key = new_noise_key()
+    use(key, X, uses=(0, 0))
+    use(key, X, uses=(0, 1))
+    with pytest.raises(KeyReuseError) as caught:
+        use(key, X, uses=(0, 1))
+    assert all(str(word) not in str(caught.value) for word in jax.random.key_data(key).tolist())
+    keys = new_noise_key((3,))
+    jax.vmap(use)(keys, BATCH)
+    with pytest.raises(KeyReuseError):
+        use(keys[1], X)
+    with pytest.raises(KeyReuseError):
+        jax.vmap(use)(jnp.stack([key] * 3), BATCH)
+    use(insecure_test_key(0), X)
+    use(insecure_test_key(0), X)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_local_counters_under_shard_map_are_refused(check_vma):
+    """V11: the fourth plant. (How the axis is found does not depend on the number of devices.)"""
+    axis = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def answer(start):
+        def local(key, x):
+            offset = start()
+            require_offsets_under_manual_mesh(key, x, batch_start=offset, head_start=0)
+            return use(key, x)
+
+        specs = {"mesh": axis, "in_specs": (P(), P("d")), "out_specs": P("d")}
+        return jax.shard_map(local, check_vma=check_vma, **specs)
+
+    for wrap in (lambda f: f, jax.jit):
+        wrap(answer(lambda: jax.lax.axis_index("d")))(new_noise_key(), BATCH)
+        with pytest.raises(KeyReuseError, match="batch_start"):
+            wrap(answer(lambda: None))(new_noise_key(), BATCH)
+        if check_vma:
+            with pytest.raises(KeyReuseError, match="batch_start"):
+                wrap(answer(lambda: 0))(new_noise_key(), BATCH)
+    require_offsets_under_manual_mesh(new_noise_key(), X, batch_start=None, head_start=None)
+
+
+def test_shard_map_closure_is_refused():
+    """V11."""
+    axis = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+    key = new_noise_key()
+    with pytest.raises(KeyReuseError):
+        jax.shard_map(lambda x: use(key, x), mesh=axis, in_specs=P("d"), out_specs=P("d"))(BATCH)
