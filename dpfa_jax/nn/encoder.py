@@ -7,12 +7,12 @@ from dpfa_jax.nn.block import Block
 
 
 class Encoder(nnx.Module):
-    """Pre-norm transformer encoder (Vaswani et al., 2017) with a final norm.
+    """Pre-norm transformer encoder (Vaswani et al., 2017).
 
     Nothing couples the rows of a batch: one example's output depends on that example only, so
     per-example gradients exist. Use it functionally through `nnx.split` and `nnx.merge`.
 
-    Args: as `Block`, and `num_layers`.
+    Args: as `Block`, `num_layers`, and `final_norm`: normalise each position at the end.
     """
 
     def __init__(
@@ -24,6 +24,7 @@ class Encoder(nnx.Module):
         *,
         num_kv_heads: int | None = None,
         residual_init: nnx.Initializer | None = None,
+        final_norm: bool = True,
         rngs: nnx.Rngs,
     ):
         self.blocks = nnx.List(
@@ -37,7 +38,7 @@ class Encoder(nnx.Module):
             )
             for _ in range(num_layers)
         )
-        self.norm = nnx.LayerNorm(features, rngs=rngs)
+        self.norm = nnx.LayerNorm(features, rngs=rngs) if final_norm else None
 
     def __call__(
         self, x: Float[Array, "B S E"], is_real: Bool[Array, "B S"] | None = None
@@ -46,4 +47,4 @@ class Encoder(nnx.Module):
         mask = None if is_real is None else is_real[:, None, None, :]
         for block in self.blocks:
             x = block(x, mask)
-        return self.norm(x)
+        return x if self.norm is None else self.norm(x)

@@ -31,8 +31,8 @@ class Defaults:
     """
 
     model: str = "transformer"
-    features: int = 32
-    num_heads: int = 2
+    features: int = 64
+    num_heads: int = 4
     hidden_features: int = 64
     num_layers: int = 1
     patch_size: int = 4
@@ -40,8 +40,8 @@ class Defaults:
     clip: float = 1.0
     batch: int = 512
     steps: int = 120
-    learning_rate: float = 1e-2
-    first_moment: float = 0.9
+    learning_rate: float = 2e-2
+    first_moment: float = 0.5
     second_moment: float = 0.999
     average_decay: float = 0.0
     configurations_tried: int | None = None
@@ -51,7 +51,7 @@ _TEXT = Defaults()
 _IMAGE = dataclasses.replace(_TEXT, batch=256)
 
 DEFAULTS = {
-    "r8": _TEXT,
+    "r8": dataclasses.replace(_TEXT, configurations_tried=129),
     "movies": _TEXT,
     "mnist": _IMAGE,
     "digits": dataclasses.replace(_IMAGE, batch=128, patch_size=2),

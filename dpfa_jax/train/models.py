@@ -40,14 +40,14 @@ def build_model(
     *,
     features: int = 64,
     num_heads: int = 4,
-    hidden_features: int = 128,
+    hidden_features: int = 64,
     num_layers: int = 1,
     patch_size: int = 4,
 ) -> Classifier:
     """A classifier for `data`; of the data it reads the kind, shapes, class names and public table.
 
     Args:
-      name: "transformer" (projection, pre-norm encoder, mean over positions, linear head) or
+      name: "transformer" (projection, pre-norm encoder, mean over positions, norm, linear head) or
         "linear" (logistic regression on the mean of the positions).
       features, num_heads, hidden_features, num_layers: of the encoder.
       patch_size: side of the square patches that an image is cut into; it divides both sides.

@@ -8,9 +8,10 @@ from dpfa_jax.nn import Encoder
 
 
 class TransformerClassifier(nnx.Module):
-    """Projection, pre-norm encoder, mean over the real positions, linear head.
+    """Projection, pre-norm encoder, mean over the real positions, norm, linear head.
 
-    The head starts at zero and each block as the identity, so the first noisy steps train a linear
+    The norm comes after the mean: the mean of many positions is small, and small features make
+    small gradients, which the noise then drowns. The head starts at zero and each block as the identity, so the first noisy steps train a linear
     model, which small signals can; attention and MLP grow in later.
     """
 
@@ -33,8 +34,15 @@ class TransformerClassifier(nnx.Module):
             nnx.Param(0.02 * rngs.params.normal((length, features))) if learn_positions else None
         )
         self.encoder = Encoder(
-            features, num_heads, hidden_features, num_layers, residual_init=zeros, rngs=rngs
+            features,
+            num_heads,
+            hidden_features,
+            num_layers,
+            residual_init=zeros,
+            final_norm=False,
+            rngs=rngs,
         )
+        self.norm = nnx.LayerNorm(features, rngs=rngs)
         self.head = nnx.Linear(features, classes, kernel_init=zeros, rngs=rngs)
 
     def __call__(
@@ -44,7 +52,7 @@ class TransformerClassifier(nnx.Module):
         x = self.project(x)
         if self.position is not None:
             x = x + self.position[...]
-        return self.head(_mean(self.encoder(x, is_real), is_real))
+        return self.head(self.norm(_mean(self.encoder(x, is_real), is_real)))
 
 
 class LinearClassifier(nnx.Module):
