@@ -34,13 +34,13 @@ def verified_body(line: bytes, previous: str, number: int) -> tuple[dict[str, An
     """Body and hash of one complete line (newline included). Errors: LedgerError."""
     try:
         value = json.loads(line)
-        body, digest = value["body"], value["hash"]
+        body, digest, follows = value["body"], value["hash"], value["previous"]
         intact = (canonical(value) + "\n").encode("ascii") == line
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _broken(number, "it is no JSON line of a ledger") from error
     if not intact:
         raise _broken(number, "it is not in canonical form")
-    if value["previous"] != previous:
+    if follows != previous:
         raise _broken(number, "it does not follow the line before it")
     if digest != _digest(body, previous):
         raise _broken(number, "its hash does not match its content")

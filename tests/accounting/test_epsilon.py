@@ -304,7 +304,7 @@ def test_v23_calibration_refuses():
         calibrate(SUM, delta=DELTA)
     with pytest.raises(ArgumentError, match="epsilon = -1"):
         calibrate(SUM, delta=DELTA, epsilon=-1.0, count=3)
-    with pytest.raises(ArgumentError, match="delta = 0.001"):
+    with pytest.raises(ArgumentError, match=r"delta = 0\.001"):
         calibrate(training(), delta=1e-3, epsilon=1.0, count=3)
     with pytest.raises(BudgetExceededError, match="one answer alone"):
         calibrate(SUM, delta=DELTA, epsilon=0.1)

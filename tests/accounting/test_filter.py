@@ -46,10 +46,10 @@ def test_v22_refusal_comes_before_the_launch():
     launched = 0
     with pytest.raises(BudgetExceededError, match="Nothing may be released"):
         while True:
-            keep = keep.spend(POOL[3])
+            keep = keep.spend(POOL[5])
             launched += 1
     assert keep.ledger.total_count == launched >= 1
-    assert not keep.admits(POOL[3])
+    assert not keep.admits(POOL[5])
 
 
 def test_v22_alerts():

@@ -134,7 +134,7 @@ def test_delta_is_reduced_by_the_tail_and_must_be_a_hundred_times_it():
     remaining = (delta - 4 * cost.delta) * math.exp(-4 * cost.log_factor)
     assert epsilon(ledger, delta) == composed_epsilon(((release.record(), 4),), remaining)
     assert gaussian_delta_at(2.0, epsilon(ledger, delta)) < delta
-    with pytest.raises(ArgumentError, match="delta = .* 100 times") as caught:
+    with pytest.raises(ArgumentError, match=r"delta = .* 100 times") as caught:
         epsilon(ledger, 99.0 * 4 * cost.delta)
     assert "more noise" in caught.value.advice
 

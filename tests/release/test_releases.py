@@ -123,7 +123,8 @@ def test_bad_arguments_are_refused_by_name(release, name, value):
     with pytest.raises(ArgumentError) as caught:
         dataclasses.replace(release, **{name: value})
     assert caught.value.parameter == name
-    assert repr(value) in str(caught.value)
+    assert repr(caught.value.value) in repr(value)
+    assert repr(caught.value.value) in str(caught.value)
     assert caught.value.advice in str(caught.value) and caught.value.advice
 
 

@@ -216,38 +216,34 @@ def test_v1_many_restarts(name):
 
 
 def joint_head_clip_case():
-    """Values clipped over all heads together, the ratio form's bound of per-head clips over sqrt(H).
+    """Values clipped over all heads together, and one head's bound claimed for the whole row.
 
-    One head may hold the whole norm, so the joint clip does not divide the bound by sqrt(H).
+    Each head attends to another key, whose whole norm may lie in that head, so the others that the
+    record displaces do not share one norm.
     """
-    m, heads, n, big_b, c, d = 2, 4, 6, 1.0, 1.0, 3
+    heads, big_b, c = 36, 3.0, 1.0
+    n = heads + 1
 
-    def answer(q, k, v):
-        flat = clip(v.transpose(1, 0, 2).reshape(n, heads * d), c)
-        joint = flat.reshape(n, heads, d).transpose(1, 0, 2)
-        weights = np.exp(np.clip(np.einsum("hmd,hnd->hmn", q, k), -big_b, big_b))
-        return np.einsum("hmn,hnd->hmd", weights / weights.sum(-1, keepdims=True), joint)
+    def answer(k, v):
+        joint = clip(v.T, c).T
+        weights = np.exp(np.clip(k, -big_b, big_b))
+        return np.sum(weights / weights.sum(-1, keepdims=True) * joint, axis=-1)
 
-    def change(q, k, v, v_new):
-        two = v.copy()
-        two[:, :1] = v_new
-        return float(np.linalg.norm(answer(q, k, two) - answer(q, k, v)))
+    def change(k, v, k_new, v_new):
+        k_two, v_two = k.copy(), v.copy()
+        k_two[:, :1], v_two[:, :1] = k_new, v_new
+        return float(np.linalg.norm(answer(k_two, v_two) - answer(k, v)))
 
     def start(rng):
-        direction = np.eye(d)[0]
-        q = np.broadcast_to(100.0 * direction, (heads, m, d)).copy()
-        k = np.broadcast_to(-direction, (heads, n, d)).copy()
-        k[:, 0] = direction
-        v = np.zeros((heads, n, d))
-        v[0, :] = 100.0 * direction
-        v_new = np.zeros((heads, 1, d))
-        v_new[0] = -100.0 * direction
-        return [q, k, v, v_new]
+        k = np.full((heads, n), -100.0)
+        k[:, 0] = 100.0
+        k[:, 1:][np.eye(heads, dtype=bool)] = 100.0
+        v = np.zeros((heads, n))
+        v[:, 1:] = np.eye(heads)
+        return [k, v, np.full((heads, 1), -100.0), np.zeros((heads, 1))]
 
-    per_head = sensitivity.memory_ratio(c / math.sqrt(heads), big_b, m, n, 1)
-    shapes = ((heads, m, d), (heads, n, d), (heads, n, d), (heads, 1, d))
-    # The planted claim: per-head norm c / sqrt(H) for one head, as if the joint norm were shared.
-    return Case(shapes, change, per_head, (start,))
+    shapes = ((heads, n), (heads, n), (heads, 1), (heads, 1))
+    return Case(shapes, change, sensitivity.memory_ratio(c, big_b, 1, n, 1), (start,))
 
 
 WRONG = {
