@@ -1,0 +1,175 @@
+"""V16 for training: each broken build of the real step is caught by a named check.
+
+The checks in `helpers.dpsgd_cases` first pass on the build as it is. A mutant then replaces one
+function of the library and the check named beside it must fail.
+"""
+
+import importlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import dpsgd_cases as cases
+
+from dpfa_jax.clipping import trees
+from dpfa_jax.dpsgd import step
+from dpfa_jax.noise import fields, grid
+
+# `dpfa_jax.dpsgd.noisy_sum` is the function; its module carries the same name.
+noisy_sum = importlib.import_module("dpfa_jax.dpsgd.noisy_sum")
+CHECKS = [value for name, value in vars(cases).items() if name.startswith("check_")]
+
+
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_the_build_passes(check):
+    check()
+
+
+def mutant(check, where, attribute, build):
+    return pytest.param(where, attribute, build, check, id=build.__name__)
+
+
+def no_clip(original):
+    return lambda *a, l2_clip_norms, **k: original(
+        *a, l2_clip_norms=tuple(1e6 for _ in l2_clip_norms), **k
+    )
+
+
+def clip_the_batch_and_not_the_example(original):
+    def build(loss_fn, params, batch, is_real, **kwargs):
+        def total(params, _):
+            return jnp.sum(jnp.where(is_real, loss_fn(params, batch), 0.0))[None]
+
+        one = {"none": jnp.zeros((1, 1))}
+        return original(total, params, one, jnp.ones(1, bool), **kwargs | {"micro_batch_size": 1})
+
+    return build
+
+
+def looser_clip_norm(original):
+    return lambda *a, l2_clip_norms, **k: original(
+        *a, l2_clip_norms=tuple(1.1 * norm for norm in l2_clip_norms), **k
+    )
+
+
+def padding_counts(original):
+    return lambda gradients, is_real, **k: original(gradients, jnp.ones_like(is_real), **k)
+
+
+def nan_passes(original):
+    def build(gradients, is_real, **kwargs):
+        clean = original(gradients, is_real, **kwargs)
+        raw = jax.tree.map(
+            lambda g: jnp.einsum("b,b...->...", is_real.astype(g.dtype), g), gradients
+        )
+        return jax.tree.map(lambda c, r: jnp.where(jnp.isfinite(r), c, r), clean, raw)
+
+    return build
+
+
+def one_example_dropped(original):
+    return lambda gradients, is_real, **k: original(gradients, is_real.at[0].set(False), **k)
+
+
+def one_leaf_unnoised(original):
+    return lambda key, leaf, shape: original(key, leaf, shape) * (leaf != 1)
+
+
+def quieter_noise(original):
+    return lambda key, leaf, shape: 0.8 * original(key, leaf, shape)
+
+
+def one_number_a_leaf(original):
+    return lambda key, leaf, shape: jnp.broadcast_to(original(key, leaf, ()), shape)
+
+
+def same_key_for_every_leaf(original):
+    return lambda key, leaf, shape: original(key, 0, shape)
+
+
+def noise_before_the_sum(original):
+    """As every shard of a batch would add it before the all-reduce: two draws, not one."""
+    return lambda key, leaf, shape: original(key, leaf, shape) + original(key, leaf + 100, shape)
+
+
+def same_noise_in_every_step(original):
+    return lambda noise_key, step_number: original(noise_key, jnp.zeros_like(step_number))
+
+
+def unsnapped(original):
+    return lambda x, _: x
+
+
+def clip_after_noise(original):
+    def build(x, cell):
+        snapped = original(x, cell)
+        return snapped * jnp.minimum(1.0, 1.0 / jnp.maximum(jnp.linalg.norm(snapped), 1e-6))
+
+    return build
+
+
+def true_batch_size(original):
+    """Divides the sum by the true batch size, as ordinary training does."""
+
+    def build(loss_fn, params, batch, is_real, **kwargs):
+        total = original(loss_fn, params, batch, is_real, **kwargs)
+        return jax.tree.map(lambda s: s * 8.0 / jnp.maximum(jnp.sum(is_real), 1), total)
+
+    return build
+
+
+def skipped_when_empty(original):
+    """No step where nobody was drawn: that tells that nobody was."""
+    return lambda x, cell: jnp.where(jnp.max(jnp.abs(x)) > 3.0, original(x, cell), 0.0)
+
+
+@pytest.mark.parametrize(
+    ("where", "attribute", "build", "check"),
+    [
+        mutant(cases.check_clipped_sum, trees, "clipped_rows_sum", no_clip),
+        mutant(cases.check_clipped_sum, step, "clipped_sum", clip_the_batch_and_not_the_example),
+        mutant(cases.check_clipped_sum, trees, "clipped_rows_sum", one_example_dropped),
+        mutant(
+            cases.check_one_example_moves_the_sum_by_at_most_the_clip_norm,
+            trees,
+            "clipped_rows_sum",
+            looser_clip_norm,
+        ),
+        mutant(cases.check_padding_counts_as_zero, trees, "clipped_rows_sum", padding_counts),
+        mutant(
+            cases.check_non_finite_examples_count_as_zero, trees, "clipped_rows_sum", nan_passes
+        ),
+        mutant(cases.check_noise_on_every_number, fields, "parameter_noise", one_leaf_unnoised),
+        mutant(cases.check_noise_on_every_number, fields, "parameter_noise", quieter_noise),
+        mutant(cases.check_noise_on_every_number, fields, "parameter_noise", noise_before_the_sum),
+        mutant(cases.check_noise_on_every_number, grid, "snap", clip_after_noise),
+        mutant(cases.check_noise_on_every_number, grid, "snap", skipped_when_empty),
+        mutant(
+            cases.check_noise_differs_between_steps_and_numbers,
+            fields,
+            "parameter_noise",
+            one_number_a_leaf,
+        ),
+        mutant(
+            cases.check_noise_differs_between_steps_and_numbers,
+            fields,
+            "parameter_noise",
+            same_key_for_every_leaf,
+        ),
+        mutant(
+            cases.check_noise_differs_between_steps_and_numbers,
+            noisy_sum,
+            "_bound_to",
+            same_noise_in_every_step,
+        ),
+        mutant(cases.check_released_values_lie_on_the_grid, grid, "snap", unsnapped),
+        mutant(
+            cases.check_division_by_the_expected_batch_size, step, "clipped_sum", true_batch_size
+        ),
+    ],
+)
+def test_the_mutant_is_caught(where, attribute, build, check, monkeypatch):
+    monkeypatch.setattr(where, attribute, build(getattr(where, attribute)))
+    with np.errstate(all="ignore"), pytest.raises(AssertionError):
+        check()
