@@ -11,8 +11,9 @@ class TransformerClassifier(nnx.Module):
     """Projection, pre-norm encoder, mean over the real positions, norm, linear head.
 
     The norm comes after the mean: the mean of many positions is small, and small features make
-    small gradients, which the noise then drowns. The head starts at zero and each block as the identity, so the first noisy steps train a linear
-    model, which small signals can; attention and MLP grow in later.
+    small gradients, which the noise then drowns. The head starts at zero and each block as the
+    identity, so the first noisy steps train a linear model, which small signals can; attention and
+    MLP grow in later.
     """
 
     def __init__(
