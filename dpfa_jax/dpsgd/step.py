@@ -122,7 +122,9 @@ def make_dp_step(
                     "released. Plan, and charge, more steps."
                 )
         if not jax.config.jax_disable_jit:  # else noisy_sum's own guard already sees the key
-            noise_key = hazards.guard(noise_key, uses=(step_number, TRAINING_LAYER))
+            traced = isinstance(step_number, jax.core.Tracer)
+            uses = () if traced else (step_number, TRAINING_LAYER)
+            noise_key = hazards.guard(noise_key, step_number, uses=uses)
         params, opt_state = jitted(
             step_number, state.params, state.opt_state, batch, is_real, noise_key
         )

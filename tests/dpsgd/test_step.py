@@ -1,0 +1,217 @@
+"""The built step as a program: what it holds, what it returns, what does not change it."""
+
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from helpers.dpsgd_cases import batch_of, flat, loss_fn, params_of, plan_of, release_once
+
+from dpfa_jax import dpsgd
+from dpfa_jax.core import ArgumentError, KeyReuseError
+from dpfa_jax.noise.keys import insecure_test_key, new_noise_key
+
+
+def primitives(jaxpr) -> list[str]:
+    """Names of all primitives, those of inner programs included."""
+    names = []
+    for equation in jaxpr.eqns:
+        names.append(equation.primitive.name)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    names += primitives(inner)
+    return names
+
+
+def built(optimizer=None, **changes):
+    dp = dpsgd.make_dp_step(loss_fn, optimizer or optax.adam(0.1), plan_of(**changes))
+    return dp, (dp.init(params_of()), batch_of(16), jnp.ones(16, bool), insecure_test_key(0))
+
+
+def test_the_program_holds_one_noise_draw_a_parameter_and_no_callback():
+    """V24. Controls: a callback in the loss and a second draw are counted."""
+    dp, arguments = built()
+    names = primitives(jax.make_jaxpr(dp.step)(*arguments).jaxpr)
+    assert names.count("cos") == len(jax.tree.leaves(params_of()))
+    assert not [name for name in names if "callback" in name or name == "outfeed"]
+    text = jax.jit(dp.step).lower(*arguments).as_text()
+    assert "callback" not in text and "outfeed" not in text
+
+    def watched(params, batch):
+        jax.debug.callback(lambda x: None, batch["x"])
+        return loss_fn(params, batch)
+
+    def twice(state, batch, is_real, noise_key):
+        return dp.step(dp.step(state, batch, is_real, noise_key), batch, is_real, noise_key)
+
+    spied = dpsgd.make_dp_step(watched, optax.adam(0.1), plan_of())
+    assert [n for n in primitives(jax.make_jaxpr(spied.step)(*arguments).jaxpr) if "callback" in n]
+    assert primitives(jax.make_jaxpr(twice)(*arguments).jaxpr).count("cos") == 2 * len(
+        jax.tree.leaves(params_of())
+    )
+
+
+def test_every_result_is_computed_from_noised_sums_only():
+    """V24: results are the state and nothing else, and each number of them moves with the noise."""
+    dp, (state, batch, real, _) = built(noise_multiplier=64.0)
+    one, other = (dp.step(state, batch, real, insecure_test_key(seed)) for seed in (0, 1))
+    assert jax.tree.structure(one) == jax.tree.structure(state)
+    moments = one.opt_state[0]
+    for tree, twin in (
+        (one.params, other.params),
+        (moments.mu, other.opt_state[0].mu),
+        (moments.nu, other.opt_state[0].nu),
+    ):
+        # mu tells more than params: Adam's first step keeps little but the sign.
+        equal = np.mean(flat(tree) == flat(twin))
+        assert equal < 0.75 if tree is one.params else equal < 0.1
+    assert int(one.step) == 1 and int(moments.count) == 1
+
+
+def test_micro_batches_do_not_change_what_is_released():
+    """V10: bit for bit where sums are exact (dyadic, unclipped), to one grid cell otherwise."""
+
+    def linear(params, batch):
+        return batch["x"] @ params["w"]
+
+    rng = np.random.default_rng(0)
+    batch = {"x": (rng.integers(-64, 64, (16, 25)) / 8).astype(np.float32)}
+    real = np.arange(16) < 11
+
+    def released(micro_batch_size, l2_clip_norm):
+        plan = plan_of(micro_batch_size=micro_batch_size, l2_clip_norm=l2_clip_norm)
+        params = {"w": jnp.zeros(25)}
+        return release_once(plan, batch, real, loss=linear, params=params).vector, plan
+
+    exact, _ = released(16, 1000.0)
+    for micro_batch_size in (2, 8):
+        np.testing.assert_array_equal(released(micro_batch_size, 1000.0)[0], exact)
+    rounded, plan = released(16, 1.0)
+    other, _ = released(4, 1.0)
+    assert np.abs(other - rounded).max() <= plan.release.grids[0]
+    assert np.mean(other != rounded) < 0.05
+
+
+def test_recomputation_changes_nothing():
+    """V10: activation checkpointing in the loss, and jit around the step, keep the noise."""
+    plan, batch, real = plan_of(l2_clip_norm=1e6), batch_of(16), np.zeros(16, bool)
+    plain = release_once(plan, batch, real).vector
+    again = release_once(plan, batch, real, loss=jax.checkpoint(loss_fn)).vector
+    np.testing.assert_array_equal(again, plain)
+    assert np.any(release_once(plan, batch, real, step_number=1).vector != plain)
+    assert np.any(release_once(plan, batch, real, seed=1).vector != plain)
+
+
+def test_groups_get_their_own_noise_and_clip():
+    """Per-group clip norms and shares: deviations of an empty batch follow the release."""
+    plan = plan_of(
+        l2_clip_norm=(1.0, 4.0), noise_shares=(1.0, 8.0), groups=(("bias", "head"), ("kernel",))
+    )
+    draws = np.stack(
+        [release_once(plan, batch_of(16), np.zeros(16, bool), seed=s).vector for s in range(1)]
+    )
+    small, large = draws[:, :5], draws[:, 5:]
+    for numbers, stddev, cell in zip(
+        (small, large), plan.release.noise_stddevs, plan.release.grids, strict=True
+    ):
+        np.testing.assert_array_equal(numbers / cell, np.round(numbers / cell))
+        chi2 = np.sum((numbers / stddev) ** 2)
+        assert 0.1 * numbers.size < chi2 < 3.5 * numbers.size
+
+
+def test_noisy_sum_stands_alone_in_an_optax_chain():
+    """It is the step's own noise: chained before an optimizer it gives the same parameters."""
+    plan = plan_of()
+    dp = dpsgd.make_dp_step(loss_fn, optax.sgd(0.5), plan)
+    chain = optax.chain(dpsgd.noisy_sum(plan), optax.sgd(0.5))
+    params, key = params_of(), insecure_test_key(5)
+    stepped = dp.step(dp.init(params), batch_of(16), jnp.zeros(16, bool), key).params
+    sums = jax.tree.map(jnp.zeros_like, params)
+    updates, _ = chain.update(sums, chain.init(params), params, noise_key=key)
+    np.testing.assert_array_equal(flat(optax.apply_updates(params, updates)), flat(stepped))
+    with pytest.raises(ArgumentError, match="noise_key"):
+        chain.update(sums, chain.init(params), params)
+
+
+def test_reused_keys_are_refused_under_every_transform():
+    """V11: vmap, closure by jit, closure by scan; the key as an argument passes."""
+    dp, (state, batch, real, _) = built(insecure_test_noise=False)
+    key = new_noise_key()
+    states = jax.tree.map(lambda x: jnp.stack([x, x]), state)
+    with pytest.raises(KeyReuseError):
+        jax.vmap(lambda state: dp.step(state, batch, real, key))(states)
+    with pytest.raises(KeyReuseError):
+        jax.jit(lambda state: dp.step(state, batch, real, key))(state)
+    with pytest.raises(KeyReuseError):
+        jax.lax.scan(lambda s, _: (dp.step(s, batch, real, key), None), state, None, length=2)
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from helpers.dpsgd_cases import *
+from helpers.dpsgd_cases import _reader
+from dpfa_jax.core import ArgumentError
+
+def linear(params, batch):
+    return batch["x"] @ params["w"]
+
+rng = np.random.default_rng(0)
+batch = {"x": (rng.integers(-64, 64, (16, 25)) / 8).astype(np.float32)}
+real = np.arange(16) < 11
+for clip in (1000.0, 1.0):
+    found = []
+    for devices in (1, 2, 8):
+        mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
+        place = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
+        key = insecure_test_key(0)
+        plan = plan_of(l2_clip_norm=clip, micro_batch_size=8)
+        dp = dpsgd.make_dp_step(linear, _reader(), plan)
+        state = dp.init({"w": jnp.zeros(25)})
+        out = dp.step(state, place(batch, P("data")), place(real, P("data")), key)
+        found.append(np.asarray(out.opt_state["w"]))
+        plan = plan_of(l2_clip_norm=clip, micro_batch_size=2)
+        dp = dpsgd.make_dp_step(linear, _reader(), plan, axis_name="data")
+        for check_vma in (True, False):
+            sharded = jax.shard_map(dp.step, mesh=mesh, in_specs=(P(), P("data"), P("data"), P()),
+                                    out_specs=P(), check_vma=check_vma)
+            found.append(np.asarray(jax.jit(sharded)(state, batch, real, key).opt_state["w"]))
+    for other in found[1:]:
+        if clip == 1000.0:
+            np.testing.assert_array_equal(other, found[0])
+        else:
+            assert np.abs(other - found[0]).max() <= plan.release.grids[0] / 8
+            assert np.mean(other != found[0]) <= 0.08
+    unnamed = dpsgd.make_dp_step(linear, _reader(), plan_of())
+    try:
+        jax.jit(jax.shard_map(unnamed.step, mesh=mesh, in_specs=(P(), P("data"), P("data"), P()),
+                              out_specs=P(), check_vma=False))(state, batch, real, key)
+    except ArgumentError as error:
+        assert error.parameter == "axis_name"
+    else:
+        raise AssertionError("noise before the all-reduce was not refused")
+print("all equal")
+"""
+
+
+def test_sharding_does_not_change_what_is_released():
+    """V10: 1, 2 and 8 devices, by jit and by shard_map: psum first, one noise; else refused."""
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "all equal", done.stderr[-3000:]
