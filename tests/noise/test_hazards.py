@@ -93,7 +93,7 @@ def test_planted_reuse_is_refused(name):
 
 
 def test_second_eager_use_is_refused():
-    """V11: the same key on two calls; (release_id, layer) tells uses apart; test keys are exempt."""
+    """V11: the same key on two calls; (release_id, layer) tells uses apart; not for test keys."""
     key = new_noise_key()
     use(key, X, uses=(0, 0))
     use(key, X, uses=(0, 1))
