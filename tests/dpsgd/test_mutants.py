@@ -18,6 +18,15 @@ from dpfa_jax.noise import fields, grid
 
 # `dpfa_jax.dpsgd.noisy_sum` is the function; its module carries the same name.
 noisy_sum = importlib.import_module("dpfa_jax.dpsgd.noisy_sum")
+QUICK = (
+    "no_clip",
+    "nan_passes",
+    "one_leaf_unnoised",
+    "noise_before_the_sum",
+    "same_noise_in_every_step",
+    "unsnapped",
+    "true_batch_size",
+)
 CHECKS = [value for name, value in vars(cases).items() if name.startswith("check_")]
 
 
@@ -27,7 +36,9 @@ def test_the_build_passes(check):
 
 
 def mutant(check, where, attribute, build):
-    return pytest.param(where, attribute, build, check, id=build.__name__)
+    # Each costs a compilation; the quick suite keeps one of every kind of damage.
+    marks = () if build.__name__ in QUICK else (pytest.mark.slow,)
+    return pytest.param(where, attribute, build, check, id=build.__name__, marks=marks)
 
 
 def no_clip(original):
