@@ -51,7 +51,7 @@ _TEXT = Defaults()
 _IMAGE = dataclasses.replace(_TEXT, batch=256)
 
 DEFAULTS = {
-    "r8": dataclasses.replace(_TEXT, configurations_tried=129),
+    "r8": dataclasses.replace(_TEXT, configurations_tried=130),
     "movies": _TEXT,
     "mnist": _IMAGE,
     "digits": dataclasses.replace(_IMAGE, batch=128, patch_size=2),
