@@ -11,7 +11,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -56,8 +55,9 @@ def least_weight(logit_bound: float, dtype: jnp.dtype) -> float:
     exact = math.exp(-2.0 * logit_bound)
     stored = np.asarray(exact, dtype)
     if float(stored) < exact:
-        one_up = np.nextafter if stored.dtype.kind == "f" else ml_dtypes.nextafter
-        stored = one_up(stored, np.asarray(2.0, dtype))
+        # One unit more in the bits of a positive float is the next one up.
+        bits = stored.view(np.uint32 if stored.dtype.itemsize == 4 else np.uint16)
+        stored = (bits + 1).astype(bits.dtype).view(dtype)
     return float(stored)
 
 
@@ -105,9 +105,8 @@ def total_of(
     logits_BKGTS = tiles.raw_logits(spec, tile)
     weights_BKGTS = weights(readout, logits_BKGTS, tile.bias, tile.visible, dtype)
     parts = block_sums(weights_BKGTS, tile.value)
-    return jax.lax.fori_loop(
-        0, parts.shape[0], lambda c, total: compensated.add(total, parts[c]), so_far
-    )
+    total, _ = jax.lax.scan(lambda two, part: (compensated.add(two, part), None), so_far, parts)
+    return total
 
 
 def sums(spec: AttentionSpec, readout: MemoryReadout, inputs: AttentionInputs) -> TwoFloat:

@@ -1,0 +1,85 @@
+"""Attention in float64 numpy, written from its definition, and error budgets against it."""
+
+import numpy as np
+
+
+def visibility(shape, *, mask=None, is_causal=False, window=None, query_lengths=None, key_lengths=None):
+    """Boolean (B, N, T, S)."""
+    batch, _, rows, keys = shape
+    row, column = np.arange(rows)[:, None], np.arange(keys)[None, :]
+    seen = np.ones(shape, bool)
+    if is_causal:
+        seen &= row >= column
+    if window is not None:
+        seen &= (column >= row - window[0]) & (column <= row + window[1])
+    if query_lengths is not None:
+        seen &= row[None, None] < np.asarray(query_lengths).reshape(batch, 1, 1, 1)
+    if key_lengths is not None:
+        seen &= column[None, None] < np.asarray(key_lengths).reshape(batch, 1, 1, 1)
+    if mask is not None:
+        seen &= np.asarray(mask)
+    return seen
+
+
+def attention(query, key, value, cotangent=None, *, bias=None, scale=None, soft_cap=None, **hiding):
+    """Output and, with `cotangent`, gradients of (query, key, value, logits); all float64.
+
+    Shapes as in jax.nn (BTNH, BSKH). Rows that see no key give zeros.
+    """
+    query, key, value = (np.asarray(x, np.float64) for x in (query, key, value))
+    batch, rows, heads, size = query.shape
+    groups = heads // key.shape[2]
+    key, value = np.repeat(key, groups, axis=2), np.repeat(value, groups, axis=2)
+    scale = 1 / np.sqrt(size) if scale is None else scale
+    raw = scale * np.einsum("btnh,bsnh->bnts", query, key)
+    capped = raw if soft_cap is None else soft_cap * np.tanh(raw / soft_cap)
+    slope = 1.0 if soft_cap is None else 1 - (capped / soft_cap) ** 2
+    logits = capped if bias is None else capped + np.asarray(bias, np.float64)
+    seen = visibility(raw.shape, **hiding)
+    logits = np.where(seen, logits, -np.inf)
+    largest = logits.max(axis=-1, keepdims=True, initial=-1e300)
+    weights = np.exp(logits - largest) * seen
+    total = weights.sum(-1, keepdims=True)
+    weights = weights / np.where(total == 0, 1, total)
+    output = np.einsum("bnts,bsnh->btnh", weights, value)
+    if cotangent is None:
+        return output
+    cotangent = np.asarray(cotangent, np.float64)
+    d_weights = np.einsum("btnh,bsnh->bnts", cotangent, value)
+    d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))
+    d_raw = d_logits * slope * scale
+
+    def shared(x):
+        return x.reshape(batch, -1, heads // groups, groups, size).sum(3)
+
+    return (
+        output,
+        np.einsum("bnts,bsnh->btnh", d_raw, key),
+        shared(np.einsum("bnts,btnh->bsnh", d_raw, query)),
+        shared(np.einsum("bnts,btnh->bsnh", weights, cotangent)),
+        d_logits,
+    )
+
+
+def reduced_like(d_logits, bias_shape):
+    """Gradient of a bias that was broadcast to the logits."""
+    axes = tuple(a for a in range(4) if bias_shape[a] == 1)
+    return d_logits.sum(axis=axes, keepdims=True)
+
+
+def assert_within_budget(ours, naive, exact, dtype, label=""):
+    """Root-mean-square and maximal error at most twice those of the naive program in `dtype`.
+
+    The allowance beyond is four roundings of a number of the inputs' size (1): where the naive
+    program happens to be exact (one key), twice its error is no budget at all.
+    """
+    ours, naive, exact = (np.asarray(x, np.float64) for x in (ours, naive, exact))
+    assert ours.shape == exact.shape, (label, ours.shape, exact.shape)
+    assert np.isfinite(ours).all(), label
+    if not exact.size:
+        return
+    unit = {"float32": 2.0**-24, "bfloat16": 2.0**-9, "float16": 2.0**-11}[dtype]
+    allowance = 4 * unit * max(np.abs(exact).max(), 1.0)
+    for name, measure in (("max", np.max), ("rms", lambda e: np.sqrt(np.mean(e**2)))):
+        error, budget = measure(np.abs(ours - exact)), 2 * measure(np.abs(naive - exact))
+        assert error <= budget + allowance, f"{label} {name}: {error:.3g} > 2 x {budget / 2:.3g}"
