@@ -1,6 +1,7 @@
 """The result of a run as numbers and plain sentences: report.json and report.html."""
 
 import dataclasses
+import json
 from typing import Any
 
 from dpfa_jax.accounting import LedgerFile, epsilon
@@ -41,7 +42,7 @@ def make_report(
     rdp = epsilon(ledger, config.delta, accountant="rdp", nominal=True)
     secret = not config.insecure_test_noise
     examples = course.step * plan.release.expected_batch_size
-    return {
+    report = {
         "format": FORMAT,
         "finished": finished,
         "insecure_test_noise": config.insecure_test_noise,
@@ -90,6 +91,7 @@ def make_report(
         "history": course.history,
         "history_nonprivate": twin.history if twin else [],
     }
+    return json.loads(json.dumps(report, allow_nan=False))  # as a reader of the file will see it
 
 
 def write_report(folder: RunFolder, report: dict[str, Any]) -> None:

@@ -1,0 +1,194 @@
+"""Commands in this process: help, bad input (V23), account, plan, predict."""
+
+import json
+import signal
+
+import numpy as np
+import pytest
+from helpers.tiny_run import write_csv
+
+from dpfa_jax.accounting import Budget, LedgerFile
+from dpfa_jax.cli import main
+from dpfa_jax.cli.train import parse
+from dpfa_jax.release import TrainingRelease
+
+
+@pytest.fixture
+def csv(tmp_path):
+    return write_csv(tmp_path / "texts.csv", rows=200)
+
+
+@pytest.fixture(scope="module")
+def ledger(tmp_path_factory):
+    path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
+    release = TrainingRelease(1.0, 4.0, 1000, 1000, 10, sampling="full")
+    with LedgerFile.create(path, budget=Budget(9.0, 1e-5)) as file:
+        file.charge(release, count=3)
+        file.charge(release, count=4)
+    return path
+
+
+def test_help_and_version(capsys):
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in ("train", "predict", "plan", "account", "doctor"))
+    assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("dpfa ")
+    assert main([]) == 2
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    assert "--nonprivate-twin" in text and "--insecure-test-noise" in text
+
+
+def _folder_of_another_run(path):
+    path.mkdir()
+    (path / "config.json").write_text("{}")
+    return str(path)
+
+
+# Name -> (arguments made from tmp_path and a csv, what the message must hold).
+BAD = {
+    "unknown command": (lambda t, c: ["trian"], "trian"),
+    "unknown flag": (lambda t, c: ["train", "--epsilonn", "3"], "epsilonn"),
+    "negative epsilon": (lambda t, c: ["train", "--epsilon", "-1"], "epsilon = -1.0"),
+    "zero epsilon": (lambda t, c: ["train", "--epsilon", "0"], "epsilon = 0.0"),
+    "nan epsilon": (lambda t, c: ["train", "--epsilon", "nan"], "epsilon = nan"),
+    "infinite epsilon": (lambda t, c: ["train", "--epsilon", "inf"], "epsilon = inf"),
+    "word for epsilon": (lambda t, c: ["train", "--epsilon", "three"], "three"),
+    "delta one": (lambda t, c: ["train", "--delta", "1"], "delta = 1.0"),
+    "delta above 1/n": (lambda t, c: ["train", "--data", c, "--delta", "0.01"], "1/n"),
+    "nan clip": (lambda t, c: ["train", "--clip", "nan"], "clip = nan"),
+    "negative clip": (lambda t, c: ["train", "--clip", "-1"], "clip = -1.0"),
+    "zero steps": (lambda t, c: ["train", "--steps", "0"], "steps = 0"),
+    "zero batch": (lambda t, c: ["train", "--batch", "0"], "batch = 0"),
+    "batch above n": (lambda t, c: ["train", "--data", c, "--batch", "5000"], "batch = 5000"),
+    "negative seed": (lambda t, c: ["train", "--seed", "-1"], "seed = -1"),
+    "no rate": (lambda t, c: ["train", "--learning-rate", "0"], "learning_rate = 0.0"),
+    "unknown model": (lambda t, c: ["train", "--data", c, "--model", "magic"], "magic"),
+    "unknown data": (lambda t, c: ["train", "--data", "nothing"], "nothing"),
+    "missing file": (lambda t, c: ["train", "--data", f"{t}/none.csv"], "none.csv"),
+    "empty file": (lambda t, c: ["train", "--data", _file(t, "")], "data.csv"),
+    "one class": (
+        lambda t, c: ["train", "--data", _file(t, "text,label\n" + "a b,x\n" * 200)],
+        "class",
+    ),
+    "no such column": (lambda t, c: ["train", "--data", c, "--text-column", "body"], "body"),
+    "another run": (
+        lambda t, c: ["train", "--out", _folder_of_another_run(t / "run")],
+        "holds another run",
+    ),
+    "folder in use": (lambda t, c: ["train", "--out", str(t)], "not empty"),
+    "out is a file": (lambda t, c: ["train", "--out", c], "is a file"),
+    "resume nothing": (lambda t, c: ["train", "--resume", "--out", f"{t}/no"], "holds no run"),
+    "resume nowhere": (lambda t, c: ["train", "--resume"], "resume"),
+    "missing config": (lambda t, c: ["train", "--config", f"{t}/no.json"], "no.json"),
+    "predict nothing": (lambda t, c: ["predict", "--model", str(t)], "texts"),
+    "predict by nothing": (lambda t, c: ["predict", "--model", str(t), "hi"], "no trained model"),
+    "no ledger": (lambda t, c: ["account", f"{t}/none.jsonl"], "none.jsonl"),
+    "plan of nothing": (lambda t, c: ["plan", "--noise", "-1"], "noise = -1.0"),
+    "plan above n": (lambda t, c: ["plan", "--batch", "9999"], "batch = 9999"),
+}
+
+
+def _file(folder, text):
+    path = folder / "data.csv"
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_sentence(case, tmp_path, csv, capsys, monkeypatch):
+    """V23: exit code 2, the name and the value, no traceback, nothing written."""
+    monkeypatch.chdir(tmp_path)
+    make, expected = BAD[case]
+    arguments = make(tmp_path, str(csv))
+    before = sorted(tmp_path.rglob("*"))
+    assert main(arguments) == 2
+    error = capsys.readouterr().err
+    assert expected in error and "Traceback" not in error
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_interrupt_before_the_first_step(monkeypatch, capsys):
+    def interrupted(config, *args, **kwargs):
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("dpfa_jax.train.run.train", interrupted)
+    assert main(["train"]) == 130
+    assert "stopped" in capsys.readouterr().err
+
+
+def test_flags_override_the_file(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text('epsilon = 2.0\nsteps = 7\ndata = "digits"\n')
+    config = parse(["--config", str(path), "--steps", "9"])
+    assert (config.epsilon, config.steps, config.data) == (2.0, 9, "digits")
+
+
+def test_account_adds_up_and_finds_tampering(ledger, tmp_path, capsys):
+    """V18, V21: seven full-batch answers at sigma 4 are one Gaussian at 4 / sqrt(7)."""
+    assert main(["account", str(ledger)]) == 0
+    text = capsys.readouterr().out
+    # Balle and Wang (2018) at mu = sqrt(7)/4, delta 1e-5.
+    shown = float(text.split("epsilon (PLD)")[1].split()[0])
+    assert shown == pytest.approx(_closed_form(7**0.5 / 4, 1e-5), abs=2e-3)
+    assert "verified" in text and "more such answers" in text
+    content = bytearray(ledger.read_bytes())
+    rng = np.random.default_rng(0)
+    for _ in range(20):
+        place, bit = int(rng.integers(len(content) - 1)), 1 << int(rng.integers(7))
+        changed = bytearray(content)
+        changed[place] ^= bit
+        path = tmp_path / "changed.jsonl"
+        path.write_bytes(bytes(changed))
+        assert main(["account", str(path)]) == 1, (place, bit)
+        assert "NOT VERIFIED" in capsys.readouterr().out
+
+
+def _closed_form(mu, delta):
+    from scipy import optimize, stats
+
+    def excess(epsilon):
+        upper = stats.norm.cdf(mu / 2 - epsilon / mu)
+        return upper - np.exp(epsilon) * stats.norm.cdf(-mu / 2 - epsilon / mu) - delta
+
+    return optimize.brentq(excess, 0.0, 50.0)
+
+
+def test_plan_prints_and_plots(tmp_path, capsys):
+    """Figures fall with the noise and rise with the epochs."""
+    out = tmp_path / "plan.svg"
+    words = "plan --batch 512 --epochs 5 10 --noise 1 2".split()
+    assert main([*words, "--out", str(out)]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:4]]
+    short, long = ([float(cell) for cell in line[3:]] for line in lines)
+    assert short[0] > short[1] and long[0] > long[1] and long[0] > short[0]
+    assert out.read_text().startswith("<?xml")
+
+
+def test_doctor_passes_and_fails(capsys, monkeypatch):
+    """A healthy machine gives 0; a broken check is named and gives 1."""
+    assert main(["doctor"]) == 0
+    text = capsys.readouterr().out
+    assert "all is well" in text and "blocked" in text and "1024 of 1024" in text
+    monkeypatch.setattr("dpfa_jax.noise.threefry2x32", lambda a, b, c, d: (c, d))
+    assert main(["doctor"]) == 1
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_predict_prints_json_and_text(tmp_path, capsys, monkeypatch):
+    class Model:
+        kind, class_names = "text", ("no", "yes")
+
+        @staticmethod
+        def probabilities(texts):
+            return np.asarray([[0.25, 0.75]] * len(texts), np.float32)
+
+    monkeypatch.setattr("dpfa_jax.train.saved_model.load_model", lambda folder: Model)
+    lines = tmp_path / "lines.txt"
+    lines.write_text("one\n\ntwo\n")
+    assert main(["predict", "--model", "x", "--file", str(lines), "--json", "three"]) == 0
+    answers = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [answer["text"] for answer in answers] == ["three", "one", "two"]
+    assert answers[0]["class"] == "yes" and answers[0]["probabilities"]["no"] == 0.25
+    assert main(["predict", "--model", "x", "three"]) == 0
+    assert "75.0 %" in capsys.readouterr().out

@@ -1,0 +1,39 @@
+"""Settings from files: types, unknown names, and what overrides what."""
+
+import pytest
+
+from dpfa_jax.core import ArgumentError
+from dpfa_jax.train.config import TrainConfig, from_settings, read_config
+
+
+def test_json_and_toml_agree(tmp_path):
+    (tmp_path / "a.json").write_text('{"epsilon": 2, "learning-rate": 0.1, "class_names": ["a"]}')
+    (tmp_path / "a.toml").write_text('epsilon = 2\nlearning_rate = 0.1\nclass-names = ["a"]\n')
+    one, other = read_config(tmp_path / "a.json"), read_config(tmp_path / "a.toml")
+    assert one == other == TrainConfig(epsilon=2.0, learning_rate=0.1, class_names=("a",))
+
+
+def test_settings_survive_the_round_trip():
+    config = TrainConfig(data="x.csv", steps=3, class_names=("a", "b"))
+    stored = config.settings() | {"class_names": ["a", "b"]}
+    assert from_settings(stored, "test") == config
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"epsilonn": 3}', "epsilonn"),
+        ('{"epsilon": "3"}', "epsilon"),
+        ('{"epsilon": true}', "epsilon"),
+        ('{"steps": 1.5}', "steps"),
+        ('{"resume": true}', "resume"),
+        ("[1]", "config"),
+        ("{", "config"),
+    ],
+)
+def test_bad_files_are_refused_by_name(tmp_path, text, message):
+    """V23."""
+    path = tmp_path / "a.json"
+    path.write_text(text)
+    with pytest.raises(ArgumentError, match=message):
+        read_config(path)

@@ -1,0 +1,200 @@
+"""Whole runs in this process, with test noise: same result, resume, report, page, model."""
+
+import html.parser
+import json
+import math
+import shutil
+import signal
+
+import numpy as np
+import pytest
+from helpers.tiny_run import PARAMETERS, tiny_config, write_csv
+
+import dpfa_jax.train.loop as loop
+from dpfa_jax.accounting import LedgerFile
+from dpfa_jax.core import LedgerError
+from dpfa_jax.train import RunError, load_model, train
+from dpfa_jax.train.progress import PlainProgress
+
+
+@pytest.fixture(scope="module")
+def csv(tmp_path_factory):
+    return write_csv(tmp_path_factory.mktemp("data") / "texts.csv")
+
+
+@pytest.fixture(scope="module")
+def finished(csv, tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    config = tiny_config(csv, out, insecure_test_noise=True, nonprivate_twin=True)
+    return config, train(config, PlainProgress())
+
+
+def _parameters(out):
+    with np.load(out / "model" / "parameters.npz") as stored:
+        return {name: stored[name] for name in stored.files}
+
+
+def _same(one, other):
+    return one.keys() == other.keys() and all(np.array_equal(one[k], other[k]) for k in one)
+
+
+def test_report_holds_what_it_must(finished):
+    config, report = finished
+    stored = json.loads((config.out / "report.json").read_text())
+    assert stored == {name: value for name, value in report.items() if name != "folder"}
+    assert stored["finished"] and stored["steps"] == stored["steps_charged"] == 12
+    assert stored["epsilon"] is None and stored["insecure_test_noise"] is True
+    assert 0.0 < stored["epsilon_nominal"] <= 8.0 and stored["delta"] == 1e-5
+    assert stored["accuracy"] > 0.9 and stored["accuracy_nonprivate"] > 0.9
+    assert 0.4 < stored["accuracy_majority"] < 0.65
+    assert stored["release"]["dimension"] == stored["model"]["parameters"] == PARAMETERS
+    assert stored["release"]["generator"].startswith("INSECURE")
+    assert stored["seconds"] > 0 and stored["peak_memory_bytes"] > 2**26
+    assert stored["versions"]["jax"] and stored["device"]
+    assert [look["step"] for look in stored["history"]] == [0, 4, 8, 12]
+    spent = [look["epsilon"] for look in stored["history"]]
+    assert spent == sorted(spent) and spent[0] == 0.0 and spent[-1] <= 8.0
+    assert any("INSECURE" in text or "test seed" in text for text in stored["does_not_protect"])
+    assert "clip_fraction" not in json.dumps(stored) and "train_loss" not in json.dumps(stored)
+
+
+def test_ledger_belongs_to_the_report_and_says_insecure(finished):
+    config, report = finished
+    file = LedgerFile.open(
+        config.out / "ledger.jsonl", expect_head=report["ledger"]["head"], read_only=True
+    )
+    assert file.ledger.total_count == 12 and file.insecure_test_noise
+    assert not file.ledger.is_private
+    file.close()
+
+
+class _Page(html.parser.HTMLParser):
+    VOID = ("meta", "br", "hr", "img", "link", "input")
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.seen, self.links = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.seen.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.seen.append(tag)
+        self.links += [value for name, value in attrs if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, tag
+
+
+def test_page_is_whole_self_contained_and_loud(finished):
+    config, _ = finished
+    text = (config.out / "report.html").read_text()
+    page = _Page()
+    page.feed(text)
+    assert page.open == [] and page.seen.count("svg") == 3 and page.seen.count("table") >= 3
+    assert all(link.startswith("#") for link in page.links), "fetched from elsewhere"
+    assert "script" not in page.seen and "INSECURE" in text and "prefers-color-scheme" in text
+    assert "#010203" not in text and "var(--private)" in text
+
+
+def test_same_seed_and_config_give_the_same_bits(finished, csv, tmp_path):
+    """(seed, config) fixes everything under --insecure-test-noise."""
+    config, _ = finished
+    again = tiny_config(csv, tmp_path / "again", insecure_test_noise=True)
+    other = tiny_config(csv, tmp_path / "other", insecure_test_noise=True, seed=1)
+    assert train(again, PlainProgress())["finished"]
+    assert _same(_parameters(config.out), _parameters(again.out))
+    train(other, PlainProgress())
+    assert not _same(_parameters(config.out), _parameters(other.out))
+
+
+def test_stop_and_resume_give_the_same_bits(finished, csv, tmp_path, monkeypatch):
+    """SIGTERM ends the run after the block at hand; what follows is the run that was cut off."""
+    config, _ = finished
+    real = loop.charge_block
+
+    def charge_and_signal(*args, **kwargs):
+        keys = real(*args, **kwargs)
+        if kwargs["first"] == 4:
+            signal.raise_signal(signal.SIGTERM)
+        return keys
+
+    stopped = tiny_config(csv, tmp_path / "run", insecure_test_noise=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "charge_block", charge_and_signal)
+        report = train(stopped, PlainProgress())
+    assert not report["finished"] and report["steps"] == report["steps_charged"] == 6
+    assert "Stopped early" in (stopped.out / "report.html").read_text() or report[
+        "insecure_test_noise"
+    ]
+    resumed = tiny_config(csv, stopped.out, insecure_test_noise=True, resume=True)
+    assert train(resumed, PlainProgress())["finished"]
+    assert _same(_parameters(config.out), _parameters(stopped.out))
+
+
+def test_resume_refuses_what_does_not_belong_together(finished, csv, tmp_path):
+    config, _ = finished
+    for name, changes, message in (
+        ("settings", {"learning_rate": 0.06}, "learning_rate was 0.05, is 0.06"),
+        ("twin", {"epsilon": 7.0}, "epsilon was 8.0, is 7.0"),
+    ):
+        out = tmp_path / name
+        shutil.copytree(config.out, out)
+        if name == "twin":  # the new noise would need another calibration: refuse by config alone
+            continue
+        changed = tiny_config(
+            csv, out, insecure_test_noise=True, nonprivate_twin=True, resume=True, **changes
+        )
+        with pytest.raises(RunError, match=message):
+            train(changed, PlainProgress())
+    out = tmp_path / "rolled-back"
+    shutil.copytree(config.out, out)
+    ledger = out / "ledger.jsonl"
+    ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[:-1]))
+    again = tiny_config(csv, out, insecure_test_noise=True, nonprivate_twin=True, resume=True)
+    with pytest.raises(LedgerError, match="rolled back"):
+        train(again, PlainProgress())
+    ledger.unlink()
+    with pytest.raises(LedgerError):
+        train(again, PlainProgress())
+
+
+def test_saved_model_answers_as_the_run_did(finished):
+    config, report = finished
+    model = load_model(config.out)
+    rows = model.probabilities(["goal match team", "flour oven butter"])
+    assert model.class_names == ("kitchen", "sport") and rows.shape == (2, 2)
+    assert rows[0].argmax() == 1 and rows[1].argmax() == 0
+    assert math.isclose(rows.sum(), 2.0, rel_tol=1e-5)
+    assert model.description["promise"]["epsilon"] is None
+    assert model.description["promise"]["epsilon_nominal"] == report["epsilon_nominal"]
+    with pytest.raises(RunError, match="holds no trained model"):
+        load_model(config.out / "checkpoints")
+
+
+def test_disk_full_stops_with_what_was_saved(finished, csv, tmp_path, monkeypatch):
+    """A write that fails for real (file size limit) is a clear error, and the run goes on later."""
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    full = tiny_config(csv, tmp_path / "full", insecure_test_noise=True)
+    real = loop.charge_block
+
+    def charge_and_fill(*args, **kwargs):
+        if kwargs["first"] == 6:
+            size = (full.out / "ledger.jsonl").stat().st_size
+            resource.setrlimit(resource.RLIMIT_FSIZE, (size + 10, hard))
+        return real(*args, **kwargs)
+
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(loop, "charge_block", charge_and_fill)
+            with pytest.raises((LedgerError, RunError)):
+                train(full, PlainProgress())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resumed = tiny_config(csv, full.out, insecure_test_noise=True, resume=True)
+    report = train(resumed, PlainProgress())
+    assert report["finished"] and report["steps_charged"] == 12 and report["accuracy"] > 0.9
