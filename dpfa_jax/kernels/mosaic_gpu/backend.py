@@ -62,7 +62,7 @@ def _fold_vmap(function: Any) -> Any:
 
 
 def _varying_as(inputs: Any, results: Any) -> Any:
-    """`results`, marked as varying over the manual mesh axes of `inputs`; kernels drop the marks."""
+    """`results`, marked as varying over the manual mesh axes of `inputs`."""
     axes = manual_axes.varying_axes(*jax.tree.leaves(inputs))
     return jax.tree.map(lambda x: manual_axes.vary_over(x, axes), results)
 

@@ -41,9 +41,11 @@ def clip_rows(x: jax.Array, l2_clip_norm: float) -> jax.Array:
     return jnp.where(scale > 0.0, x * scale, 0.0)
 
 
-def snap_tile(x: jax.Array, grid: jax.Array, largest_multiple: float) -> jax.Array:
+def snap_tile(
+    x: jax.Array, grid: jax.Array, largest_multiple: float, *, simulate: bool
+) -> jax.Array:
     """`noise.grid.snap`, in two additions where every |x| / grid is publicly known to be small."""
-    if largest_multiple >= 2.0**21:
+    if simulate or largest_multiple >= 2.0**21:  # XLA would cancel the two additions
         return snap(x, grid)
     # At 1.5 2^23 the last bit of a float32 counts 1, so the sum is rounded to whole, ties to even.
     shift = jnp.float32(1.5 * 2.0**23)

@@ -26,12 +26,15 @@ class ForwardTiles:
       block_kv: keys of one step.
       stages: key and value tiles in flight.
       noise_warpgroup: a spare warpgroup makes the noise during the key loop (else: the epilogue).
+      programs: so many programs walk over all the work, the epilogue of one piece overlapping the
+        loads of the next; None: one program a piece.
     """
 
     block_q: int = 64
     block_kv: int = 128
     stages: int = 2
     noise_warpgroup: bool = False
+    programs: int | None = None
 
     def __post_init__(self) -> None:
         if self.block_q % WARPGROUP_ROWS or self.block_kv % 64 or self.stages < 2:
@@ -44,7 +47,7 @@ class ForwardTiles:
 
     def shared_bytes(self, head_size: int) -> int:
         """Shared memory of one program, for 16-bit inputs."""
-        q = self.rows * head_size * 2
+        q = self.rows * head_size * (2 if self.programs is None else 4)
         kv = self.stages * self.block_kv * head_size * 4
         noise = self.rows * head_size * 4 if self.noise_warpgroup else 0
         return q + kv + noise + self.rows * 4

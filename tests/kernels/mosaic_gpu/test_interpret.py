@@ -1,0 +1,102 @@
+"""The kernels in the Mosaic GPU simulator, on a CPU: values, not layouts.
+
+Products whose left operand lies in registers go through plain JAX (forward) or shared memory
+(backward) there: the simulator has no such operand. The GPU suite covers the rest.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from helpers import attention_oracle as oracle
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dpfa_jax.kernels import epilogue
+from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, ExampleReadout, NoiseInputs
+from dpfa_jax.kernels.mosaic_gpu.backend import MosaicGpuBackend
+
+BACKEND = MosaicGpuBackend(interpret=plgpu.InterpretGPUParams())
+
+
+def draw(*shape, seed=0, dtype=jnp.bfloat16):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), dtype)
+
+
+def relative(x, y):
+    x = np.asarray(x, np.float64)
+    return np.linalg.norm(x - y) / np.linalg.norm(y)
+
+
+def test_everything_at_once():
+    """V7, V8: ragged sizes, GQA, window, causal, cap, lengths; NaN past the lengths is not seen."""
+    rows, keys, lengths = 70, 90, (55, 60)
+    spec = AttentionSpec(0.2, is_causal=True, local_window=(40, 3), logits_soft_cap=4.0)
+    query, key, value, cotangent = (
+        draw(1, n, heads, 40, seed=seed)
+        for seed, (n, heads) in enumerate(((rows, 2), (keys, 1), (keys, 1), (rows, 2)))
+    )
+    query_lengths, key_lengths = (jnp.asarray([n], jnp.int32) for n in lengths)
+    inputs = AttentionInputs(
+        query.at[:, lengths[0] :].set(jnp.nan),
+        key.at[:, lengths[1] :].set(jnp.nan),
+        value.at[:, lengths[1] :].set(jnp.nan),
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
+    )
+    assert BACKEND.cannot(spec, inputs, "cpu") is None
+    expected = oracle.attention(
+        *(query, key, value, cotangent),
+        scale=spec.scale,
+        soft_cap=spec.logits_soft_cap,
+        is_causal=True,
+        window=spec.local_window,
+        query_lengths=lengths[0],
+        key_lengths=lengths[1],
+    )
+    outputs = BACKEND.forward(spec, inputs)
+    assert relative(outputs.output, expected[0]) < 4e-3  # bf16 rounds to 2^-9
+    assert np.all(np.isneginf(outputs.lse[:, lengths[0] :]))
+    assert np.all(np.isfinite(outputs.lse[:, : lengths[0]]))
+    gradients = BACKEND.backward(spec, inputs, outputs, cotangent, None)
+    for mine, theirs in zip(gradients[:3], expected[1:4], strict=True):
+        assert relative(mine, theirs) < 6e-3
+
+
+def test_example_release_is_the_blocked_one():
+    """V10, V12: same words, same clip, same grid as the XLA epilogue on the kernel's own output."""
+    readout = ExampleReadout(0.3, (0.5, 0.25), (2.0**-5, 2.0**-6))
+    spec = AttentionSpec(0.25, readout=readout)
+    noise = NoiseInputs(
+        jnp.asarray([[1, 2], [0xFFFFFFFF, 7]], jnp.uint32),
+        jnp.asarray([5, 1000], jnp.uint32),
+        jnp.asarray([3, 0], jnp.uint32),
+    )
+    arrays = [draw(2, n, heads, 64, seed=n) for n, heads in ((65, 2), (33, 1))]
+    value = arrays[1].at[1, 0, 0, 0].set(jnp.inf)
+    inputs = AttentionInputs(arrays[0], arrays[1], value, noise=noise)
+    outputs = BACKEND.forward(spec, inputs)
+    released = np.asarray(outputs.output, np.float64)
+    grids = np.asarray(readout.grids)[None, None, :, None]
+    assert np.all(released % grids == 0)
+    expected = epilogue.example(readout, outputs.unclipped, noise)
+    steps = np.abs(released - np.asarray(expected, np.float64)) / grids
+    # `unclipped` is rounded to bf16, and float32 differs in its last bits: one grid step, or the
+    # bf16 rounding of the released value.
+    slack = 1.0 + np.abs(released) * 2.0**-8 / grids
+    assert np.all(steps <= slack)
+    # A row that is not finite counts as zero: what is left is noise.
+    assert not np.all(np.isfinite(np.asarray(outputs.unclipped, np.float32)))
+    assert np.all(np.isfinite(released))
+
+
+def test_vmap_folds_into_the_batch():
+    """Nested vmap, one operand shared by the mapped axis."""
+    spec = AttentionSpec(0.3)
+    query, shared = draw(2, 2, 1, 8, 1, 16, seed=1), draw(1, 8, 1, 16, seed=2)
+
+    def run(query):
+        return BACKEND.forward(spec, AttentionInputs(query, shared, shared)).output
+
+    mapped = jax.vmap(jax.vmap(run))(query)
+    for i in range(2):
+        one = run(query[i, 1])
+        assert np.array_equal(np.asarray(mapped[i, 1]), np.asarray(one))

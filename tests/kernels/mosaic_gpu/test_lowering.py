@@ -1,0 +1,104 @@
+"""Lowering for CUDA on a CPU: layouts, transforms and shared memory, without running."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from dpfa_jax.attention import core
+from dpfa_jax.kernels.base import (
+    AttentionInputs,
+    AttentionSpec,
+    ExampleReadout,
+    MemoryReadout,
+    NoiseInputs,
+)
+from dpfa_jax.kernels.mosaic_gpu.backend import BACKEND
+
+RELEASE = ExampleReadout(1.0, (0.5, 0.5), (2.0**-5, 2.0**-5))
+MEMORY = MemoryReadout("sum", 1.0, 1.0, 1.0, 0.1, (1.0, 1.0), (0.1, 0.1))
+
+
+def shapes(rows=100, keys=93, head_size=64, dtype=jnp.bfloat16, **more):
+    struct = jax.ShapeDtypeStruct
+    kv = struct((2, keys, 1, head_size), dtype)
+    return AttentionInputs(struct((2, rows, 2, head_size), dtype), kv, kv, **more)
+
+
+def noise_shapes():
+    struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.uint32)
+    return NoiseInputs(struct((2, 2)), struct((2,)), struct((2,)))
+
+
+def lower(function, *arguments):
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
+def loss(spec, query, inputs):
+    inputs = inputs._replace(query=query)
+    return core.attend(BACKEND, spec, inputs)[0].astype(jnp.float32).sum()
+
+
+@pytest.mark.parametrize(
+    ("spec", "inputs"),
+    [
+        (AttentionSpec(0.1, is_causal=True), shapes()),
+        (
+            AttentionSpec(0.1, local_window=(9, 3), logits_soft_cap=5.0),
+            shapes(
+                head_size=72,
+                key_lengths=jax.ShapeDtypeStruct((2,), jnp.int32),
+                query_lengths=jax.ShapeDtypeStruct((2,), jnp.int32),
+            ),
+        ),
+        (AttentionSpec(0.1, readout=RELEASE), shapes(head_size=128, noise=noise_shapes())),
+    ],
+)
+def test_gradient_lowers(spec, inputs):
+    text = lower(jax.grad(functools.partial(loss, spec)), inputs.query, inputs)
+    for kernel in ("forward", "backward_kv", "backward_q"):
+        assert f"dpfa_attention_{kernel}" in text
+
+
+def test_shard_map_of_gradient_lowers():
+    """The mesh axes over which the inputs vary come back on the gradients."""
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    split = PartitionSpec("data")
+    gradient = jax.grad(functools.partial(loss, AttentionSpec(0.1)))
+    sharded = jax.shard_map(gradient, mesh=mesh, in_specs=(split, split), out_specs=split)
+    inputs = shapes(rows=64, keys=64)
+    lower(sharded, inputs.query, inputs)
+
+
+@pytest.mark.parametrize(
+    ("spec", "inputs", "words"),
+    [
+        (AttentionSpec(1.0), shapes(dtype=jnp.float32), "bfloat16 or float16"),
+        (AttentionSpec(0.0), shapes(), "scale"),
+        (AttentionSpec(1.0), shapes(head_size=264), "head size 264"),
+        (AttentionSpec(1.0), shapes(keys=0), "empty"),
+        (AttentionSpec(1.0), shapes(bias=jnp.zeros((1, 1, 1, 1))), "bias"),
+        (AttentionSpec(1.0), shapes(mask=jnp.ones((1, 1, 1, 1), bool)), "mask"),
+        (AttentionSpec(1.0, readout=MEMORY), shapes(), "memory"),
+        (
+            AttentionSpec(1.0, readout=ExampleReadout(1.0, (1.0,), (0.1,), clip="example")),
+            shapes(),
+            "clip",
+        ),
+    ],
+)
+def test_cannot_says_why(spec, inputs, words, monkeypatch):
+    """V23: what is not served is named, and dispatch goes on to the next backend."""
+    module = "dpfa_jax.kernels.mosaic_gpu.backend._hopper_reason"
+    monkeypatch.setattr(module, lambda: None)
+    assert words in BACKEND.cannot(spec, inputs, "gpu")
+    assert BACKEND.cannot(AttentionSpec(1.0), shapes(), "gpu") is None
+
+
+def test_cannot_without_a_hopper_gpu():
+    assert "cpu" in BACKEND.cannot(AttentionSpec(1.0), shapes(), "cpu")
+    if jax.default_backend() == "cpu":
+        assert "GPU" in BACKEND.cannot(AttentionSpec(1.0), shapes(), "gpu")

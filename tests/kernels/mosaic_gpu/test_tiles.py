@@ -1,0 +1,85 @@
+"""Step ranges against brute force: no visible pair is skipped, no unmasked step hides one."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from dpfa_jax.kernels.base import AttentionSpec
+from dpfa_jax.kernels.mosaic_gpu import tiles
+
+WINDOWS = (None, (0, 0), (3, 1), (40, 7), (5, 100))
+
+
+def seen_pairs(spec, rows, keys, key_length, query_length):
+    row, key = np.arange(rows)[:, None], np.arange(keys)[None, :]
+    seen = (key < key_length) & (row < query_length)
+    if spec.is_causal:
+        seen = seen & (key <= row)
+    if spec.local_window is not None:
+        left, right = spec.local_window
+        seen = seen & (key >= row - left) & (key <= row + right)
+    return seen
+
+
+def check(steps, seen_steps, all_seen):
+    """`seen_steps[i]`: step i holds a visible pair; `all_seen[i]`: it hides none."""
+    begin, full_begin, full_end, end = (int(x) for x in steps)
+    assert 0 <= begin <= full_begin <= full_end <= end
+    for step, is_needed in enumerate(seen_steps):
+        assert not is_needed or begin <= step < end, (steps, step)
+    for step in range(full_begin, full_end):
+        assert all_seen[step], (steps, step)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("traced", [False, True])
+def test_key_steps(is_causal, window, traced):
+    """V7: ragged sizes and lengths, ints and traced scalars alike."""
+    spec = AttentionSpec(1.0, is_causal=is_causal, local_window=window)
+    rows, keys, program, block = 45, 37, 16, 8
+    convert = np.int32 if traced else int
+    for key_length, query_length in itertools.product((0, 1, 20, keys), (0, 17, 48)):
+        seen = seen_pairs(spec, 48, 40, key_length, query_length)
+        for begin in range(0, rows, program):
+            steps = tiles.key_steps(
+                spec, convert(begin), program, block, convert(key_length), convert(query_length)
+            )
+            mine = seen[begin : begin + program].reshape(program, -1, block)
+            check(steps, mine.any(axis=(0, 2)), mine.all(axis=(0, 2)))
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("traced", [False, True])
+def test_query_steps(is_causal, window, traced):
+    """The backward's ranges; rows past the queries are told by their log-sum-exp, not here."""
+    spec = AttentionSpec(1.0, is_causal=is_causal, local_window=window)
+    queries, keys, program, block = 45, 37, 16, 8
+    convert = np.int32 if traced else int
+    for key_length in (0, 1, 20, keys):
+        seen = seen_pairs(spec, 48, 48, key_length, 48)
+        for begin in range(0, keys, program):
+            steps = tiles.query_steps(spec, convert(begin), program, block, queries)
+            steps = tiles.within_key_length(steps, convert(begin), program, convert(key_length))
+            mine = seen[:, begin : begin + program].reshape(-1, block, program)
+            existing = mine.copy()
+            existing[np.arange(48).reshape(-1, block) >= queries] = False
+            check(steps, existing.any(axis=(1, 2)), mine.all(axis=(1, 2)))
+
+
+def test_a_skipped_or_unmasked_step_is_caught():
+    """Negative control of `check`."""
+    with pytest.raises(AssertionError):
+        check((1, 1, 2, 2), [True, True], [True, True])
+    with pytest.raises(AssertionError):
+        check((0, 0, 2, 2), [True, True], [True, False])
+
+
+def test_tiles_fit_shared_memory():
+    for head_size in (64, 128, 192, 256):
+        tile = tiles.forward_tiles(AttentionSpec(1.0), head_size, 4096)
+        assert tile.shared_bytes(head_size) <= tiles.SHARED_MEMORY_BYTES
+    with pytest.raises(ValueError, match="no tiling"):
+        tiles.ForwardTiles(block_q=48)
