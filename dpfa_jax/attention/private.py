@@ -6,7 +6,7 @@ from jaxtyping import Array, ArrayLike, Float, Key, UInt32
 
 from dpfa_jax.attention import checks, core, private_checks
 from dpfa_jax.kernels import dispatch
-from dpfa_jax.kernels.base import ExampleReadout, MemoryReadout, NoiseInputs, Readout
+from dpfa_jax.kernels.base import NoiseInputs
 from dpfa_jax.noise import bind, guard, key_words
 from dpfa_jax.release import ExampleRelease, RecordRelease
 
@@ -69,10 +69,10 @@ def dp_attention(
     Errors: ArgumentError for arguments that do not fit each other or the release; KeyReuseError
     for a key that would serve twice; PrivateAutodiffError for a derivative of a record release.
     """
-    readout = private_checks.release_of(release)
     inputs = checks.arrays(
         query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths
     )
+    readout = private_checks.release_of(release, inputs.query.shape[2])
     if isinstance(scale, jax.core.Tracer):
         private_checks.refuse_traced("scale", scale)
     spec = checks.spec(

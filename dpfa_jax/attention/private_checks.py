@@ -19,13 +19,16 @@ from dpfa_jax.noise import check_attention_ranges, require_key, require_offsets_
 from dpfa_jax.release import ExampleRelease, RecordRelease
 
 
-def release_of(release: object) -> Readout:
-    """The numbers that a kernel needs of a release. Errors: ArgumentError for another release."""
+def release_of(release: object, heads: int) -> Readout:
+    """The numbers that a kernel needs of a release, for the `heads` that this call sees.
+
+    Errors: ArgumentError for another release.
+    """
     if isinstance(release, ExampleRelease):
         return ExampleReadout(
             l2_clip_norm=float(release.l2_clip_norm),
-            noise_stddevs=release.noise_stddevs,
-            grids=release.grids,
+            noise_stddevs=release.noise_stddevs[:heads],
+            grids=release.grids[:heads],
             clip=release.clip,
         )
     if isinstance(release, RecordRelease):
@@ -35,8 +38,8 @@ def release_of(release: object) -> Readout:
             value_clip_norm=float(release.value_clip_norm),
             weight_scale=float(release.kappa),
             floor=float(release.floor),
-            noise_stddevs=release.noise_stddevs,
-            grids=release.grids,
+            noise_stddevs=release.noise_stddevs[:heads],
+            grids=release.grids[:heads],
         )
     raise ArgumentError(
         "release",

@@ -79,6 +79,10 @@ def _scaled_noise(
             "noise", None, "a private readout has no noise inputs", "Pass NoiseInputs."
         )
     _, rows, heads, columns = shape
+    if len(stddevs) != heads:
+        raise ArgumentError(
+            "noise_stddevs", stddevs, f"{heads} heads", "Pass one standard deviation a head."
+        )
     drawn = attention_noise(
         noise.key_words,
         noise.batch_index,
