@@ -79,7 +79,7 @@ def test_held_out_moves_no_other_row_and_depends_on_the_seed():
 def test_missing_package_and_unknown_source_say_what_to_do():
     with pytest.raises(DataError, match=r'pip install "dp-flash-attention\[data\]"'):
         package_file("no-such-distribution-here", "x.csv")
-    with pytest.raises(DataError, match="FILE.csv"):
+    with pytest.raises(DataError, match=r"FILE\.csv"):
         load_data("reuters")
 
 
