@@ -82,7 +82,7 @@ def _print_backends() -> None:
     print_table(("attention", "served by", "why"), rows)
 
 
-def _cases():  # noqa: ANN202  # name -> (AttentionSpec, AttentionInputs)
+def _cases():  # name -> (AttentionSpec, AttentionInputs)
     import jax
     import jax.numpy as jnp
 

@@ -74,6 +74,6 @@ def _summary(report: dict) -> str:
         f"time             {report['seconds_total']:.0f} s, "
         f"peak memory {report['peak_memory_bytes'] / 2**30:.2f} GiB",
         f"report           {report['folder']}/report.html",
-        f"try it           dpfa predict --model {report['folder']} \"...\"",
+        f'try it           dpfa predict --model {report["folder"]} "..."',
     ]
     return "\n".join(lines)

@@ -1,6 +1,9 @@
 """Training state on the disk, bound to the ledger that paid for it."""
 
 import dataclasses
+import logging
+import threading
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,9 @@ import jax
 
 from dpfa_jax.train.errors import RunError
 
+_LOG = logging.getLogger("absl")  # where Orbax logs
 _KEPT = 2  # the newest, and one more should the machine fail while it is written
+_LONGEST = 400  # characters of a foreign message
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,11 +42,16 @@ class Checkpoints:
 
         self._ocp = ocp
         self._folder = folder.absolute()
+        self._hook = threading.excepthook
         options = ocp.CheckpointManagerOptions(max_to_keep=_KEPT, cleanup_tmp_directories=True)
         try:
             self._manager = ocp.CheckpointManager(self._folder, options=options)
         except OSError as error:
             raise _unwritable(folder, error) from error
+        # Orbax logs, with tracebacks, what `save` and `wait` raise anyway.
+        self._log_level = _LOG.level
+        _LOG.setLevel(logging.CRITICAL)
+        threading.excepthook = self._in_thread
 
     def save(self, state: Any, note: CheckpointNote) -> None:
         """Starts writing; returns before it is on the disk. Errors: RunError.
@@ -98,8 +108,18 @@ class Checkpoints:
         """Lets go of threads. Does not raise for checkpoints that failed; `wait` does."""
         try:
             self._manager.close()
-        except Exception:  # noqa: S110  # reported by `wait` already, or the run failed before
+        except Exception:  # reported by `wait` already, or the run failed before
             pass
+        finally:
+            _LOG.setLevel(self._log_level)
+            if threading.excepthook == self._in_thread:
+                threading.excepthook = self._hook
+
+    def _in_thread(self, error: threading.ExceptHookArgs) -> None:
+        """Keeps Orbax's threads from printing what `save` and `wait` raise anyway."""
+        frames = traceback.walk_tb(error.exc_traceback)
+        if not any("orbax" in frame.f_code.co_filename for frame, _ in frames):
+            self._hook(error)
 
 
 def _unwritable(place: Path, error: Exception) -> RunError:
@@ -111,4 +131,6 @@ def _unwritable(place: Path, error: Exception) -> RunError:
 
 
 def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    line = (str(error).splitlines() or [type(error).__name__])[0]
+    line = line.partition(" [tensorstore_spec")[0]
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]}..."

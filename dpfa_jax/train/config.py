@@ -39,7 +39,8 @@ class TrainConfig:
       out: folder of the run; runs/<data>-<time> where not given.
       resume: go on with the run in --out after an interruption.
       config: JSON or TOML file with any of these settings; flags override it.
-      nonprivate_twin: train a second model without privacy, to compare. Its figures are not private.
+      nonprivate_twin: train a second model without privacy, to compare; its figures are not
+        private.
       insecure_test_noise: noise and batches from --seed. Protects nobody; for tests only.
     """
 
@@ -136,10 +137,14 @@ def _converted(name: str, value: Any, annotation: Any) -> Any:
     if annotation is Path and isinstance(value, str):
         return Path(value)
     if annotation == tuple[str, ...] and isinstance(value, list):
-        if all(isinstance(part, str) for part in value):
-            return tuple(value)
+        texts = tuple(part for part in value if isinstance(part, str))
+        if len(texts) == len(value):
+            return texts
     if type(value) is not annotation:
         raise ArgumentError(
-            name, value, f"not of type {getattr(annotation, '__name__', annotation)}", "Correct it in the config file."
+            name,
+            value,
+            f"not of type {getattr(annotation, '__name__', annotation)}",
+            "Correct it in the config file.",
         )
     return value

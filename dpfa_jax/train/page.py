@@ -30,23 +30,23 @@ def render(report: Report) -> str:
         '<meta name="color-scheme" content="light dark">\n'
         f"<title>{title}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
         f"<header><p class='kicker'>DP-Flash-Attention · training report</p><h1>{title}</h1>"
-        f"</header>\n{''.join(section for section in sections)}</main>\n</body>\n</html>\n"
+        f"</header>\n{''.join(sections)}</main>\n</body>\n</html>\n"
     )
 
 
 def _banner(report: Report) -> str:
+    warnings = []
     if report["insecure_test_noise"]:
-        return (
-            "<p class='banner'><strong>INSECURE.</strong> The noise of this run came from a test "
-            "seed. The model protects nobody; the figures below only show what a real run would "
-            "look like.</p>"
+        warnings.append(
+            "<strong>INSECURE.</strong> The noise of this run came from a test seed. The model "
+            "protects nobody; the figures below only show what a real run would look like."
         )
     if not report["finished"]:
-        return (
-            "<p class='banner'><strong>Stopped early.</strong> The run was interrupted. What it "
-            "released so far is charged; go on with <code>--resume</code>.</p>"
+        warnings.append(
+            "<strong>Stopped early.</strong> The run was interrupted. What it released so far is "
+            "charged; go on with <code>--resume</code>."
         )
-    return ""
+    return "".join(f"<p class='banner'>{text}</p>" for text in warnings)
 
 
 def _summary(report: Report) -> str:
@@ -55,8 +55,8 @@ def _summary(report: Report) -> str:
         f"<p class='lead'>A small {html.escape(report['model']['name'])} model learned to tell "
         f"{len(data['class_names'])} classes apart from {data['examples']:,} examples. It answers "
         f"<strong>{_percent(report['accuracy'])}</strong> of {data['test_examples']:,} held-out "
-        f"examples right{_caution(report)}.</p><p>What the model can give away about any one training example is "
-        "bounded: adding or removing that example changes the probability of anything that could "
+        f"examples right{_caution(report)}.</p><p>What the model can give away about any one "
+        "training example is bounded: adding or removing that example changes the probability of anything that could "
         f"be seen in the model by a factor of at most e<sup>{epsilon:.2f}</sup> = "
         f"{_odds(epsilon)}, apart from a chance of {_power(report['delta'])}.</p>"
     )

@@ -56,9 +56,11 @@ class PlainProgress:
         self._stream = stream if stream is not None else sys.stdout
 
     def say(self, text: str) -> None:
+        """One line."""
         print(text, file=self._stream, flush=True)
 
     def show(self, status: Status, *, keep: bool) -> None:
+        """One line where `keep`, else nothing."""
         if keep:
             self.say(
                 f"step {status.step}/{status.steps}  epsilon <= {status.epsilon:.2f}  "
@@ -93,9 +95,11 @@ class RichProgress:
         self._task = None
 
     def say(self, text: str) -> None:
+        """One line above the bar."""
         self._bar.console.print(text, highlight=False, markup=False)
 
     def show(self, status: Status, *, keep: bool) -> None:
+        """Moves the bar."""
         del keep
         fields = {
             "epsilon": status.epsilon,

@@ -139,8 +139,8 @@ def _announce(
     if config.insecure_test_noise:
         progress.say("INSECURE: noise from a test seed. This run protects nobody.")
     progress.say(
-        f"{job.data.name}: {release.dataset_size} training and {len(job.data.test_labels)} held-out "
-        f"examples, {len(job.data.class_names)} classes; {job.classifier.name} with "
+        f"{job.data.name}: {release.dataset_size} training and {len(job.data.test_labels)} "
+        f"held-out examples, {len(job.data.class_names)} classes; {job.classifier.name} with "
         f"{release.num_parameters} parameters"
     )
     progress.say(

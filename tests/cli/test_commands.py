@@ -157,7 +157,7 @@ def _closed_form(mu, delta):
 def test_plan_prints_and_plots(tmp_path, capsys):
     """Figures fall with the noise and rise with the epochs."""
     out = tmp_path / "plan.svg"
-    words = "plan --batch 512 --epochs 5 10 --noise 1 2".split()
+    words = ["plan", "--batch", "512", "--epochs", "5", "10", "--noise", "1", "2"]
     assert main([*words, "--out", str(out)]) == 0
     lines = [line.split() for line in capsys.readouterr().out.splitlines()[2:4]]
     short, long = ([float(cell) for cell in line[3:]] for line in lines)

@@ -5,6 +5,7 @@ imported all there is but has not started JAX, so that an attempt starts within 
 """
 
 import hashlib
+import io
 import json
 import os
 import random
@@ -21,6 +22,7 @@ from dpfa_jax.dpsgd import DPSGDPlan, DPStep
 from dpfa_jax.noise import key_words
 from dpfa_jax.train.data import load_data
 from dpfa_jax.train.progress import PlainProgress
+
 
 def attempt(csv: Path, out: Path, steps: int, log: Path) -> None:
     """One run or resumption, with every key and every executed step written down first."""
@@ -49,10 +51,9 @@ def attempt(csv: Path, out: Path, steps: int, log: Path) -> None:
         return DPStep(made.init, step)
 
     charges.charge, run.make_dp_step = charge, make_dp_step
-    null = open(os.devnull, "w")
     resume = (out / "config.json").exists()
     config = tiny_config(csv, out, steps=steps, evaluate_every=steps, resume=resume)
-    run.train(config, PlainProgress(null))
+    run.train(config, PlainProgress(io.StringIO()))
 
 
 def lines(log: Path) -> list[str]:

@@ -20,6 +20,6 @@ def test_ratio_follows_the_formula():
 
 def test_drowned_signal_is_refused_and_says_what_to_do():
     require_signal(_release(22.0), 120, 0.2)
-    with pytest.raises(ArgumentError, match="--epsilon.*--batch.*--model") as caught:
+    with pytest.raises(ArgumentError, match=r"--epsilon.*--batch.*--model") as caught:
         require_signal(_release(23.0), 120, 0.2)
     assert caught.value.parameter == "epsilon" and caught.value.value == 0.2

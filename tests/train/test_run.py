@@ -104,11 +104,8 @@ def test_same_seed_and_config_give_the_same_bits(finished, csv, tmp_path):
     """(seed, config) fixes everything under --insecure-test-noise."""
     config, _ = finished
     again = tiny_config(csv, tmp_path / "again", insecure_test_noise=True)
-    other = tiny_config(csv, tmp_path / "other", insecure_test_noise=True, seed=1)
     assert train(again, PlainProgress())["finished"]
     assert _same(_parameters(config.out), _parameters(again.out))
-    train(other, PlainProgress())
-    assert not _same(_parameters(config.out), _parameters(other.out))
 
 
 def test_stop_and_resume_give_the_same_bits(finished, csv, tmp_path, monkeypatch):
@@ -127,9 +124,10 @@ def test_stop_and_resume_give_the_same_bits(finished, csv, tmp_path, monkeypatch
         patch.setattr(loop, "charge_block", charge_and_signal)
         report = train(stopped, PlainProgress())
     assert not report["finished"] and report["steps"] == report["steps_charged"] == 6
-    assert "Stopped early" in (stopped.out / "report.html").read_text() or report[
-        "insecure_test_noise"
-    ]
+    assert (
+        "Stopped early" in (stopped.out / "report.html").read_text()
+        or report["insecure_test_noise"]
+    )
     resumed = tiny_config(csv, stopped.out, insecure_test_noise=True, resume=True)
     assert train(resumed, PlainProgress())["finished"]
     assert _same(_parameters(config.out), _parameters(stopped.out))
@@ -137,19 +135,16 @@ def test_stop_and_resume_give_the_same_bits(finished, csv, tmp_path, monkeypatch
 
 def test_resume_refuses_what_does_not_belong_together(finished, csv, tmp_path):
     config, _ = finished
-    for name, changes, message in (
-        ("settings", {"learning_rate": 0.06}, "learning_rate was 0.05, is 0.06"),
-        ("twin", {"epsilon": 7.0}, "epsilon was 8.0, is 7.0"),
-    ):
-        out = tmp_path / name
-        shutil.copytree(config.out, out)
-        if name == "twin":  # the new noise would need another calibration: refuse by config alone
-            continue
-        changed = tiny_config(
-            csv, out, insecure_test_noise=True, nonprivate_twin=True, resume=True, **changes
-        )
-        with pytest.raises(RunError, match=message):
-            train(changed, PlainProgress())
+    changed = tiny_config(
+        csv,
+        config.out,
+        insecure_test_noise=True,
+        nonprivate_twin=True,
+        resume=True,
+        learning_rate=0.06,
+    )
+    with pytest.raises(RunError, match=r"learning_rate was 0\.05, is 0\.06"):
+        train(changed, PlainProgress())
     out = tmp_path / "rolled-back"
     shutil.copytree(config.out, out)
     ledger = out / "ledger.jsonl"
@@ -175,6 +170,16 @@ def test_saved_model_answers_as_the_run_did(finished):
         load_model(config.out / "checkpoints")
 
 
+@pytest.mark.slow
+def test_another_seed_gives_another_model(finished, csv, tmp_path):
+    config, _ = finished
+    other = tiny_config(csv, tmp_path / "other", insecure_test_noise=True, seed=1)
+    train(other, PlainProgress())
+    assert not _same(_parameters(config.out), _parameters(other.out))
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax's loops
 def test_disk_full_stops_with_what_was_saved(finished, csv, tmp_path, monkeypatch):
     """A write that fails for real (file size limit) is a clear error, and the run goes on later."""
     resource = pytest.importorskip("resource")
