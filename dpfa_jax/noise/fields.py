@@ -69,7 +69,11 @@ def parameter_noise(
         raise ArgumentError(
             "shape", shape, "more than 2^32 elements in one leaf", "Split the parameter."
         )
-    words = counters.bind_parameter(words_of(noise_key), leaf_index)
+    # The barrier keeps XLA from fusing the scalar rounds that derive the leaf's key into every
+    # element's own rounds, which takes its CPU compiler many seconds a leaf.
+    words = jax.lax.optimization_barrier(
+        counters.bind_parameter(jax.lax.optimization_barrier(words_of(noise_key)), leaf_index)
+    )
     # Pairs along the last axis where it is even, so that a sharding of the other axes stays local.
     by_rows = bool(shape) and shape[-1] % 2 == 0
     pairs_shape = (*shape[:-1], shape[-1] // 2) if by_rows else ((size + 1) // 2,)

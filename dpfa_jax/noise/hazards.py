@@ -113,6 +113,11 @@ def _register(noise_key: Key[Array, "..."], numbers: tuple[np.ndarray, ...]) -> 
     """Notes each eager (key, uses) once. Errors: KeyReuseError at the second time."""
     words = np.asarray(jax.random.key_data(noise_key)).reshape(-1, 2)
     entries = []
+    if any(np.size(number) not in (1, len(words)) for number in numbers):
+        raise KeyReuseError(
+            "one noise key serves several (release_id, layer) at once under vmap. Map the key too: "
+            "jax.random.split(noise_key, size) with in_axes=0."
+        )
     columns = [np.broadcast_to(np.ravel(number), len(words)).tolist() for number in numbers]
     for row, word in enumerate(words):
         entries.append((word.tobytes(), tuple(column[row] for column in columns)))

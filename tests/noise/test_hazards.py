@@ -140,3 +140,9 @@ def test_shard_map_closure_is_refused():
     key = new_noise_key()
     with pytest.raises(KeyReuseError):
         jax.shard_map(lambda x: use(key, x), mesh=axis, in_specs=P("d"), out_specs=P("d"))(BATCH)
+
+
+def test_one_key_for_many_mapped_uses_is_refused():
+    """V11: an eager vmap over release ids with one key is an error of the library's own."""
+    with pytest.raises(KeyReuseError, match="under vmap"):
+        jax.vmap(lambda release_id: use(new_noise_key(), X, uses=(release_id, 0)))(jnp.arange(3))
