@@ -6,11 +6,15 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import tyro
 
 from dpfa_jax.cli.entry import DONE, FAILED
 from dpfa_jax.cli.table import print_table
+
+if TYPE_CHECKING:
+    from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec
 
 _TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
 
@@ -82,7 +86,7 @@ def _print_backends() -> None:
     print_table(("attention", "served by", "why"), rows)
 
 
-def _cases():  # name -> (AttentionSpec, AttentionInputs)
+def _cases() -> "dict[str, tuple[AttentionSpec, AttentionInputs]]":
     import jax
     import jax.numpy as jnp
 
@@ -98,12 +102,10 @@ def _cases():  # name -> (AttentionSpec, AttentionInputs)
             for key, shape in zip(keys, shapes, strict=True)
         ]
         name = jnp.dtype(dtype).name
-        cases[f"plain, {name}"] = (AttentionSpec(scale=0.125), AttentionInputs(*arrays))
-        cases[f"causal, {name}"] = (AttentionSpec(0.125, is_causal=True), AttentionInputs(*arrays))
-        cases[f"private memory, {name}"] = (
-            AttentionSpec(0.125, readout=memory),
-            AttentionInputs(*arrays),
-        )
+        inputs = AttentionInputs(arrays[0], arrays[1], arrays[2])
+        cases[f"plain, {name}"] = (AttentionSpec(scale=0.125), inputs)
+        cases[f"causal, {name}"] = (AttentionSpec(0.125, is_causal=True), inputs)
+        cases[f"private memory, {name}"] = (AttentionSpec(0.125, readout=memory), inputs)
     return cases
 
 
@@ -140,17 +142,18 @@ def _attention() -> str:
 
 def _noise_words() -> str:
     import jax
+    import jax.numpy as jnp
     import numpy as np
 
     from dpfa_jax.noise import threefry2x32
 
     words = np.asarray([123456789, 987654321], np.uint32)
     count = 1024
-    key = jax.random.wrap_key_data(words, impl="threefry2x32")
+    key = jax.random.wrap_key_data(jnp.asarray(words), impl="threefry2x32")
     with jax.threefry_partitionable(True):
         want = np.asarray(jax.random.bits(key, (count,), np.uint32))
-    index = np.arange(count, dtype=np.uint32)
-    first, second = threefry2x32(words[0], words[1], np.zeros_like(index), index)
+    index = jnp.arange(count, dtype=jnp.uint32)
+    first, second = threefry2x32(words[0], words[1], jnp.zeros_like(index), index)
     if not np.array_equal(np.asarray(first) ^ np.asarray(second), want):
         raise AssertionError("the words differ")
     return f"{count} of {count} words"

@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from typing import Any
 
 import tyro
 
@@ -48,7 +49,7 @@ def parse(arguments: list[str]) -> TrainConfig:
     return tyro.cli(TrainConfig, prog=_PROGRAM, args=arguments, default=base)
 
 
-def _written(config: TrainConfig) -> dict[str, object]:
+def _written(config: TrainConfig) -> dict[str, Any]:
     """The settings of a file that are not defaults; where the run lives is the flags' to say."""
     plain = TrainConfig()
     return {

@@ -24,7 +24,9 @@ def evaluator(classifier: Classifier) -> Callable[[Params, np.ndarray, np.ndarra
     """evaluate(params, inputs (n, ...), labels (n,)) -> Metrics, compiled once for all n."""
 
     @jax.jit
-    def sums(params, inputs, labels, is_real):
+    def sums(
+        params: Params, inputs: jax.Array, labels: jax.Array, is_real: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
         logits = classifier.logits(params, inputs)
         losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], 1)[:, 0]
         right = logits.argmax(1) == labels

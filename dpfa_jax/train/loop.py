@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from dpfa_jax.accounting import LedgerFile
@@ -103,7 +104,7 @@ def run_steps(
         charged = plan.steps - left + block
         for index, indices in enumerate(itertools.islice(batches, block)):
             batch, is_real = take_batch(examples, indices)
-            private = step_fn.step(course.state.private, batch, is_real, keys[index])
+            private = step_fn.step(course.state.private, batch, jnp.asarray(is_real), keys[index])
             jax.block_until_ready(private.params)
             course.state = LoopState(
                 private, average(course.state.average, private.params, course.step)

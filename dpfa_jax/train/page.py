@@ -56,8 +56,8 @@ def _summary(report: Report) -> str:
         f"{len(data['class_names'])} classes apart from {data['examples']:,} examples. It answers "
         f"<strong>{_percent(report['accuracy'])}</strong> of {data['test_examples']:,} held-out "
         f"examples right{_caution(report)}.</p><p>What the model can give away about any one "
-        "training example is bounded: adding or removing that example changes the probability of anything that could "
-        f"be seen in the model by a factor of at most e<sup>{epsilon:.2f}</sup> = "
+        "training example is bounded: adding or removing that example changes the probability of "
+        f"anything that could be seen in it by a factor of at most e<sup>{epsilon:.2f}</sup> = "
         f"{_odds(epsilon)}, apart from a chance of {_power(report['delta'])}.</p>"
     )
 

@@ -4,7 +4,7 @@ import dataclasses
 import sys
 import time
 from types import TracebackType
-from typing import Protocol, Self, TextIO
+from typing import Any, Protocol, Self, TextIO
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,7 +92,7 @@ class RichProgress:
             progress.TextColumn("{task.fields[rate]:.0f} examples/s"),
             progress.TextColumn("[dim]{task.fields[left]} left"),
         )
-        self._task = None
+        self._task: progress.TaskID | None = None
 
     def say(self, text: str) -> None:
         """One line above the bar."""
@@ -101,7 +101,7 @@ class RichProgress:
     def show(self, status: Status, *, keep: bool) -> None:
         """Moves the bar."""
         del keep
-        fields = {
+        fields: dict[str, Any] = {
             "epsilon": status.epsilon,
             "loss": status.loss,
             "accuracy": 100 * status.accuracy,

@@ -64,7 +64,8 @@ def save_model(
         folder.mkdir(parents=True, exist_ok=True)
         part = folder / f"{_PARAMETERS}.part"
         with part.open("wb") as stream:
-            np.savez(stream, **{name: np.asarray(leaf) for name, leaf in params.items()})
+            arrays: dict[str, Any] = {name: np.asarray(leaf) for name, leaf in params.items()}
+            np.savez(stream, **arrays)
         part.replace(folder / _PARAMETERS)
         atomic.write_json(folder / _DESCRIPTION, description)
     except OSError as error:

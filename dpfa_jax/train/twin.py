@@ -39,7 +39,7 @@ def train_twin(
         return losses.sum() / jnp.maximum(is_real.sum(), 1)
 
     @jax.jit
-    def step(params, state, batch, is_real):
+    def step(params: Params, state: Any, batch: Any, is_real: jax.Array) -> tuple[Params, Any]:
         gradient = jax.grad(mean_loss)(params, batch, is_real)
         updates, state = optimizer.update(gradient, state, params)
         return optax.apply_updates(params, updates), state

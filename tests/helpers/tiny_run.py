@@ -7,8 +7,8 @@ from dpfa_jax.train import TrainConfig
 
 PARAMETERS = 2 * 384 + 2
 _WORDS = {
-    "sport": "goal match team player coach league stadium referee tennis football".split(),
-    "kitchen": "flour oven butter recipe onion soup garlic bake pepper sauce".split(),
+    "sport": ("goal", "match", "team", "player", "coach", "league", "stadium", "tennis"),
+    "kitchen": ("flour", "oven", "butter", "recipe", "onion", "soup", "garlic", "pepper"),
 }
 
 
