@@ -252,8 +252,9 @@ class LedgerFile:
         self.insecure_test_noise = body["insecure_test_noise"]
 
     def _check_secrecy(self, new: Record) -> None:
-        secret = not isinstance(new, GaussianRecord) or new.is_secret_noise
-        if not secret and not self.insecure_test_noise:
+        if not isinstance(new, GaussianRecord) or new.is_secret_noise:
+            return
+        if not self.insecure_test_noise:
             raise LedgerError(
                 f"generator = {new.generator!r}: noise from a test seed protects nobody, and this "
                 "ledger keeps a real promise. Create a ledger with insecure_test_noise=True."

@@ -40,10 +40,8 @@ def composed_epsilon(
             precision += charged_count(record, count) / record.noise_multiplier**2
     if not sampled:
         return gaussian_epsilon(math.sqrt(precision), delta)
-    total = None
-    for record, count in sampled:
-        part = _answer_losses(record, interval).self_compose(count)
-        total = part if total is None else total.compose(part)
+    parts = [_answer_losses(record, interval).self_compose(count) for record, count in sampled]
+    total = functools.reduce(lambda left, right: left.compose(right), parts)
     if precision > 0.0:
         total = total.compose(_gaussian_losses(1.0 / math.sqrt(precision), interval))
     return float(total.get_epsilon_for_delta(delta))

@@ -63,13 +63,17 @@ def _reciprocal_power_of_two(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
 
 
 @jax.custom_jvp
-def _identity_gradient(x: Float32[Array, "..."], rounded: Float[Array, "..."]):
+def _identity_gradient(
+    x: Float32[Array, "..."], rounded: Float[Array, "..."]
+) -> Float[Array, "..."]:
     del x
     return rounded
 
 
 @_identity_gradient.defjvp
-def _identity_gradient_jvp(primals, tangents):
+def _identity_gradient_jvp(
+    primals: tuple[Array, Array], tangents: tuple[Array, Array]
+) -> tuple[Array, Array]:
     return primals[1], tangents[0].astype(primals[1].dtype)
 
 

@@ -17,10 +17,12 @@ class Generator:
     is_secret: bool
 
 
-# A radius from 40 random bits: r = sqrt(-2 log u), u in (2^-41, 1].
+# A radius from 40 random bits: r = sqrt(-2 log u), u in [2^-41, 1 - 2^-41].
 RADIUS_BITS = 40
 BOX_MULLER_TAIL = math.sqrt(2.0 * (RADIUS_BITS + 1) * math.log(2.0))
 
 THREEFRY = Generator("threefry2x32/box-muller-40", BOX_MULLER_TAIL, is_secret=True)
-INSECURE_TEST = Generator("INSECURE-test-seed/threefry2x32/box-muller-40", BOX_MULLER_TAIL, is_secret=False)
+INSECURE_TEST = Generator(
+    "INSECURE-test-seed/threefry2x32/box-muller-40", BOX_MULLER_TAIL, is_secret=False
+)
 GENERATORS = {generator.name: generator for generator in (THREEFRY, INSECURE_TEST)}

@@ -52,7 +52,7 @@ def noisy_sum(plan: DPSGDPlan) -> optax.GradientTransformationExtraArgs:
         state: NoisySumState,
         params: PyTree | None = None,
         *,
-        noise_key: Key[Array, ""] | None = None,
+        noise_key: Key[Array, ""],
         **extra_args: object,
     ) -> tuple[PyTree, NoisySumState]:
         del params, extra_args

@@ -26,7 +26,7 @@ class DPState(NamedTuple):
       opt_state: the optimizer's state, computed from released gradients only.
     """
 
-    step: Int[Array, ""]
+    step: Int[Array | np.ndarray, ""]
     params: PyTree
     opt_state: PyTree
 

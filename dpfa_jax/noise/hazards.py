@@ -6,6 +6,8 @@ it is called. What only the whole program shows is found by `check_no_reuse`.
 """
 
 import threading
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import numpy as np
@@ -55,8 +57,9 @@ def guard(
             "(a scan: keys as xs), or derive one inside: jax.random.fold_in(noise_key, step)."
         )
     concrete = _concrete(noise_key)
-    numbers = tuple(_concrete(use) for use in uses)
-    if generator is not INSECURE_TEST and concrete is not None and None not in numbers:
+    numbers = [number for use in uses if (number := _concrete(use)) is not None]
+    staged = concrete is None or len(numbers) < len(uses)
+    if generator is not INSECURE_TEST and not staged:
         _register(concrete, numbers)
     operands = [jax.numpy.asarray(use, np.uint32) for use in uses]
     operands += [jax.lax.stop_gradient(w) for leaf in witnesses for w in jax.tree.leaves(leaf)]
@@ -109,7 +112,7 @@ def _varying(value: object) -> frozenset[object]:
     return frozenset(getattr(described, "vma", ()) if axes is None else axes)
 
 
-def _register(noise_key: Key[Array, "..."], numbers: tuple[np.ndarray, ...]) -> None:
+def _register(noise_key: Any, numbers: list[Array | np.ndarray]) -> None:
     """Notes each eager (key, uses) once. Errors: KeyReuseError at the second time."""
     words = np.asarray(jax.random.key_data(noise_key)).reshape(-1, 2)
     entries = []
@@ -146,7 +149,7 @@ def _scope_of_value(value: object) -> object:
     return value._trace if isinstance(value, jax.core.Tracer) else None
 
 
-def _scope_of_trace(trace: object) -> object:
+def _scope_of_trace(trace: Any) -> object:
     """The trace of the staged program that is being traced now; None in eager execution."""
     while type(trace).__name__ in _SEE_THROUGH:
         trace = trace.parent_trace
@@ -154,24 +157,26 @@ def _scope_of_trace(trace: object) -> object:
 
 
 @guard_p.def_impl
-def _impl(noise_key, *operands, num_uses):
+def _impl(noise_key: Array, *operands: Array, num_uses: int) -> Array:
     del operands, num_uses
     return noise_key
 
 
 @guard_p.def_abstract_eval
-def _abstract_eval(noise_key, *operands, num_uses):
+def _abstract_eval(noise_key: Any, *operands: Any, num_uses: int) -> Any:
     del operands, num_uses
     return noise_key
 
 
-def _jvp(primals, tangents, *, num_uses):
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, num_uses: int) -> tuple[Any, Any]:
     del tangents  # keys have no tangent
     out = guard_p.bind(*primals, num_uses=num_uses)
     return out, ad.Zero(jax.typeof(out).to_tangent_aval())
 
 
-def _batch(operands, axes, *, num_uses):
+def _batch(
+    operands: Sequence[Any], axes: Sequence[int | None], *, num_uses: int
+) -> tuple[Any, int]:
     if axes[0] is None:
         raise KeyReuseError(
             "vmap maps the data but not noise_key: every element would get the same noise. Map the "

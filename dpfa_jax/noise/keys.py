@@ -6,8 +6,10 @@ jit neither. Messages never show a key's words.
 
 import math
 import os
+from collections.abc import Hashable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend.random import define_prng_impl, threefry_prng_impl
 from jaxtyping import Array, Key, UInt32
@@ -21,7 +23,7 @@ def _refuse_seed(seed: Array) -> Array:
     )
 
 
-def _key_type(name: str, tag: str):
+def _key_type(name: str, tag: str) -> Hashable:
     return define_prng_impl(
         key_shape=threefry_prng_impl.key_shape,
         seed=_refuse_seed,
@@ -47,7 +49,7 @@ def new_noise_key(shape: tuple[int, ...] = ()) -> Key[Array, "..."]:
     Errors: KeyReuseError under jit and its like: the compiled program would hold one key forever.
     """
     words = np.frombuffer(os.urandom(8 * math.prod(shape)), np.uint32).reshape(*shape, 2)
-    noise_key = jax.random.wrap_key_data(words, impl=_NOISE)
+    noise_key = jax.random.wrap_key_data(jnp.asarray(words), impl=_NOISE)
     if isinstance(noise_key, jax.core.Tracer):
         raise KeyReuseError(
             "new_noise_key() inside a traced function: the compiled program would use this one key "
@@ -65,7 +67,7 @@ def insecure_test_key(seed: int, shape: tuple[int, ...] = ()) -> Key[Array, "...
     if seed >= 2**63:
         raise ArgumentError("seed", seed, "not below 2^63", "Pass a smaller int.")
     words = np.asarray([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
-    noise_key = jax.random.wrap_key_data(words, impl=_TEST)
+    noise_key = jax.random.wrap_key_data(jnp.asarray(words), impl=_TEST)
     return jax.random.split(noise_key, shape) if shape else noise_key
 
 
@@ -105,7 +107,7 @@ def is_key_array(value: object) -> bool:
 
 
 def _generator(parameter: str, noise_key: object) -> Generator:
-    if is_key_array(noise_key):
+    if isinstance(noise_key, jax.Array) and is_key_array(noise_key):
         generator = _GENERATORS.get(jax.random.key_impl(noise_key))
         if generator is not None:
             return generator

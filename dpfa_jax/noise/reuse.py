@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
@@ -206,7 +206,7 @@ class _Reader:
             quiet = _Reader()
             quiet._fresh = self._fresh
             results = quiet._results(body, [*consts, *inputs, *xs])
-            source = {identity: place for place, identity in enumerate(identities)}
+            source: dict[object, int] = {own: place for place, own in enumerate(identities)}
             came_from = [source.get(value.identity) for value in results[: len(carry)]]
             still = [
                 changes and loop in results[place].varies and not _returns(place, came_from)
@@ -233,10 +233,14 @@ def _returns(place: int, came_from: list[int | None]) -> bool:
 
 
 def _loses_axis(outside: Var | Literal, inside: Var | Literal) -> bool:
-    return len(outside.aval.shape) == len(inside.aval.shape) + 1
+    return len(_shape(outside)) == len(_shape(inside)) + 1
 
 
-def _open(jaxpr: object) -> Jaxpr:
+def _shape(atom: Var | Literal) -> tuple[int, ...]:
+    return getattr(atom.aval, "shape", ())
+
+
+def _open(jaxpr: Any) -> Jaxpr:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
