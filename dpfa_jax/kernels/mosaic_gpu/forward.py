@@ -6,7 +6,6 @@ does its softmax); under `ExampleReadout` the epilogue clips, noises and snaps e
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -62,21 +61,6 @@ class ForwardResults(NamedTuple):
     lse: Any
 
 
-class _Work(NamedTuple):
-    """Two blocks of query rows of one head, and the key tiles they need."""
-
-    batch: Any
-    head: Any
-    row_begin: Any
-    key_length: Any
-    query_length: Any
-    steps: tiles.StepRange
-
-    @property
-    def count(self) -> Any:
-        return self.steps.end - self.steps.begin
-
-
 def _body(
     arrays: ForwardArrays,
     results: ForwardResults,
@@ -86,56 +70,26 @@ def _body(
     spec: AttentionSpec,
     tile: ForwardTiles,
     keys: int,
-    grid: tuple[int, int, int],
     group: int,
     simulate: bool,
 ) -> None:
+    batch, head = lax.axis_index("batch"), lax.axis_index("heads")
+    # The last rows first: under a causal mask they are the longest.
+    block = lax.axis_size("rows") - 1 - lax.axis_index("rows")
     warpgroup = lax.axis_index("warpgroup")
     block_q, block_kv, stages = tile.block_q, tile.block_kv, tile.stages
     head_size = arrays.query.shape[-1]
     dtype = arrays.query.dtype
-    heads, row_blocks, batches = grid
+    program_begin = block * tile.rows
+    key_length = keys
+    if arrays.key_lengths is not None:
+        key_length = jnp.clip(arrays.key_lengths[batch], 0, keys)
+    query_length = None if arrays.query_lengths is None else arrays.query_lengths[batch]
+    steps = tiles.key_steps(spec, program_begin, tile.rows, block_kv, key_length, query_length)
+    count = steps.end - steps.begin
 
-    def place(index):
-        """Batch row, head and first row of one work; heads run fastest, long rows come first."""
-        head, block = lax.rem(index, jnp.int32(heads)), lax.div(index, jnp.int32(heads))
-        batch, block = lax.div(block, jnp.int32(row_blocks)), lax.rem(block, jnp.int32(row_blocks))
-        return batch, head, (row_blocks - 1 - block) * tile.rows
-
-    def locate(index) -> _Work:
-        batch, head, row_begin = place(index)
-        key_length, query_length = keys, None
-        if arrays.key_lengths is not None:
-            key_length = jnp.clip(arrays.key_lengths[batch], 0, keys)
-        if arrays.query_lengths is not None:
-            query_length = arrays.query_lengths[batch]
-        steps = tiles.key_steps(spec, row_begin, tile.rows, block_kv, key_length, query_length)
-        return _Work(batch, head, row_begin, key_length, query_length, steps)
-
-    total_works = heads * row_blocks * batches
-    if tile.programs is None:
-        first, stride = lax.axis_index("heads"), total_works
-        first += heads * (lax.axis_index("rows") + row_blocks * lax.axis_index("batch"))
-    else:
-        first, stride = lax.axis_index("programs"), min(tile.programs, total_works)
-
-    def each_work(body) -> Any:
-        """Calls body(work, index, ring steps done before) for the works of this program."""
-        if tile.programs is None:
-            work = locate(first)
-            body(work, first, jnp.int32(0))
-            return work.count
-
-        def step(turn, done):
-            index = first + turn * stride
-            work = locate(index)
-            body(work, index, done)
-            return done + jnp.int32(work.count)
-
-        return lax.fori_loop(0, tiles.cdiv(total_works - first, stride), step, jnp.int32(0))
-
-    def slot_of(done):
-        return lax.rem(jnp.int32(done), jnp.int32(stages))
+    def slot_of(step):
+        return lax.rem(jnp.int32(step - steps.begin), jnp.int32(stages))
 
     def take_turns():
         plgpu.barrier_arrive(barriers["turn"])
@@ -145,174 +99,151 @@ def _body(
     def compute():
         if not simulate:
             plgpu.set_max_registers(216 if tile.noise_warpgroup else 232, action="increase")
-        q_shared, q_ready = shared["query"].at[warpgroup], barriers["query"].at[warpgroup]
+        row_begin = program_begin + warpgroup * block_q
+        rows = pl.ds(row_begin, block_q)
+        q_shared = shared["query"].at[warpgroup]
+        plgpu.copy_gmem_to_smem(
+            arrays.query.at[batch, rows, head], q_shared, barriers["query"].at[warpgroup]
+        )
+        largest = plgpu.layout_cast(jnp.full((block_q,), LOWEST, jnp.float32), ROW)
+        total = plgpu.layout_cast(jnp.zeros((block_q,), jnp.float32), ROW)
+        acc = plgpu.layout_cast(jnp.zeros((block_q, head_size), jnp.float32), WGMMA)
+        plgpu.barrier_wait(barriers["query"].at[warpgroup])
 
-        def load_query(index):
-            batch, head, row_begin = place(index)
-            rows = pl.ds(row_begin + warpgroup * block_q, block_q)
-            plgpu.copy_gmem_to_smem(arrays.query.at[batch, rows, head], q_shared, q_ready)
+        @pl.when(count > 0)
+        def _():
+            plgpu.barrier_wait(barriers["key"].at[0])
 
-        load_query(first)
         pl.when(warpgroup == 1)(take_turns)
 
-        def attend(work: _Work, index, done):
-            steps = work.steps
-            row_begin = work.row_begin + warpgroup * block_q
-            largest = plgpu.layout_cast(jnp.full((block_q,), LOWEST, jnp.float32), ROW)
-            total = plgpu.layout_cast(jnp.zeros((block_q,), jnp.float32), ROW)
-            acc = plgpu.layout_cast(jnp.zeros((block_q, head_size), jnp.float32), WGMMA)
-            plgpu.barrier_wait(q_ready)
+        def step_body(step, carry, masked: bool):
+            acc, largest, total = carry
+            slot = slot_of(step)
+            k_shared, v_shared = shared["key"].at[slot], shared["value"].at[slot]
 
-            @pl.when(work.count > 0)
-            def _():
-                plgpu.barrier_wait(barriers["key"].at[slot_of(done)])
+            def logits(acc_ref):
+                plgpu.wgmma(acc_ref, q_shared, k_shared.T)
+                take_turns()
+                return acc_ref[...]
 
-            def step_body(step, carry, masked: bool):
-                acc, largest, total = carry
-                now = done + step - steps.begin
-                slot = slot_of(now)
-                k_shared, v_shared = shared["key"].at[slot], shared["value"].at[slot]
+            s = pl.run_scoped(logits, plgpu.ACC((block_q, block_kv), jnp.float32))
+            plgpu.barrier_arrive(barriers["key_free"].at[slot])
+            factor = spec.scale
+            if spec.logits_soft_cap is not None:
+                s = jnp.tanh(s * (factor / spec.logits_soft_cap))
+                factor = spec.logits_soft_cap
+            factor *= LOG2_E
+            if masked:
+                columns = step * block_kv
+                seen = visible(spec, s.shape, row_begin, columns, key_length, query_length)
+                s = jnp.where(seen, s, -jnp.inf)
+            previous = largest
+            largest = jnp.maximum(previous, s.max(axis=1) * factor)
+            decay = jnp.exp2(previous - largest)
+            p = jnp.exp2(s * factor - lax.broadcast_in_dim(largest, s.shape, [0]))
+            acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
+            total *= decay
+            p_stored = p.astype(dtype)
 
-                def logits(acc_ref):
-                    plgpu.wgmma(acc_ref, q_shared, k_shared.T)
-                    take_turns()
-                    return acc_ref[...]
+            def end_turn():
+                plgpu.barrier_arrive(barriers["turn"])
+                plgpu.barrier_wait(barriers["value"].at[slot])
+                plgpu.barrier_wait(barriers["turn"])
 
-                s = pl.run_scoped(logits, plgpu.ACC((block_q, block_kv), jnp.float32))
-                plgpu.barrier_arrive(barriers["key_free"].at[slot])
-                factor = spec.scale
-                if spec.logits_soft_cap is not None:
-                    s = jnp.tanh(s * (factor / spec.logits_soft_cap))
-                    factor = spec.logits_soft_cap
-                factor *= LOG2_E
-                if masked:
-                    seen = visible(
-                        spec, s.shape, row_begin, step * block_kv, work.key_length,
-                        work.query_length,
-                    )  # fmt: skip
-                    s = jnp.where(seen, s, -jnp.inf)
-                previous = largest
-                largest = jnp.maximum(previous, s.max(axis=1) * factor)
-                decay = jnp.exp2(previous - largest)
-                p = jnp.exp2(s * factor - lax.broadcast_in_dim(largest, s.shape, [0]))
-                acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
-                total *= decay
-                p_stored = p.astype(dtype)
+            if head_size <= 128:
+                total += p.sum(axis=1)
+                acc, total, largest, p_stored = lax.optimization_barrier(
+                    (acc, total, largest, p_stored)
+                )
+                end_turn()
+            else:  # fewer registers are free: do not hold p and its sum across the turn
+                end_turn()
+                total += p.sum(axis=1)
 
-                def end_turn():
-                    plgpu.barrier_arrive(barriers["turn"])
-                    plgpu.barrier_wait(barriers["value"].at[slot])
-                    plgpu.barrier_wait(barriers["turn"])
+            def wait_for_next_key():
+                @pl.when(step + 1 < steps.end)
+                def _():
+                    plgpu.barrier_wait(barriers["key"].at[slot_of(step + 1)])
 
-                if head_size <= 128:
-                    total += p.sum(axis=1)
-                    acc, total, largest, p_stored = lax.optimization_barrier(
-                        (acc, total, largest, p_stored)
-                    )
-                    end_turn()
-                else:  # fewer registers are free: do not hold p and its sum across the turn
-                    end_turn()
-                    total += p.sum(axis=1)
-
-                def wait_for_next_key():
-                    @pl.when(step + 1 < steps.end)
-                    def _():
-                        plgpu.barrier_wait(barriers["key"].at[slot_of(now + 1)])
-
-                if simulate:  # the simulator has no wgmma with an operand in registers
-                    acc += jnp.dot(
-                        p_stored.astype(jnp.float32),
-                        v_shared[...].astype(jnp.float32),
-                        preferred_element_type=jnp.float32,
-                    )
-                    wait_for_next_key()
-                else:
-
-                    def weighted_values(acc_ref):
-                        plgpu.wgmma(acc_ref, p_stored, v_shared)
-                        wait_for_next_key()
-
-                    acc = pl.run_state(weighted_values)(plgpu.ACC.init(acc))
-                plgpu.barrier_arrive(barriers["value_free"].at[slot])
-                return acc, largest, total
-
-            carry = (acc, largest, total)
-            plain_loop = functools.partial(step_body, masked=False)
-            masked_loop = functools.partial(step_body, masked=True)
-            if tiles.left_reach(spec) is not None:
-                carry = lax.fori_loop(steps.begin, steps.full_begin, masked_loop, carry)
-            carry = lax.fori_loop(steps.full_begin, steps.full_end, plain_loop, carry)
-            if not (isinstance(steps.end, int) and steps.end == steps.full_end):
-                carry = lax.fori_loop(steps.full_end, steps.end, masked_loop, carry)
-            if tile.programs is None:
-                pl.when(warpgroup == 0)(take_turns)
+            if simulate:  # the simulator has no wgmma with an operand in registers
+                acc += jnp.dot(
+                    p_stored.astype(jnp.float32),
+                    v_shared[...].astype(jnp.float32),
+                    preferred_element_type=jnp.float32,
+                )
+                wait_for_next_key()
             else:
-                pl.when(index + stride < total_works)(lambda: load_query(index + stride))
-            finish(work, row_begin, *carry)
 
-        def finish(work: _Work, row_begin, acc, largest, total):
-            unseen = total == 0.0
-            inverse = jnp.where(unseen, 0.0, 1.0 / jnp.where(unseen, 1.0, total))
-            acc *= lax.broadcast_in_dim(inverse, acc.shape, [0])
-            lse = (largest + jnp.log2(jnp.where(unseen, 1.0, total))) * (1.0 / LOG2_E)
-            lse_shared = shared["lse"].at[warpgroup]
-            # Without further works the query is spent, and its memory takes the answer.
-            out_shared = q_shared if tile.programs is None else shared["output"].at[warpgroup]
-            if tile.programs is not None:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            lse_shared[...] = jnp.where(unseen, -jnp.inf, lse)
-            rows = pl.ds(row_begin, block_q)
-            place = (work.batch, rows, work.head)
-            if results.unclipped is not None:
-                out_shared[...] = acc.astype(dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out_shared, results.unclipped.at[place])
-            if isinstance(spec.readout, ExampleReadout):
-                acc = _release(
-                    acc, arrays, shared, barriers, work, row_begin, warpgroup,
-                    spec=spec, tile=tile, simulate=simulate,
-                )  # fmt: skip
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                def weighted_values(acc_ref):
+                    plgpu.wgmma(acc_ref, p_stored, v_shared)
+                    wait_for_next_key()
+
+                acc = pl.run_state(weighted_values)(plgpu.ACC.init(acc))
+            plgpu.barrier_arrive(barriers["value_free"].at[slot])
+            return acc, largest, total
+
+        carry = (acc, largest, total)
+        plain_loop = functools.partial(step_body, masked=False)
+        masked_loop = functools.partial(step_body, masked=True)
+        if tiles.left_reach(spec) is not None:
+            carry = lax.fori_loop(steps.begin, steps.full_begin, masked_loop, carry)
+        carry = lax.fori_loop(steps.full_begin, steps.full_end, plain_loop, carry)
+        if not (isinstance(steps.end, int) and steps.end == steps.full_end):
+            carry = lax.fori_loop(steps.full_end, steps.end, masked_loop, carry)
+        acc, largest, total = carry
+        pl.when(warpgroup == 0)(take_turns)
+
+        unseen = total == 0.0
+        inverse = jnp.where(unseen, 0.0, 1.0 / jnp.where(unseen, 1.0, total))
+        acc *= lax.broadcast_in_dim(inverse, acc.shape, [0])
+        lse = (largest + jnp.log2(jnp.where(unseen, 1.0, total))) * (1.0 / LOG2_E)
+        lse_shared = shared["lse"].at[warpgroup]
+        lse_shared[...] = jnp.where(unseen, -jnp.inf, lse)
+        out_shared = q_shared  # its query is spent
+        out_rows = results.output.at[batch, rows, head]
+        if results.unclipped is not None:
             out_shared[...] = acc.astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_shared, results.output.at[place])
-            plgpu.copy_smem_to_gmem(lse_shared, results.lse.at[work.batch, work.head, rows])
-
-        each_work(attend)
-        if tile.programs is not None:
-            pl.when(warpgroup == 0)(take_turns)
+            plgpu.copy_smem_to_gmem(out_shared, results.unclipped.at[batch, rows, head])
+        if isinstance(spec.readout, ExampleReadout):
+            acc = _release(
+                acc, arrays, shared, barriers, batch, head, row_begin, warpgroup,
+                spec=spec, tile=tile, simulate=simulate,
+            )  # fmt: skip
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        out_shared[...] = acc.astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_shared, out_rows)
+        plgpu.copy_smem_to_gmem(lse_shared, results.lse.at[batch, head, rows])
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def produce():
         if not simulate:
             plgpu.set_max_registers(24 if tile.noise_warpgroup else 40, action="decrease")
+        kv_head = lax.div(head, jnp.int32(group))
 
-        def stream(work: _Work, index, done):
-            del index
-            kv_head = lax.div(work.head, jnp.int32(group))
+        @pl.loop(steps.begin, steps.end)
+        def _(step):
+            slot = slot_of(step)
+            source = (batch, pl.ds(step * block_kv, block_kv), kv_head)
 
-            @pl.loop(work.steps.begin, work.steps.end)
-            def _(step):
-                now = done + step - work.steps.begin
-                slot = slot_of(now)
-                source = (work.batch, pl.ds(step * block_kv, block_kv), kv_head)
-                for name, array in (("key", arrays.key), ("value", arrays.value)):
+            def load(name: str, array: Any):
+                @pl.when(step - steps.begin >= stages)
+                def _():
+                    plgpu.barrier_wait(barriers[name + "_free"].at[slot])
 
-                    @pl.when(now >= stages)
-                    def _(name=name):
-                        plgpu.barrier_wait(barriers[name + "_free"].at[slot])
+                plgpu.copy_gmem_to_smem(
+                    array.at[source], shared[name].at[slot], barriers[name].at[slot]
+                )
 
-                    plgpu.copy_gmem_to_smem(
-                        array.at[source], shared[name].at[slot], barriers[name].at[slot]
-                    )
+            load("key", arrays.key)
+            load("value", arrays.value)
 
-        done = each_work(stream)
-
-        @pl.loop(jnp.maximum(0, done - stages), done)
-        def _(now):  # leave no arrival unseen
+        @pl.loop(jnp.maximum(steps.begin, steps.end - stages), steps.end)
+        def _(step):  # leave no arrival unseen
             for name in ("key_free", "value_free"):
-                plgpu.barrier_wait(barriers[name].at[slot_of(now)])
+                plgpu.barrier_wait(barriers[name].at[slot_of(step)])
 
     if tile.noise_warpgroup:
 
@@ -321,45 +252,37 @@ def _body(
             if not simulate:
                 plgpu.set_max_registers(56, action="decrease")
             chunks = head_size // NOISE_COLUMNS
+            stream = _stream(arrays, batch, head)
 
-            def fill(work: _Work, index, done):
-                del done
+            # Few columns at a time: this warpgroup owns few registers.
+            @pl.loop(0, COMPUTE_WARPGROUPS * chunks)
+            def _(chunk):
+                part = lax.div(chunk, jnp.int32(chunks))
+                shared["noise"].at[chunk][...] = _normals(
+                    stream, program_begin + part * block_q,
+                    (chunk - part * chunks) * NOISE_COLUMNS, (block_q, NOISE_COLUMNS), simulate,
+                )  # fmt: skip
 
-                @pl.when(index != first)
-                def _():
-                    plgpu.barrier_wait(barriers["noise_free"])
-
-                # Few columns at a time: this warpgroup owns few registers.
-                @pl.loop(0, COMPUTE_WARPGROUPS * chunks)
-                def _(chunk):
-                    part = lax.div(chunk, jnp.int32(chunks))
-                    shared["noise"].at[chunk][...] = _normals(
-                        arrays, work, work.row_begin + part * block_q,
-                        (chunk - part * chunks) * NOISE_COLUMNS, (block_q, NOISE_COLUMNS),
-                        simulate,
-                    )  # fmt: skip
-
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(barriers["noise"])
-
-            each_work(fill)
-            plgpu.barrier_wait(barriers["noise_free"])
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(barriers["noise"])
 
 
-def _normals(arrays, work: _Work, row_begin, column_begin, shape, simulate):
-    return tile_normals(
-        (arrays.key_words[work.batch, 0], arrays.key_words[work.batch, 1]),
-        arrays.batch_index[work.batch],
-        arrays.head_start[work.batch] + lax.convert_element_type(work.head, jnp.uint32),
-        lax.convert_element_type(row_begin, jnp.uint32),
-        lax.convert_element_type(column_begin, jnp.uint32),
-        shape,
-        simulate=simulate,
+def _stream(arrays, batch, head):
+    """Key words and the upper counter word of one batch row and head, read once."""
+    key_words = (arrays.key_words[batch, 0], arrays.key_words[batch, 1])
+    global_head = arrays.head_start[batch] + lax.convert_element_type(head, jnp.uint32)
+    return (*key_words, (arrays.batch_index[batch] << 12) | global_head)
+
+
+def _normals(stream, row_begin, column_begin, shape, simulate):
+    row_begin, column_begin = (
+        lax.convert_element_type(x, jnp.uint32) for x in (row_begin, column_begin)
     )
+    return tile_normals(stream, row_begin, column_begin, shape, simulate=simulate)
 
 
 def _release(
-    acc, arrays, shared, barriers, work: _Work, row_begin, warpgroup, *, spec, tile, simulate
+    acc, arrays, shared, barriers, batch, head, row_begin, warpgroup, *, spec, tile, simulate
 ):
     """Clips each row, adds the noise, snaps."""
     acc = clip_rows(acc, spec.readout.l2_clip_norm)
@@ -373,16 +296,15 @@ def _release(
             ],
             axis=1,
         )
-        plgpu.barrier_arrive(barriers["noise_free"])
     else:
-        noise = _normals(arrays, work, row_begin, jnp.int32(0), acc.shape, simulate)
+        stream = _stream(arrays, batch, head)
+        noise = _normals(stream, row_begin, jnp.int32(0), acc.shape, simulate)
     readout = spec.readout
     largest = max(
         (readout.l2_clip_norm + 2.0 * BOX_MULLER_TAIL * stddev) / grid
         for stddev, grid in zip(readout.noise_stddevs, readout.grids, strict=True)
     )
-    per_head = (work.batch, work.head)
-    stddev, grid = arrays.stddevs[per_head], arrays.grids[per_head]
+    stddev, grid = arrays.stddevs[batch, head], arrays.grids[batch, head]
     return snap_tile(acc + stddev * noise, grid, largest, simulate=simulate)
 
 
@@ -442,12 +364,6 @@ def attention_forward(
         chunks = COMPUTE_WARPGROUPS * head_size // NOISE_COLUMNS
         shared["noise"] = tiled_shared((chunks, tile.block_q, NOISE_COLUMNS), jnp.float32)
         barriers["noise"] = plgpu.Barrier()
-        barriers["noise_free"] = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS)
-    if tile.programs is not None:
-        shared["output"] = shared["query"]
-    grid = (heads, programs, batch)
-    if tile.programs is not None:
-        grid = (min(tile.programs, math.prod(grid)),)
     present = [x is not None for x in arrays]
 
     def kernel(*refs):
@@ -462,7 +378,6 @@ def attention_forward(
             spec=spec,
             tile=tile,
             keys=keys,
-            grid=(heads, programs, batch),
             group=heads // kv_heads,
             simulate=interpret is not None,
         )
@@ -471,8 +386,8 @@ def attention_forward(
         kernel,
         out_type=out_type,
         scratch_types=(shared, barriers),
-        grid=grid,
-        grid_names=("heads", "rows", "batch") if tile.programs is None else ("programs",),
+        grid=(heads, programs, batch),
+        grid_names=("heads", "rows", "batch"),
         num_threads=COMPUTE_WARPGROUPS + 1 + tile.noise_warpgroup,
         thread_name="warpgroup",
         # Reductions along a row stay inside a quad of lanes: they need no shared memory.

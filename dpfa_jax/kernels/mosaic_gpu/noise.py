@@ -76,23 +76,24 @@ def _interleave(even: jax.Array, odd: jax.Array, *, simulate: bool) -> jax.Array
 
 
 def tile_normals(
-    key_words: tuple[jax.Array, jax.Array],
-    batch: jax.Array,
-    head: jax.Array,
+    stream: tuple[jax.Array, jax.Array, jax.Array],
     row_begin: jax.Array,
     column_begin: jax.Array,
     shape: tuple[int, int],
     *,
     simulate: bool,
 ) -> jax.Array:
-    """Standard normals of R rows and C columns of one head; `column_begin` is even."""
+    """Standard normals of R rows and C columns of one head; `column_begin` is even.
+
+    `stream`: two key words and the upper counter word, batch << 12 | head. The counters are those
+    of `noise.counters.attention_counter`.
+    """
     rows, columns = shape
     half = (rows, columns // 2)
-    layout = _PAIRS
-    row = row_begin + plgpu.broadcasted_iota(jnp.uint32, half, 0, layout=layout)
-    pair = (column_begin >> 1) + plgpu.broadcasted_iota(jnp.uint32, half, 1, layout=layout)
-    high = (batch << 12) | head
+    row = row_begin + plgpu.broadcasted_iota(jnp.uint32, half, 0, layout=_PAIRS)
+    pair = (column_begin >> 1) + plgpu.broadcasted_iota(jnp.uint32, half, 1, layout=_PAIRS)
     low = (row << 9) | pair
+    *key_words, high = stream
     words = threefry2x32(*key_words, jnp.full_like(low, high), low)
     cosine, sine = normal_pair(*words)
     # The approximate logarithm may come out above 0 where u is within 2^-22 of 1: radius 0.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dpfa_jax.kernels.base import AttentionSpec
+from dpfa_jax.kernels.base import AttentionSpec, Plain
 
 Scalar = int | jax.Array
 
@@ -26,15 +26,12 @@ class ForwardTiles:
       block_kv: keys of one step.
       stages: key and value tiles in flight.
       noise_warpgroup: a spare warpgroup makes the noise during the key loop (else: the epilogue).
-      programs: so many programs walk over all the work, the epilogue of one piece overlapping the
-        loads of the next; None: one program a piece.
     """
 
     block_q: int = 64
     block_kv: int = 128
     stages: int = 2
     noise_warpgroup: bool = False
-    programs: int | None = None
 
     def __post_init__(self) -> None:
         if self.block_q % WARPGROUP_ROWS or self.block_kv % 64 or self.stages < 2:
@@ -47,16 +44,23 @@ class ForwardTiles:
 
     def shared_bytes(self, head_size: int) -> int:
         """Shared memory of one program, for 16-bit inputs."""
-        q = self.rows * head_size * (2 if self.programs is None else 4)
+        q = self.rows * head_size * 2
         kv = self.stages * self.block_kv * head_size * 4
         noise = self.rows * head_size * 4 if self.noise_warpgroup else 0
         return q + kv + noise + self.rows * 4
 
 
 def forward_tiles(spec: AttentionSpec, head_size: int, keys: int) -> ForwardTiles:
-    """Tiles for a padded head size and a number of keys."""
-    del spec, keys
-    for candidate in (ForwardTiles(block_kv=128), ForwardTiles(block_kv=64)):
+    """Tiles for a padded head size and a number of keys, as measured on an H100 80GB."""
+    is_noisy = not isinstance(spec.readout, Plain)
+    is_dense = right_reach(spec) is None and left_reach(spec) is None
+    if head_size == 64 and keys >= 1024 and is_dense and not is_noisy:
+        return ForwardTiles(block_kv=256)
+    for candidate in (
+        ForwardTiles(noise_warpgroup=is_noisy),
+        ForwardTiles(),
+        ForwardTiles(block_kv=64),
+    ):
         if candidate.shared_bytes(head_size) <= SHARED_MEMORY_BYTES:
             return candidate
     raise ValueError(f"head_size={head_size}: no tile of the forward kernel fits")
@@ -74,9 +78,8 @@ class BackwardTiles:
 
 
 def backward_tiles(head_size: int) -> BackwardTiles:
-    """Tiles for a padded head size of at most 128."""
-    del head_size
-    return BackwardTiles()
+    """Tiles for a padded head size of at most 128, as measured on an H100 80GB."""
+    return BackwardTiles(block_kv_dq=128 if head_size == 64 else 64)
 
 
 class StepRange(NamedTuple):

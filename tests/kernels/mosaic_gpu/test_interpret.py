@@ -12,9 +12,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dpfa_jax.kernels import epilogue
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, ExampleReadout, NoiseInputs
-from dpfa_jax.kernels.mosaic_gpu.backend import MosaicGpuBackend
+from dpfa_jax.kernels.mosaic_gpu import backend
 
-BACKEND = MosaicGpuBackend(interpret=plgpu.InterpretGPUParams())
+BACKEND = backend.MosaicGpuBackend(interpret=plgpu.InterpretGPUParams())
 
 
 def draw(*shape, seed=0, dtype=jnp.bfloat16):
@@ -89,14 +89,15 @@ def test_example_release_is_the_blocked_one():
 
 
 def test_vmap_folds_into_the_batch():
-    """Nested vmap, one operand shared by the mapped axis."""
-    spec = AttentionSpec(0.3)
-    query, shared = draw(2, 2, 1, 8, 1, 16, seed=1), draw(1, 8, 1, 16, seed=2)
+    """Nested vmap, one operand shared by the mapped axes; the folded call sees one batch axis."""
+    seen = []
 
-    def run(query):
-        return BACKEND.forward(spec, AttentionInputs(query, shared, shared)).output
+    def add(x, shared):
+        seen.append((x.shape, shared.shape))
+        return (x + shared,)
 
-    mapped = jax.vmap(jax.vmap(run))(query)
-    for i in range(2):
-        one = run(query[i, 1])
-        assert np.array_equal(np.asarray(mapped[i, 1]), np.asarray(one))
+    folding = backend._fold_vmap(add)
+    x, shared = draw(2, 3, 4, 5, dtype=jnp.float32), draw(4, 5, seed=1, dtype=jnp.float32)
+    mapped = jax.vmap(jax.vmap(lambda x: folding(x, shared)[0]))(x)
+    assert np.array_equal(np.asarray(mapped), np.asarray(x + shared))
+    assert ((24, 5), (24, 5)) in seen

@@ -1,0 +1,246 @@
+"""The Hopper kernels on the device: V6 to V10, V12 for what they serve.
+
+python -m pytest -m gpu tests/kernels/mosaic_gpu
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import attention_oracle as oracle
+from scipy import special, stats
+
+from dpfa_jax.attention import core
+from dpfa_jax.kernels import epilogue
+from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, ExampleReadout, NoiseInputs
+from dpfa_jax.kernels.mosaic_gpu.backend import BACKEND
+from dpfa_jax.noise.fields import attention_noise
+
+pytestmark = pytest.mark.gpu
+
+CASES = {
+    "full, GQA": ((2, 512, 512, 4, 2, 64), {}, jnp.bfloat16),
+    "wide key tiles": ((1, 260, 1100, 2, 1, 64), {}, jnp.bfloat16),
+    "causal, MQA, ragged": ((2, 333, 259, 4, 1, 128), {"is_causal": True}, jnp.float16),
+    "window, cap, lengths": (
+        (3, 400, 410, 2, 2, 128),
+        {"local_window": (130, 17), "logits_soft_cap": 8.0, "lengths": True},
+        jnp.bfloat16,
+    ),
+    "one row, one key, head size 80": ((2, 1, 1, 2, 2, 80), {}, jnp.bfloat16),
+    "head size 256": ((1, 130, 300, 2, 2, 256), {"is_causal": True}, jnp.bfloat16),
+}
+
+
+def draw(rng, shape, dtype):
+    return jnp.asarray(rng.standard_normal(shape), dtype)
+
+
+def noise_inputs(batch, seed=0):
+    words = np.random.default_rng(seed).integers(0, 2**32, (batch, 2), dtype=np.uint32)
+    return NoiseInputs(
+        jnp.asarray(words), jnp.arange(batch, dtype=jnp.uint32), jnp.full(batch, 3, jnp.uint32)
+    )
+
+
+def value_and_gradients(spec, inputs, cotangent):
+    """(output, lse, dq, dk, dv) by one compiled program."""
+
+    def run(inputs, cotangent):
+        def answer(query, key, value):
+            arrays = inputs._replace(query=query, key=key, value=value)
+            return core.attend(BACKEND, spec, arrays)
+
+        (output, lse), pull = jax.vjp(answer, inputs.query, inputs.key, inputs.value)
+        return output, lse, *pull((cotangent, jnp.zeros_like(lse)))
+
+    return jax.jit(run)(inputs, cotangent)
+
+
+def naive(spec, lengths, query, key, value):
+    """Attention as a textbook writes it, products and weights in the inputs' precision."""
+    groups = query.shape[2] // key.shape[2]
+    key, value = (jnp.repeat(x, groups, axis=2) for x in (key, value))
+    logits = jnp.einsum("btnh,bsnh->bnts", query, key, preferred_element_type=jnp.float32)
+    logits = logits * spec.scale
+    if spec.logits_soft_cap is not None:
+        logits = spec.logits_soft_cap * jnp.tanh(logits / spec.logits_soft_cap)
+    seen = jnp.asarray(
+        oracle.visibility(
+            logits.shape, is_causal=spec.is_causal, window=spec.local_window, **lengths
+        )
+    )
+    weights = jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1)
+    weights = jnp.where(seen, weights, 0).astype(value.dtype)
+    return jnp.einsum("bnts,bsnh->btnh", weights, value)
+
+
+def distance(x, y):
+    return np.linalg.norm(np.asarray(x, np.float64) - y)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_error_is_within_twice_the_naive_one(case):
+    """V7, V8: output and gradients against float64; hidden slots hold NaN."""
+    (batch, rows, keys, heads, kv_heads, size), options, dtype = CASES[case]
+    options = dict(options)
+    rng = np.random.default_rng(1)
+    query, cotangent = (draw(rng, (batch, rows, heads, size), dtype) for _ in range(2))
+    key, value = (draw(rng, (batch, keys, kv_heads, size), dtype) for _ in range(2))
+    lengths = {}
+    if options.pop("lengths", False):
+        lengths = {
+            "query_lengths": rng.integers(0, rows, batch),
+            "key_lengths": rng.integers(1, keys, batch),
+        }
+    spec = AttentionSpec(size**-0.5, **options)
+    clean = AttentionInputs(query, key, value)
+    inputs = clean._replace(**{name: jnp.asarray(x, jnp.int32) for name, x in lengths.items()})
+    if lengths:
+        is_row = jnp.arange(rows)[None, :] < inputs.query_lengths[:, None]
+        is_key = jnp.arange(keys)[None, :] < inputs.key_lengths[:, None]
+        inputs = inputs._replace(
+            query=jnp.where(is_row[..., None, None], query, jnp.nan),
+            key=jnp.where(is_key[..., None, None], key, jnp.nan),
+            value=jnp.where(is_key[..., None, None], value, jnp.nan),
+        )
+    assert BACKEND.cannot(spec, inputs, "gpu") is None
+    output, lse, *gradients = value_and_gradients(spec, inputs, cotangent)
+    expected = oracle.attention(
+        *clean[:3],
+        cotangent,
+        scale=spec.scale,
+        soft_cap=spec.logits_soft_cap,
+        is_causal=spec.is_causal,
+        window=spec.local_window,
+        **lengths,
+    )
+    theirs, pull = jax.vjp(lambda *x: naive(spec, lengths, *x), query, key, value)
+    for mine, other, exact in zip(
+        (output, *gradients), (theirs, *pull(cotangent)), expected[:4], strict=True
+    ):
+        floor = 1e-6 * np.linalg.norm(exact) + 1e-6
+        assert distance(mine, exact) <= 2 * distance(other, exact) + floor
+    seen = oracle.visibility(
+        (batch, heads, rows, keys), is_causal=spec.is_causal, window=spec.local_window, **lengths
+    )
+    is_empty = ~seen.any(-1).swapaxes(1, 2)
+    assert np.array_equal(np.isneginf(np.asarray(lse)), is_empty)
+    assert not np.any(np.asarray(output, np.float32)[is_empty])
+
+
+@pytest.mark.parametrize("size", [128, 256])
+def test_example_release(size):
+    """V4, V10, V12: words of the oracle, clipped rows, every value on the grid, right gradients."""
+    batch, rows, heads, clip = 2, 300, 4, 0.3
+    readout = ExampleReadout(clip, (0.5, 0.25, 0.5, 1.0), (2.0**-5, 2.0**-6, 2.0**-5, 2.0**-4))
+    spec = AttentionSpec(size**-0.5, is_causal=True, readout=readout)
+    rng = np.random.default_rng(2)
+    query, cotangent = (draw(rng, (batch, rows, heads, size), jnp.bfloat16) for _ in range(2))
+    key, value = (draw(rng, (batch, rows, 2, size), jnp.bfloat16) for _ in range(2))
+    noise = noise_inputs(batch)
+    inputs = AttentionInputs(query, key, value, noise=noise)
+    output, _, *gradients = value_and_gradients(spec, inputs, cotangent)
+    released = np.asarray(output, np.float64)
+    grids = np.asarray(readout.grids)[None, None, :, None]
+    assert np.all(released % grids == 0)
+    drawn = np.asarray(
+        attention_noise(*noise, heads=heads, row_start=0, rows=rows, columns=size), np.float64
+    )
+    drawn *= np.asarray(readout.noise_stddevs)[None, None, :, None]
+    options = {"scale": spec.scale, "is_causal": True}
+    exact = oracle.attention(query, key, value, **options)
+    norm = np.linalg.norm(exact, axis=-1, keepdims=True)
+    clipped = exact * np.minimum(1, clip / norm)
+    # Half a grid step, the bf16 rounding of a released value, and the bf16 weights' error.
+    slack = 0.5 * grids + np.abs(released) * 2.0**-8 + 4e-3 * clip + 2e-5
+    assert np.all(np.abs(released - clipped - drawn) <= slack)
+    pulled = epilogue.clip_cotangent(readout, jnp.asarray(exact), cotangent)
+    theirs = oracle.attention(query, key, value, pulled, **options)[1:4]
+    for mine, other in zip(gradients, theirs, strict=True):
+        assert distance(mine, other) <= 8e-3 * np.linalg.norm(other)
+
+
+def test_rows_that_are_not_finite_release_noise_only():
+    """V4: NaN, infinity and 1e38 in one example; the other examples keep their bits (V6)."""
+    readout = ExampleReadout(0.5, (1.0,), (2.0**-4,))
+    spec = AttentionSpec(0.1, readout=readout)
+    rng = np.random.default_rng(3)
+    query, key, value = (draw(rng, (4, 128, 1, 64), jnp.bfloat16) for _ in range(3))
+    run = jax.jit(lambda inputs: BACKEND.forward(spec, inputs))
+    inputs = AttentionInputs(query, key, value, noise=noise_inputs(4))
+    clean = run(inputs).output
+    bad = value
+    for example, number in enumerate((jnp.nan, jnp.inf, 1e38)):
+        bad = bad.at[example, 5].set(number)
+    hurt = run(inputs._replace(value=bad))
+    zero = run(inputs._replace(value=jnp.zeros_like(value))).output
+    for example in (0, 1):
+        assert np.array_equal(np.asarray(hurt.output[example]), np.asarray(zero[example]))
+    assert np.array_equal(np.asarray(hurt.output[3]), np.asarray(clean[3]))
+    moved = np.asarray(hurt.output[2], np.float64) - np.asarray(zero[2], np.float64)
+    # Each of the two is rounded to the grid and to bf16.
+    assert np.all(np.linalg.norm(moved, axis=-1) <= 0.5 + 8 * (2.0**-4 + 2.0**-7))
+
+
+def test_same_bits_each_time_and_under_vmap():
+    """V6, V10: no atomics; folding a vmapped axis changes no bit, of the noise neither."""
+    readout = ExampleReadout(0.5, (1.0, 1.0), (2.0**-4,) * 2)
+    spec = AttentionSpec(0.1, is_causal=True, readout=readout)
+    rng = np.random.default_rng(4)
+    query, key, value, cotangent = (draw(rng, (4, 200, 2, 64), jnp.bfloat16) for _ in range(4))
+    inputs = AttentionInputs(query, key, value, noise=noise_inputs(4))
+    first = value_and_gradients(spec, inputs, cotangent)
+    again = value_and_gradients(spec, inputs, cotangent)
+    split = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), (inputs, cotangent))
+    mapped = jax.vmap(lambda i, c: value_and_gradients(spec, i, c))(*split)
+    for one, two, three in zip(first, again, mapped, strict=True):
+        one = np.asarray(one.astype(jnp.float32))
+        assert np.array_equal(one, np.asarray(two.astype(jnp.float32)))
+        assert np.array_equal(one, np.asarray(three.astype(jnp.float32)).reshape(one.shape))
+
+
+def cell_p_value(counts, stddev_in_steps, edge):
+    """Chi-square of counts of released multiples -edge..edge (tails pooled) against the normal."""
+    borders = (np.arange(-edge, edge) + 0.5) / stddev_in_steps
+    below = np.concatenate([[0.0], special.ndtr(borders), [1.0]])
+    upper = np.concatenate([[1.0], special.ndtr(-borders), [0.0]])
+    # The difference of the smaller tails keeps its digits on both sides.
+    expected = np.where(np.arange(2 * edge + 1) <= edge, np.diff(below), -np.diff(upper))
+    return stats.chisquare(counts, counts.sum() * expected).pvalue
+
+
+def test_a_billion_draws():
+    """V9: cells of the public grid out to 5.5 standard deviations; a largest draw above 5.8."""
+    batch, rows, heads, size = 8, 1024, 32, 128
+    steps, edge = 16, 88  # bf16 holds every multiple up to 256 exactly
+    readout = ExampleReadout(1.0, (1.0,) * heads, (1.0 / steps,) * heads)
+    spec = AttentionSpec(0.1, readout=readout)
+    zeros = jnp.zeros((batch, rows, heads, size), jnp.bfloat16)
+    small = jnp.zeros((batch, 8, heads, size), jnp.bfloat16)
+
+    @jax.jit
+    def count(words):
+        noise = noise_inputs(batch)._replace(key_words=words)
+        released = BACKEND.forward(spec, AttentionInputs(zeros, small, small, noise=noise)).output
+        multiples = (released.astype(jnp.float32) * steps).astype(jnp.int32)
+        clipped = jnp.clip(multiples, -edge, edge) + edge
+        # Counts by sorted search: scattered additions to 177 cells would queue up.
+        ordered = jnp.sort(clipped.reshape(64, -1), axis=1)
+        cells = jax.vmap(lambda x: jnp.searchsorted(x, jnp.arange(2 * edge + 2)))(ordered)
+        return jnp.diff(cells.sum(0)), jnp.abs(multiples).max()
+
+    rng = np.random.default_rng(5)
+    counts, largest = np.zeros(2 * edge + 1), 0
+    for _ in range(30):
+        cells, top = count(jnp.asarray(rng.integers(0, 2**32, (batch, 2), dtype=np.uint32)))
+        counts += np.asarray(cells, np.float64)
+        largest = max(largest, int(top))
+    assert counts.sum() == 30 * zeros.size > 1e9
+    assert largest / steps > 5.8
+    assert cell_p_value(counts, steps, edge) > 1e-4
+    # Negative controls: a standard deviation off by 1e-4, and a tail cut at 5 deviations.
+    assert cell_p_value(counts, steps * 1.0001, edge) < 1e-4
+    cut = counts.copy()
+    cut[[0, -1]] = 0
+    assert cell_p_value(cut, steps, edge) < 1e-4
