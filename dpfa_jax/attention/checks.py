@@ -18,7 +18,7 @@ _FLOATS = ("float32", "bfloat16", "float16", "float64")
 def implementation(value: object) -> str | None:
     """A backend's name. jax.nn's "xla" is "blocked"; its "cudnn" is not offered."""
     if value is None or value in IMPLEMENTATIONS:
-        return value  # type: ignore[return-value]
+        return value
     if value == "xla":
         return "blocked"
     advice = f"Pass None, 'xla' or one of {', '.join(map(repr, IMPLEMENTATIONS))}."
@@ -65,7 +65,9 @@ def arrays(
     if value.shape != key.shape:
         raise ArgumentError("value", value.shape, f"key is {key.shape}", "Give both one shape.")
     if size < 1:
-        raise ArgumentError("query", query.shape, "head size is 0", "Pass a head size of 1 or more.")
+        raise ArgumentError(
+            "query", query.shape, "head size is 0", "Pass a head size of 1 or more."
+        )
     if key.shape[2] < 1 or heads % key.shape[2]:
         raise ArgumentError(
             "key",
@@ -114,7 +116,10 @@ def _with_batch(name: str, x: ArrayLike) -> Float[Array, "B T N H"]:
     x = jnp.asarray(x)
     if x.ndim not in (3, 4):
         raise ArgumentError(
-            name, x.shape, "not of rank 3 or 4", "Pass (batch, length, heads, size) or without batch."
+            name,
+            x.shape,
+            "not of rank 3 or 4",
+            "Pass (batch, length, heads, size) or without batch.",
         )
     return x if x.ndim == 4 else x[None]
 

@@ -33,16 +33,20 @@ def attend(
     return _softmax(backend, spec, inputs)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _softmax(
+def _differentiable_softmax(
     backend: Backend, spec: AttentionSpec, inputs: AttentionInputs
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"] | None]:
     outputs = backend.forward(spec, inputs)
     return outputs.output, outputs.lse
 
 
-def _softmax_forward(backend: Backend, spec: AttentionSpec, inputs: AttentionInputs):  # noqa: ANN202
+def _softmax_forward(
+    backend: Backend, spec: AttentionSpec, inputs: AttentionInputs
+) -> tuple[
+    tuple[Float[Array, "B T N H"], Float[Array, "B T N"] | None],
+    tuple[AttentionInputs, AttentionOutputs],
+]:
     outputs = backend.forward(spec, inputs)
     return (outputs.output, outputs.lse), (inputs, outputs)
 
@@ -63,18 +67,18 @@ def _softmax_backward(
     return (AttentionInputs(*gradients, None, None, None, None),)
 
 
-_softmax.__wrapped__.defvjp(_softmax_forward, _softmax_backward)
+_differentiable_softmax.defvjp(_softmax_forward, _softmax_backward)
+_softmax = jax.jit(_differentiable_softmax, static_argnums=(0, 1))
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _memory(
+def _underivable_memory(
     backend: Backend, spec: AttentionSpec, inputs: AttentionInputs
 ) -> Float[Array, "B T N H"]:
     return backend.forward(spec, inputs).output
 
 
-@_memory.__wrapped__.defjvp
+@_underivable_memory.defjvp
 def _memory_jvp(
     backend: Backend, spec: AttentionSpec, primals: object, tangents: object
 ) -> NoReturn:
@@ -84,3 +88,6 @@ def _memory_jvp(
         "noise-free functions of the private records. Put jax.lax.stop_gradient around query, "
         "key, value and bias, or train by DP-SGD (TrainingRelease)."
     )
+
+
+_memory = jax.jit(_underivable_memory, static_argnums=(0, 1))

@@ -99,9 +99,7 @@ def dot_product_attention(
     ExceptionGroup, where no backend can serve the call.
     Source: Dao et al., "FlashAttention" (2022); Rabe and Staats (2021).
     """
-    inputs = checks.arrays(
-        query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths
-    )
+    inputs = checks.arrays(query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths)
     if isinstance(scale, jax.Array):
         if scale.ndim:
             raise checks.ArgumentError("scale", scale.shape, "not a scalar", "Pass one number.")

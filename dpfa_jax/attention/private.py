@@ -69,9 +69,7 @@ def dp_attention(
     Errors: ArgumentError for arguments that do not fit each other or the release; KeyReuseError
     for a key that would serve twice; PrivateAutodiffError for a derivative of a record release.
     """
-    inputs = checks.arrays(
-        query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths
-    )
+    inputs = checks.arrays(query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths)
     readout = private_checks.release_of(release, inputs.query.shape[2])
     if isinstance(scale, jax.core.Tracer):
         private_checks.refuse_traced("scale", scale)

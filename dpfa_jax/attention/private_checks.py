@@ -76,9 +76,7 @@ def fits(
             "query", inputs.query.shape, f"release.head_dim is {release.head_dim}", _MATCH
         )
     _check_heads(release, heads, head_start)
-    check_attention_ranges(
-        batches=inputs.query.shape[0], heads=heads, rows=rows, columns=size + 1
-    )
+    check_attention_ranges(batches=inputs.query.shape[0], heads=heads, rows=rows, columns=size + 1)
     if isinstance(release, ExampleRelease):
         if rows != release.query_length:
             raise ArgumentError(
@@ -109,9 +107,7 @@ def fits(
 _MATCH = "Make the release for these shapes."
 
 
-def _check_heads(
-    release: ExampleRelease | RecordRelease, heads: int, head_start: object
-) -> None:
+def _check_heads(release: ExampleRelease | RecordRelease, heads: int, head_start: object) -> None:
     if heads == release.num_heads:
         return
     problem = f"{heads} query heads, but release.num_heads is {release.num_heads}"
@@ -175,19 +171,23 @@ def _check_ratio(release: RecordRelease, spec: AttentionSpec, inputs: AttentionI
 def noise_key(release: ExampleRelease | RecordRelease, key: object) -> None:
     """Refuses all but one noise key of the release's generator. Errors: ArgumentError."""
     require_key("noise_key", key, release.record().generator)
-    if getattr(key, "shape", ()) != ():
+    shape = getattr(key, "shape", ())
+    if shape != ():
         raise ArgumentError(
             "noise_key",
-            f"keys of shape {key.shape}",
+            f"keys of shape {shape}",
             "more than one key",
             "Pass one key a call; under vmap or scan map the call over the keys.",
         )
 
 
+_Index = int | UInt32[Array, ""]
+
+
 def offsets(
-    inputs: AttentionInputs, key: Array, *, batch_start: object, head_start: object
-) -> tuple[int | UInt32[Array, ""], int | UInt32[Array, ""]]:
-    """Global indices of the first batch row and head; 0 where absent, refused so under shard_map."""
+    inputs: AttentionInputs, key: Array, *, batch_start: _Index | None, head_start: _Index | None
+) -> tuple[_Index, _Index]:
+    """Global indices of the first batch row and head, 0 where absent; all due in shard_map."""
     given = {"batch_start": batch_start, "head_start": head_start}
     require_offsets_under_manual_mesh(key, inputs.query, inputs.key, inputs.value, **given)
     batch, _, heads, _ = inputs.query.shape
@@ -203,4 +203,7 @@ def offsets(
             if int(start) < 0:
                 raise ArgumentError(name, int(start), "negative", "Pass an index of 0 or more.")
             check_attention_ranges(**{**sizes, extent: int(start) + sizes[extent]})
-    return tuple(0 if start is None else start for start in given.values())  # type: ignore[return-value]
+    return (
+        0 if batch_start is None else batch_start,
+        0 if head_start is None else head_start,
+    )

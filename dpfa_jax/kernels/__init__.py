@@ -1,0 +1,1 @@
+"""Numbers in, numbers out: attention backends behind one protocol, and their choice."""

@@ -38,7 +38,8 @@ class MemoryReadout:
     """Attention over private keys and values with a public maximum.
 
     `form="sum"`: e = round(exp(min(s, logit_bound) - logit_bound)) in the storage type of value;
-    (N, Z) = sum_j e_j (v_j, weight_scale) + noise, snapped; output N / max(Z / weight_scale, floor).
+    (N, Z) = sum_j e_j (v_j, weight_scale) + noise, snapped;
+    output N / max(Z / weight_scale, floor).
     `form="ratio"`: s clamped to [-logit_bound, logit_bound]; output N / Z + noise, snapped.
     Value rows are clipped to `value_clip_norm` as stored.
     """

@@ -110,7 +110,7 @@ def total_of(
 
 
 def sums(spec: AttentionSpec, readout: MemoryReadout, inputs: AttentionInputs) -> TwoFloat:
-    """Un-noised (N, Z) of every row and head, (B, T, N, H + 1). Private: never returned to users."""
+    """Un-noised (N, Z) of every row and head, (B, T, N, H + 1). Private: no user gets them."""
     problem = Problem(spec, inputs)
     values = stored_values(readout, inputs.value)
     blocks = Blocks.of(problem.query_length, problem.key_length)
@@ -118,9 +118,7 @@ def sums(spec: AttentionSpec, readout: MemoryReadout, inputs: AttentionInputs) -
     axes = problem.axes
 
     def add_tile(i: Int[Array, ""] | int, j: Int[Array, ""] | int, so_far: TwoFloat) -> TwoFloat:
-        tile = problem.tile(
-            blocks, problem.query, inputs.key, values, i, j, count_rows_once=False
-        )
+        tile = problem.tile(blocks, problem.query, inputs.key, values, i, j, count_rows_once=False)
         return total_of(readout, spec, tile, inputs.value.dtype, so_far)
 
     def empty(rows: int) -> TwoFloat:

@@ -105,9 +105,11 @@ class Reference:
         """Gradients of plain attention, by JAX."""
         assert outputs.lse is not None
 
-        def answer(query, key, value, bias):  # noqa: ANN001, ANN202
-            arrays = {"query": query, "key": key, "value": value, "bias": bias}
-            return softmax_attention(spec, inputs._replace(**arrays))
+        def answer(
+            query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None
+        ) -> tuple[jax.Array, jax.Array]:
+            replaced = inputs._replace(query=query, key=key, value=value, bias=bias)
+            return softmax_attention(spec, replaced)
 
         (output, lse), pull_back = jax.vjp(
             answer, inputs.query, inputs.key, inputs.value, inputs.bias

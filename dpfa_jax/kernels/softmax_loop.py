@@ -11,7 +11,7 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dpfa_jax.kernels import manual_axes, masks, tiles
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, group_size
@@ -56,7 +56,7 @@ class Problem:
     """Grouped views of one call's arrays, from which any rectangle can be cut."""
 
     def __init__(self, spec: AttentionSpec, inputs: AttentionInputs):
-        batch, self.query_length, self.heads, self.head_dim = inputs.query.shape
+        _, self.query_length, self.heads, self.head_dim = inputs.query.shape
         self.spec, self.inputs = spec, inputs
         self.groups = group_size(inputs)
         self.key_length = inputs.key.shape[1]
@@ -117,7 +117,14 @@ class Problem:
             jnp.minimum(block_kv * blocks.keys, self.key_length - blocks.keys),
         )
 
-    def _tile(self, query, key, value, bias, seen) -> tiles.Tile:  # noqa: ANN001
+    def _tile(
+        self,
+        query: Float[Array, "B t K G H"],
+        key: Float[Array, "B s K H"],
+        value: Float[Array, "B s K h"],
+        bias: Float[Array, "b n t s"] | None,
+        seen: Bool[Array, "b n t s"] | None,
+    ) -> tiles.Tile:
         return tiles.Tile(
             query,
             key,
@@ -126,7 +133,14 @@ class Problem:
             tiles.grouped(seen, self.heads, self.groups),
         )
 
-    def _cut(self, per_head, row, rows, column, keys):  # noqa: ANN001, ANN202
+    def _cut(
+        self,
+        per_head: Shaped[Array, "b n T S"] | None,
+        row: Int[Array, ""],
+        rows: int,
+        column: Int[Array, ""],
+        keys: int,
+    ) -> Shaped[Array, "b n t s"] | None:
         if per_head is not None and per_head.shape[2] > 1:
             per_head = jax.lax.dynamic_slice_in_dim(per_head, row, rows, axis=2)
         if per_head is not None and per_head.shape[3] > 1:
@@ -134,7 +148,9 @@ class Problem:
         return per_head
 
 
-def cut(x: Float[Array, "B T *rest"], start: Int[Array, ""], size: int) -> Float[Array, "B t *rest"]:
+def cut(
+    x: Float[Array, "B T *rest"], start: Int[Array, ""], size: int
+) -> Float[Array, "B t *rest"]:
     """`size` rows of axis 1 from `start`."""
     return jax.lax.dynamic_slice_in_dim(x, start, size, axis=1)
 
@@ -144,6 +160,10 @@ def put(
 ) -> Float[Array, "B T *rest"]:
     """`whole` with `part` written over axis 1 from `start`."""
     return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=1)
+
+
+# Gradients under way: query, bias (None where there is none), key, value.
+_Sums = tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]
 
 
 def forward(
@@ -175,7 +195,9 @@ def forward(
     batch, _, key_heads, groups, _ = problem.query.shape
     per_row = (batch, key_heads, groups, blocks.rows)
 
-    def query_block(i: Int[Array, ""], done: tuple[jax.Array, jax.Array]):  # noqa: ANN202
+    def query_block(
+        i: Int[Array, ""], done: tuple[jax.Array, jax.Array]
+    ) -> tuple[jax.Array, jax.Array]:
         start, _ = problem.starts(blocks, i, 0)
         first, stop = masks.key_blocks(spec, start, blocks.rows, problem.key_length, blocks.keys)
         empty = tiles.Softmax(
@@ -186,14 +208,19 @@ def forward(
             ),
         )
         softmax = jax.lax.fori_loop(
-            first, stop, lambda j, so_far: tiles.merge(so_far, tiles.attend(spec, tile_of(i, j))), empty
+            first,
+            stop,
+            lambda j, so_far: tiles.merge(so_far, tiles.attend(spec, tile_of(i, j))),
+            empty,
         )
         output, lse = finish(softmax)
         return put(done[0], output, start), put(done[1], lse, start)
 
     length = problem.query_length
     nothing = (
-        manual_axes.zeros((batch, length, key_heads, groups, problem.head_dim), dtype, problem.axes),
+        manual_axes.zeros(
+            (batch, length, key_heads, groups, problem.head_dim), dtype, problem.axes
+        ),
         manual_axes.zeros((batch, length, key_heads, groups), dtype, problem.axes),
     )
     output, lse = jax.lax.fori_loop(0, blocks.num_rows, query_block, nothing)
@@ -219,16 +246,20 @@ def backward(
         key, value = tiles.finite_or_zero(key), tiles.finite_or_zero(value)
         if not spec.is_causal or inputs.query_lengths is not None or inputs.mask is not None:
             query = tiles.finite_or_zero(query)
-    lse, cotangent, output_dot = map(problem.by_group, (lse, cotangent, output_dot))
+    lse, cotangent, output_dot = (problem.by_group(x) for x in (lse, cotangent, output_dot))
     blocks = Blocks.of(problem.query_length, problem.key_length)
 
-    def gradients_of(i: Int[Array, ""] | int, j: Int[Array, ""] | int):  # noqa: ANN202
+    def gradients_of(
+        i: Int[Array, ""] | int, j: Int[Array, ""] | int
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         tile = problem.tile(blocks, query, key, value, i, j, count_rows_once=True)
-        rows = lse, cotangent, output_dot
+        rows = [lse, cotangent, output_dot]
         if not blocks.is_single:
             row, _ = problem.starts(blocks, i, j)
-            rows = tuple(cut(x, row, blocks.rows) for x in rows)
-        known = tiles.recomputed_weights(spec, tile, rows[0]) if weights is None else (weights, None)
+            rows = [cut(x, row, blocks.rows) for x in rows]
+        known: tuple[jax.Array, jax.Array | None] = (
+            tiles.recomputed_weights(spec, tile, rows[0]) if weights is None else (weights, None)
+        )
         return tiles.attend_backward(spec, tile, *known, *rows[1:])
 
     if blocks.is_single:
@@ -238,14 +269,14 @@ def backward(
 
     dtype = tiles.accumulator(query.dtype)
 
-    def key_block(j: Int[Array, ""], sums):  # noqa: ANN001, ANN202
+    def key_block(j: Int[Array, ""], sums: _Sums) -> _Sums:
         _, column = problem.starts(blocks, 0, j)
         first, stop = masks.query_blocks(
             spec, column, blocks.keys, problem.query_length, blocks.rows
         )
         shape = (key.shape[0], blocks.keys, *key.shape[2:])
 
-        def query_block(i: Int[Array, ""], inner):  # noqa: ANN001, ANN202
+        def query_block(i: Int[Array, ""], inner: _Sums) -> _Sums:
             d_query, d_bias, d_key, d_value = inner
             row, _ = problem.starts(blocks, i, j)
             tile_query, tile_key, tile_value, d_biased = gradients_of(i, j)
@@ -295,7 +326,12 @@ def _reduced(d_biased: Float[Array, "B K G t s"], shape: tuple[int, ...]) -> jax
     return jnp.sum(d_biased, axis=axes, keepdims=True) if axes else d_biased
 
 
-def _add_bias(d_bias, d_biased, row, column):  # noqa: ANN001, ANN202
+def _add_bias(
+    d_bias: Float[Array, "b n T S"],
+    d_biased: Float[Array, "B K G t s"],
+    row: Int[Array, ""],
+    column: Int[Array, ""],
+) -> Float[Array, "b n T S"]:
     """`d_bias` plus the gradient of one rectangle, at its place."""
     part = _reduced(d_biased, d_bias.shape)
     start = (0, 0, row if d_bias.shape[2] > 1 else 0, column if d_bias.shape[3] > 1 else 0)

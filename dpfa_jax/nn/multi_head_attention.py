@@ -138,8 +138,9 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
                 "a release counts examples on one batch axis",
                 "Reshape to (batch, length, features).",
             )
+        assert self.release is not None and self.layer is not None
         query, key, value = self.query(inputs_q), self.key(inputs_k), self.value(inputs_v)
-        if self.normalize_qk:
+        if self.query_ln is not None and self.key_ln is not None:
             query, key = self.query_ln(query), self.key_ln(key)
         output = attention.dp_attention(
             query,

@@ -179,8 +179,13 @@ def test_hidden_rows_get_noise(name):
     release, arrays = RELEASES[name], draw(5)
     lengths = jnp.asarray([0, 2, ROWS], jnp.int32)
     answer = np.asarray(
-        dp_attention(*arrays, release=release, noise_key=KEY, query_seq_lengths=lengths,
-                     mask=jnp.zeros((1, 1, 1, KEYS), bool))  # fmt: skip
+        dp_attention(
+            *arrays,
+            release=release,
+            noise_key=KEY,
+            query_seq_lengths=lengths,
+            mask=jnp.zeros((1, 1, 1, KEYS), bool),
+        )  # fmt: skip
     )
     assert np.isfinite(answer).all()
     assert (answer != 0).mean() > 0.9
@@ -207,7 +212,9 @@ def test_no_noise_twice():
 def test_lowered_program(name):
     """V24: one result, no host callback, no second noise draw."""
     release, arrays = RELEASES[name], draw(8)
-    jaxpr = jax.make_jaxpr(lambda k, *x: dp_attention(*x, release=release, noise_key=k))(KEY, *arrays)
+    jaxpr = jax.make_jaxpr(lambda k, *x: dp_attention(*x, release=release, noise_key=k))(
+        KEY, *arrays
+    )
     assert [v.aval.shape for v in jaxpr.jaxpr.outvars] == [arrays[0].shape]
     text = str(jaxpr)
     assert "callback" not in text

@@ -3,7 +3,9 @@
 import numpy as np
 
 
-def visibility(shape, *, mask=None, is_causal=False, window=None, query_lengths=None, key_lengths=None):
+def visibility(
+    shape, *, mask=None, is_causal=False, window=None, query_lengths=None, key_lengths=None
+):
     """Boolean (B, N, T, S)."""
     batch, _, rows, keys = shape
     row, column = np.arange(rows)[:, None], np.arange(keys)[None, :]

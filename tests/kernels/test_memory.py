@@ -25,7 +25,9 @@ def neighbours(n, bound, dtype):
     that such a shift cannot cancel; the record's own value is turned around.
     """
     rng = np.random.default_rng(n)
-    candidates = np.asarray(jnp.linspace(-bound, -0.8 * bound, 400).astype(jnp.bfloat16), np.float64)
+    candidates = np.asarray(
+        jnp.linspace(-bound, -0.8 * bound, 400).astype(jnp.bfloat16), np.float64
+    )
     exact_weights = np.exp(candidates - bound)
     rounded = np.asarray(jnp.asarray(exact_weights, jnp.bfloat16), np.float64)
     others = candidates[np.argmax(np.abs(rounded / exact_weights - 1))]
@@ -91,7 +93,11 @@ def test_sensitivity_of_the_kernels_own_output(n, dtype):
             found = change_of(form, *pair, spec)
             assert found <= (1 + ETA) * delta, (form, bound, found / delta)
             assert found > 0.2 * delta, "these neighbours hardly differ; the test shows nothing"
-        if (n, round(bound, 1)) in ((4096, 0.3), (65536, 0.3), (65536, 0.5)) and dtype == "bfloat16":
+        if (n, round(bound, 1)) in (
+            (4096, 0.3),
+            (65536, 0.3),
+            (65536, 0.5),
+        ) and dtype == "bfloat16":
             delta = sensitivity.memory_ratio(C, bound, 1, n, 1)
             assert np.linalg.norm(ordinary(one) - ordinary(other)) > (1 + ETA) * delta
 
