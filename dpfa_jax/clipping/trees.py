@@ -76,11 +76,10 @@ def clipped_sum(
         return jax.tree.map(jnp.add, total, sum_of(*micro)), None
 
     micro_batches = jax.tree.map(interleaved, (batch, is_real))
-    # The first micro-batch opens the sum, so that the carry has its type under every transform.
-    first, rest = (
-        jax.tree.map(lambda x, cut=cut: x[cut], micro_batches) for cut in (0, slice(1, None))
-    )
-    return jax.lax.scan(add, sum_of(*first), rest)[0]
+    # Zeros of the parameters' own kind (varying over shards or not), as the carry will be.
+    zeros = jax.tree.map(lambda leaf: jnp.where(leaf == leaf, 0.0, 0.0), params)
+    zeros = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), zeros)
+    return jax.lax.scan(add, zeros, micro_batches)[0]
 
 
 def clipped_rows_sum(

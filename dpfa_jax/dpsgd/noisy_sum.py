@@ -52,11 +52,12 @@ def noisy_sum(plan: DPSGDPlan) -> optax.GradientTransformationExtraArgs:
         state: NoisySumState,
         params: PyTree | None = None,
         *,
-        noise_key: Key[Array, ""],
+        noise_key: Key[Array, ""] | None = None,
         **extra_args: object,
     ) -> tuple[PyTree, NoisySumState]:
         del params, extra_args
         check_noise_key(noise_key, generator)
+        assert noise_key is not None  # refused above, by name
         check_parameters(updates, release.num_parameters)
         leaves, structure = jax.tree.flatten(updates)
         noise_key = hazards.guard(noise_key, *leaves, uses=(state.step, TRAINING_LAYER))

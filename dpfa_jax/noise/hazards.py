@@ -31,8 +31,8 @@ _used_lock = threading.Lock()
 
 def guard(
     noise_key: Key[Array, "..."],
-    *witnesses: Array | None,
-    uses: tuple[int | Array, ...] = (),
+    *witnesses: Array | np.ndarray | None,
+    uses: tuple[int | Array | np.ndarray, ...] = (),
 ) -> Key[Array, "..."]:
     """`noise_key`, once it is sure that this use of it is not a repeated one.
 

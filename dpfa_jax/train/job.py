@@ -138,10 +138,15 @@ def _resolve(config: TrainConfig, defaults: Defaults, examples: int) -> Settings
         )
     return Settings(
         chosen,
-        micro_batch=_first(config.micro_batch, DEFAULT_MICRO_BATCH_SIZE),
+        micro_batch=_first(config.micro_batch, _micro_batch()),
         checkpoint_every=_first(config.checkpoint_every, default_block(chosen.steps)),
         evaluate_every=_first(config.evaluate_every, max(1, chosen.steps // _LOOKS)),
     )
+
+
+def _micro_batch() -> int:
+    # On a CPU, gradients of a few examples at a time stay in its cache: half the time of 64.
+    return 16 if jax.default_backend() == "cpu" else DEFAULT_MICRO_BATCH_SIZE
 
 
 def _first[T](asked: T | None, default: T) -> T:
