@@ -1,6 +1,7 @@
 """Sphinx configuration. Built strictly: a warning is an error (`make docs`)."""
 
 import os
+import re
 import sys
 
 sys.path.insert(0, os.path.abspath(".."))
@@ -32,7 +33,41 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "signature"
 autodoc_typehints_format = "short"
 napoleon_use_ivar = True
+napoleon_custom_sections = ["Formal guarantees"]
 python_use_unqualified_type_names = True
 
 html_theme = "furo"
 html_title = "DP-Flash-Attention"
+
+
+_LABEL = re.compile(r"^(Returns|Errors[^:]*|Sources?|Cost): +(.*)$")
+_BULLET = re.compile(r"^ *[*-] ")
+
+
+def _as_restructured_text(app, what, name, obj, options, lines: list[str]) -> None:
+    """Our docstrings label one-paragraph parts ("Errors: ..."); make each a paragraph of its own."""
+    written: list[str] = []
+    under_label = in_bullet = False
+    for line in lines:
+        line = line.replace("|", r"\|")
+        label = _LABEL.match(line)
+        if label:
+            written += ["", f"**{label[1]}.** {label[2]}"]
+        elif _BULLET.match(line):
+            if written and written[-1].strip() and not _BULLET.match(written[-1]) and not in_bullet:
+                written.append("")
+            written.append(line.lstrip() if under_label else line)
+        elif under_label and not in_bullet:
+            written.append(line.lstrip())
+        elif under_label:
+            written.append("  " + line.lstrip())
+        else:
+            written.append(line)
+        in_bullet = bool(_BULLET.match(line)) or (bool(line.strip()) and line[:1] == " " and in_bullet)
+        under_label = bool(label) or (under_label and bool(line.strip()))
+    lines[:] = written
+
+
+def setup(app) -> None:
+    # Before napoleon (500), which reads "Args:" and "Attributes:".
+    app.connect("autodoc-process-docstring", _as_restructured_text, priority=400)

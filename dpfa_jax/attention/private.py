@@ -43,9 +43,9 @@ def dp_attention(
     N / max(Z / kappa, floor); or, in the ratio form, N / Z + noise. No derivative exists.
 
     Args:
-      query, key, value, bias, mask, scale, is_causal, query_seq_lengths, key_value_seq_lengths,
-        local_window_size, logits_soft_cap, implementation: as `dot_product_attention`, without
-        float64; scale is a Python float.
+      query, key, value: (B, T, N, H), (B, S, K, H), (B, S, K, H), not float64.
+      bias, mask, is_causal, query_seq_lengths, key_value_seq_lengths: as `dot_product_attention`.
+      scale, local_window_size, logits_soft_cap, implementation: likewise; scale is a Python float.
       release: the promise, which must match the shapes (rows T, heads N, head size H).
       noise_key: the key of this release, from `charge`. An argument, never closed over.
       release_id, layer: tell several uses of one key apart, 32 bits each.
@@ -57,9 +57,9 @@ def dp_attention(
       returned.
 
     Formal guarantees:
-      ExampleRelease: each batch row is one example, replaced whole; `release.record()` is the
+      * ExampleRelease: each batch row is one example, replaced whole; `release.record()` is the
         Gaussian mechanism of one row, and rows are different individuals.
-      RecordRelease: each batch row has its own memory, and no record lies in two of them; put
+      * RecordRelease: each batch row has its own memory, and no record lies in two of them; put
         queries that share a memory along T. Query, scale and soft cap are public. Bias and mask
         may be public, or depend, in the column of a key, on that key's record. The sum form takes
         every mask, length, window and causality: a hidden key has weight 0, bit for bit. The ratio

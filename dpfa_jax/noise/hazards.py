@@ -46,6 +46,7 @@ def guard(
       - where the key is closed over by jit, scan, while, cond, checkpoint or shard_map: only as an
         argument is it new in each call (or derive one inside: `jax.random.fold_in(key, step)`);
       - at a second eager use of the same (key, uses) in this process. Test keys are exempt.
+
     A compiled function that is called twice with one key cannot be seen from inside it; take keys
     from `charge`, which gives each once.
     """
