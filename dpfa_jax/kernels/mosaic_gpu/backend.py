@@ -81,10 +81,13 @@ class MosaicGpuBackend:
 
     Attributes:
       interpret: parameters of the Mosaic GPU simulator (tests on a CPU); None on a GPU.
+      example_release: whether `ExampleReadout` is served. Off until `test_a_billion_draws` has
+        passed on a device; the tests turn it on.
     """
 
     name: str = "mosaic_gpu"
     interpret: Any = None
+    example_release: bool = False
 
     def cannot(self, spec: AttentionSpec, inputs: AttentionInputs, platform: str) -> str | None:
         """None if the kernels serve the call on `platform`, else why not."""
@@ -105,6 +108,8 @@ class MosaicGpuBackend:
             return "a mask array is not served (causal, local window and lengths are)"
         if isinstance(spec.readout, MemoryReadout):
             return "the memory readout is not served by these kernels"
+        if isinstance(spec.readout, ExampleReadout) and not self.example_release:
+            return "the noise made in the kernel has not passed its test of a billion draws yet"
         if isinstance(spec.readout, ExampleReadout) and spec.readout.clip != "row":
             return (
                 f"clip={spec.readout.clip!r} needs the norm of the whole example; 'row' is served"

@@ -16,8 +16,9 @@ from dpfa_jax.kernels.base import (
     MemoryReadout,
     NoiseInputs,
 )
-from dpfa_jax.kernels.mosaic_gpu.backend import BACKEND
+from dpfa_jax.kernels.mosaic_gpu import backend
 
+BACKEND = backend.MosaicGpuBackend(example_release=True)
 RELEASE = ExampleReadout(1.0, (0.5, 0.5), (2.0**-5, 2.0**-5))
 MEMORY = MemoryReadout("sum", 1.0, 1.0, 1.0, 0.1, (1.0, 1.0), (0.1, 0.1))
 
@@ -96,6 +97,9 @@ def test_cannot_says_why(spec, inputs, words, monkeypatch):
     monkeypatch.setattr(module, lambda: None)
     assert words in BACKEND.cannot(spec, inputs, "gpu")
     assert BACKEND.cannot(AttentionSpec(1.0), shapes(), "gpu") is None
+    released = AttentionSpec(1.0, readout=RELEASE)
+    assert BACKEND.cannot(released, shapes(), "gpu") is None
+    assert "billion draws" in backend.BACKEND.cannot(released, shapes(), "gpu")
 
 
 def test_cannot_without_a_hopper_gpu():
