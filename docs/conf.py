@@ -63,7 +63,9 @@ def _as_restructured_text(app, what, name, obj, options, lines: list[str]) -> No
             written.append("  " + line.lstrip())
         else:
             written.append(line)
-        in_bullet = bool(_BULLET.match(line)) or (bool(line.strip()) and line[:1] == " " and in_bullet)
+        in_bullet = bool(_BULLET.match(line)) or (
+            bool(line.strip()) and line[:1] == " " and in_bullet
+        )
         under_label = bool(label) or (under_label and bool(line.strip()))
     lines[:] = written
 
