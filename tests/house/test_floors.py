@@ -5,9 +5,10 @@ import re
 import subprocess
 import sys
 
-import dpfa_jax
 import pytest
 from importlinter.cli import lint_imports
+
+import dpfa_jax
 
 ROOT = pathlib.Path(__file__).parents[2]
 PACKAGE = ROOT / "dpfa_jax"
