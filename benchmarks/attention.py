@@ -1,0 +1,237 @@
+"""Attention, private and not, against its peers, in one run on one GPU.
+
+    python benchmarks/attention.py --output benchmarks/results/h100/<date>-attention.json
+
+Every time is a median over queued calls on iid normal bf16 inputs, in milliseconds; compare times
+of one run only. Peers: cuDNN through jax.nn, the best of torch's SDPA backends where torch is
+installed, and cuDNN followed by a clip and `jax.random.normal`.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from dpfa_jax import ExampleRelease, dot_product_attention, dp_attention
+from dpfa_jax.noise import new_noise_key
+
+# B, T, query heads, key heads, head size
+SHAPES = (
+    (8, 2048, 16, 16, 128),
+    (16, 1024, 16, 16, 128),
+    (8, 2048, 32, 32, 64),
+    (4, 4096, 16, 16, 128),
+    (1, 16384, 16, 16, 128),
+    (4, 4096, 32, 8, 128),
+    (32, 512, 16, 16, 64),
+)
+INPUT_SETS = 4  # rotated, so that no call finds its inputs in the cache
+CLIP = 1.0
+
+
+def inputs(shape: tuple[int, ...], sets: int) -> list[tuple[jax.Array, ...]]:
+    batch, length, heads, kv_heads, size = shape
+    drawn = []
+    for index in range(sets):
+        keys = jax.random.split(jax.random.key(index), 3)
+        drawn.append(
+            tuple(
+                jax.random.normal(key, (batch, length, n, size), jnp.bfloat16)
+                for key, n in zip(keys, (heads, kv_heads, kv_heads), strict=True)
+            )
+        )
+    return drawn
+
+
+def forward_and_backward(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+    def run(query: jax.Array, key: jax.Array, value: jax.Array, *more: jax.Array) -> Any:
+        output, pull = jax.vjp(lambda q, k, v: function(q, k, v, *more), query, key, value)
+        return output, pull(query)  # a cotangent like any other: iid normal
+
+    return run
+
+
+def implementations(
+    shape: tuple[int, ...], is_causal: bool
+) -> dict[str, tuple[Callable[..., jax.Array], bool]]:
+    """Name -> (function of query, key, value and, where the flag says so, a noise key)."""
+    _, length, heads, _, size = shape
+    release = ExampleRelease(CLIP, 1.0, query_length=length, num_heads=heads, head_dim=size)
+    stddev = release.noise_stddevs[0]
+
+    def cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(
+            query, key, value, is_causal=is_causal, implementation="cudnn"
+        )
+
+    def posthoc(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        answer = cudnn(query, key, value).astype(jnp.float32)
+        norm = jnp.linalg.norm(answer, axis=-1, keepdims=True)
+        answer = answer * jnp.minimum(1.0, CLIP / jnp.maximum(norm, 1e-30))
+        noise = jax.random.normal(jax.random.key(0), answer.shape)
+        return (answer + stddev * noise).astype(query.dtype)
+
+    def dpfa(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return dot_product_attention(query, key, value, is_causal=is_causal)
+
+    def dpfa_example(query: jax.Array, key: jax.Array, value: jax.Array, noise_key: Any) -> Any:
+        return dp_attention(
+            query, key, value, release=release, noise_key=noise_key, is_causal=is_causal
+        )
+
+    return {
+        "cudnn": (cudnn, False),
+        "dpfa": (dpfa, False),
+        "dpfa_example": (dpfa_example, True),
+        "cudnn_posthoc": (posthoc, False),
+    }
+
+
+def measure(
+    function: Callable[..., Any], sets: list[tuple[Any, ...]], seconds: float
+) -> tuple[float, float, int]:
+    """Median milliseconds a call, range over the repetitions, bytes of a call beside its inputs."""
+    once = jax.jit(function)
+    one = once.lower(*sets[0]).compile().memory_analysis()
+    peak = 0 if one is None else one.temp_size_in_bytes + one.output_size_in_bytes
+    together = jax.jit(lambda sets: [once(*x) for x in sets])
+    jax.block_until_ready(together(sets))
+    start = time.perf_counter()
+    jax.block_until_ready(together(sets))
+    calls = max(2, math.ceil(seconds / 5 / (time.perf_counter() - start)))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = together(sets)
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - start) / calls / len(sets) * 1e3)
+    return statistics.median(times), max(times) - min(times), peak
+
+
+def measure_torch(
+    shape: tuple[int, ...], is_causal: bool, is_backward: bool, seconds: float
+) -> tuple[float, float, int] | None:
+    """The same for the fastest of torch's SDPA backends; None without torch."""
+    try:
+        import torch
+        from torch.nn.attention import SDPBackend, sdpa_kernel
+    except ImportError:
+        return None
+    batch, length, heads, kv_heads, size = shape
+    best = None
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        arrays = [
+            torch.randn(
+                batch, n, length, size, device="cuda", dtype=torch.bfloat16,
+                requires_grad=is_backward,
+            )
+            for n in (heads, kv_heads, kv_heads)
+        ]  # fmt: skip
+        cotangent = torch.randn_like(arrays[0])
+
+        def call(arrays: Any = arrays, cotangent: Any = cotangent) -> None:
+            output = torch.nn.functional.scaled_dot_product_attention(
+                *arrays, is_causal=is_causal, enable_gqa=heads != kv_heads
+            )
+            if is_backward:
+                torch.autograd.grad(output, arrays, cotangent)
+
+        try:
+            with sdpa_kernel(backend):
+                call()
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before, start = torch.cuda.memory_allocated(), time.perf_counter()
+                for _ in range(5):
+                    call()
+                torch.cuda.synchronize()
+                calls = max(5, math.ceil(seconds / (time.perf_counter() - start)))
+                peak = torch.cuda.max_memory_allocated() - before
+                times = []
+                for _ in range(5):
+                    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    begin.record()
+                    for _ in range(calls):
+                        call()
+                    end.record()
+                    torch.cuda.synchronize()
+                    times.append(begin.elapsed_time(end) / calls)
+        except RuntimeError as error:
+            print(f"torch {backend.name}: {error}", file=sys.stderr)
+            continue
+        found = (statistics.median(times), max(times) - min(times), peak)
+        best = found if best is None or found[0] < best[0] else best
+    return best
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    rows: list[dict[str, Any]] = []
+    began = time.perf_counter()
+    for shape in SHAPES[: arguments.shapes]:
+        batch, length, heads, kv_heads, size = shape
+        for mask in ("full", "causal"):
+            if time.perf_counter() - began > arguments.limit_seconds:
+                print("time limit: the rest is left out", file=sys.stderr)
+                break
+            sets = inputs(shape, INPUT_SETS)
+            keys = list(jax.random.split(new_noise_key(), INPUT_SETS))
+            for direction in ("forward", "forward_backward"):
+                found: dict[str, tuple[float, float, int] | None] = {}
+                for name, (function, is_noisy) in implementations(shape, mask == "causal").items():
+                    if direction == "forward_backward":
+                        if name == "cudnn_posthoc":
+                            continue
+                        function = forward_and_backward(function)
+                    given = [(*x, k) for x, k in zip(sets, keys, strict=True)] if is_noisy else sets
+                    found[name] = measure(function, given, arguments.seconds)
+                found["torch_sdpa"] = measure_torch(
+                    shape, mask == "causal", direction == "forward_backward", arguments.seconds
+                )
+                for name, result in found.items():
+                    if result is None:
+                        continue
+                    row = {"B": batch, "T": length, "S": length, "H": heads, "K": kv_heads,
+                           "D": size, "mask": mask, "direction": direction,
+                           "implementation": name, "milliseconds": round(result[0], 4),
+                           "spread": round(result[1], 4), "peak_bytes": result[2]}  # fmt: skip
+                    rows.append(row)
+                times = {n: round(r[0], 3) for n, r in found.items() if r is not None}
+                print(f"{shape} {mask:6} {direction:16} {times}", flush=True)
+    versions = {"python": platform.python_version(), "jax": jax.__version__}
+    return {
+        "device": jax.devices()[0].device_kind,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": "python benchmarks/attention.py " + " ".join(sys.argv[1:]),
+        "versions": versions,
+        "rows": rows,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", help="JSON file to write")
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="the first so many shapes")
+    parser.add_argument("--seconds", type=float, default=0.3, help="of timing, for each figure")
+    parser.add_argument(
+        "--limit-seconds", type=float, default=math.inf, help="start no shape after"
+    )
+    arguments = parser.parse_args()
+    result = run(arguments)
+    if arguments.output:
+        with open(arguments.output, "w") as file:
+            json.dump(result, file, indent=1)
+            file.write("\n")
+
+
+if __name__ == "__main__":
+    main()
