@@ -45,7 +45,7 @@ _BULLET = re.compile(r"^ *[*-] ")
 
 
 def _as_restructured_text(app, what, name, obj, options, lines: list[str]) -> None:
-    """Our docstrings label one-paragraph parts ("Errors: ..."); make each a paragraph of its own."""
+    """Make each part that a docstring labels ("Errors: ...") a paragraph of its own."""
     written: list[str] = []
     under_label = in_bullet = False
     for line in lines:
