@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dpfa_jax.kernels import epilogue, memory_loop, softmax_loop
+from dpfa_jax.kernels import epilogue, masks, memory_loop, softmax_loop
 from dpfa_jax.kernels.base import (
     AttentionGradients,
     AttentionInputs,
@@ -50,14 +50,18 @@ class Blocked:
     ) -> AttentionGradients:
         """Gradients of plain attention."""
         assert outputs.lse is not None
-        output = outputs.output if outputs.unclipped is None else outputs.unclipped
-        dtype = outputs.lse.dtype
-        # A row that saw no key is the constant 0: a NaN that arrives there must go no further.
-        is_seen = ~jnp.isneginf(outputs.lse)[..., None]
-        cotangent = jnp.where(is_seen, cotangent, jnp.zeros((), cotangent.dtype))
-        output_dot = jnp.sum(output.astype(dtype) * cotangent.astype(dtype), axis=-1)
-        if lse_cotangent is not None:
-            output_dot = output_dot - lse_cotangent.astype(dtype)
+        if masks.hides(spec, inputs) or inputs.bias is not None:
+            # A row that saw no key is the constant 0: a NaN that arrives there goes no further.
+            is_seen = ~jnp.isneginf(outputs.lse)[..., None]
+            cotangent = jnp.where(is_seen, cotangent, jnp.zeros((), cotangent.dtype))
+        blocks = softmax_loop.Blocks.of(inputs.query.shape[1], inputs.key.shape[1])
+        output_dot = None
+        if not blocks.is_single or lse_cotangent is not None:
+            output = outputs.output if outputs.unclipped is None else outputs.unclipped
+            dtype = outputs.lse.dtype
+            output_dot = jnp.sum(output.astype(dtype) * cotangent.astype(dtype), axis=-1)
+            if lse_cotangent is not None:
+                output_dot = output_dot - lse_cotangent.astype(dtype)
         query, key, value, bias = softmax_loop.backward(
             spec, inputs, outputs.lse, outputs.weights, cotangent, output_dot
         )

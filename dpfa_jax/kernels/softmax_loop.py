@@ -177,18 +177,19 @@ def forward(
     def tile_of(i: Int[Array, ""] | int, j: Int[Array, ""] | int) -> tiles.Tile:
         return problem.tile(blocks, problem.query, inputs.key, value, i, j, count_rows_once=False)
 
+    def unshielded(values: Float[Array, "B t K G h"]) -> Float[Array, "B t K G H"]:
+        return tiles.unshielded(values) if is_shielded else values
+
     def finish(softmax: tiles.Softmax) -> tuple[jax.Array, jax.Array]:
-        if is_shielded:
-            softmax = softmax._replace(values=tiles.unshielded(softmax.values))
-        return tiles.normalised(softmax)
+        return tiles.normalised(softmax._replace(values=unshielded(softmax.values)))
 
     if blocks.is_single:
-        is_kept = blocks.rows * blocks.keys <= KEPT_WEIGHTS and spec.logits_soft_cap is None
-        if is_kept:
-            softmax, weights = tiles.attend_keeping_weights(spec, tile_of(0, 0))
+        weights = None
+        if blocks.rows * blocks.keys <= KEPT_WEIGHTS and spec.logits_soft_cap is None:
+            values, lse, weights = tiles.attend_keeping_weights(spec, tile_of(0, 0))
+            output = unshielded(values)
         else:
-            softmax, weights = tiles.attend(spec, tile_of(0, 0)), None
-        output, lse = finish(softmax)
+            output, lse = finish(tiles.attend(spec, tile_of(0, 0)))
         return problem.by_head(output), problem.by_head(lse), weights
 
     dtype = tiles.accumulator(inputs.query.dtype)
@@ -233,11 +234,12 @@ def backward(
     lse: Float[Array, "B T N"],
     weights: Float[Array, "B K G T S"] | None,
     cotangent: Float[Array, "B T N H"],
-    output_dot: Float[Array, "B T N"],
+    output_dot: Float[Array, "B T N"] | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Gradients of query, key, value and bias in the accumulator's type.
 
-    `output_dot`: row-wise product of output and cotangent, less the cotangent of `lse`.
+    `output_dot`: row-wise product of output and cotangent, less the cotangent of `lse`; may be
+    None where the whole matrix is one block.
     """
     problem = Problem(spec, inputs)
     query, key, value = problem.query, inputs.key, inputs.value
@@ -246,21 +248,24 @@ def backward(
         key, value = tiles.finite_or_zero(key), tiles.finite_or_zero(value)
         if not spec.is_causal or inputs.query_lengths is not None or inputs.mask is not None:
             query = tiles.finite_or_zero(query)
-    lse, cotangent, output_dot = (problem.by_group(x) for x in (lse, cotangent, output_dot))
+    lse, cotangent = problem.by_group(lse), problem.by_group(cotangent)
+    output_dot = None if output_dot is None else problem.by_group(output_dot)
     blocks = Blocks.of(problem.query_length, problem.key_length)
 
     def gradients_of(
         i: Int[Array, ""] | int, j: Int[Array, ""] | int
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         tile = problem.tile(blocks, query, key, value, i, j, count_rows_once=True)
-        rows = [lse, cotangent, output_dot]
-        if not blocks.is_single:
-            row, _ = problem.starts(blocks, i, j)
-            rows = [cut(x, row, blocks.rows) for x in rows]
-        known: tuple[jax.Array, jax.Array | None] = (
-            tiles.recomputed_weights(spec, tile, rows[0]) if weights is None else (weights, None)
-        )
-        return tiles.attend_backward(spec, tile, *known, *rows[1:])
+        if weights is not None:
+            return tiles.attend_backward(spec, tile, weights, None, cotangent, output_dot)
+        if blocks.is_single:
+            known = tiles.recomputed_weights(spec, tile, lse)
+            return tiles.attend_backward(spec, tile, *known, cotangent, output_dot)
+        assert output_dot is not None
+        row, _ = problem.starts(blocks, i, j)
+        known = tiles.recomputed_weights(spec, tile, cut(lse, row, blocks.rows))
+        of_rows = (cut(x, row, blocks.rows) for x in (cotangent, output_dot))
+        return tiles.attend_backward(spec, tile, *known, *of_rows)
 
     if blocks.is_single:
         d_query, d_key, d_value, d_biased = gradients_of(0, 0)

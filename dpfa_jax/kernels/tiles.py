@@ -50,6 +50,27 @@ def grouped(
     return per_head.reshape(batch, *shape, t, s)
 
 
+def contracted(
+    subscripts: str, left: Float[Array, "..."], right: Float[Array, "..."], dtype: jnp.dtype
+) -> Float[Array, "..."]:
+    """einsum of two arrays with sums in `dtype`; `subscripts` name the group axis g.
+
+    Results are in the order (batch, left, right), which is the matmul's own, and a group axis of 1
+    is left out: XLA's CPU backend copies the matrix for either, up to 1.5 times the whole time.
+    """
+    terms, result = subscripts.split("->")
+    names = terms.split(",")
+    operands = [left, right]
+    groups = next(x.shape[n.index("g")] for n, x in zip(names, operands, strict=True) if "g" in n)
+    if groups > 1:
+        return jnp.einsum(subscripts, *operands, preferred_element_type=dtype)
+    for place, name in enumerate(names):
+        if "g" in name:
+            operands[place] = jnp.squeeze(operands[place], name.index("g"))
+    product = jnp.einsum(subscripts.replace("g", ""), *operands, preferred_element_type=dtype)
+    return jnp.expand_dims(product, result.index("g")) if "g" in result else product
+
+
 def finite_or_zero(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """`x` with NaN and infinities replaced by 0, so that a weight of 0 really removes them."""
     return jnp.where(jnp.isfinite(x), x, jnp.zeros((), x.dtype))
@@ -58,9 +79,7 @@ def finite_or_zero(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 def raw_logits(spec: AttentionSpec, tile: Tile) -> Float[Array, "B K G t s"]:
     """scale q.k, capped, in the accumulator's type; neither bias nor mask yet."""
     dtype = accumulator(tile.query.dtype)
-    logits_BKGTS = jnp.einsum(
-        "btkgh,bskh->bkgts", tile.query, tile.key, preferred_element_type=dtype
-    )
+    logits_BKGTS = contracted("btkgh,bskh->bkgts", tile.query, tile.key, dtype)
     logits_BKGTS = logits_BKGTS * jnp.asarray(spec.scale, dtype)
     if spec.logits_soft_cap is not None:
         cap = jnp.asarray(spec.logits_soft_cap, dtype)
@@ -97,10 +116,11 @@ def relative_weights(
 ) -> tuple[Float[Array, "B K G t"], Float[Array, "B K G t s"]]:
     """Each row's largest logit, and exp(logits - largest)."""
     logits_BKGTS = biased(raw_logits(spec, tile), tile)
-    maximum = jnp.max(logits_BKGTS, axis=-1, initial=-jnp.inf)
-    # A row without keys has maximum -inf; exp(-inf - 0) = 0 gives it weight 0 instead of NaN.
-    safe = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
-    return maximum, jnp.exp(logits_BKGTS - safe[..., None])
+    # A row without keys has the least finite number as maximum; exp(-inf - it) = 0, not NaN. A
+    # select here instead would keep XLA from fusing the exponential, at twice the whole time.
+    lowest = float(jnp.finfo(logits_BKGTS.dtype).min)
+    maximum = jnp.max(logits_BKGTS, axis=-1, initial=lowest)
+    return maximum, jnp.exp(logits_BKGTS - maximum[..., None])
 
 
 def attend(spec: AttentionSpec, tile: Tile) -> Softmax:
@@ -112,28 +132,26 @@ def attend(spec: AttentionSpec, tile: Tile) -> Softmax:
 
 def attend_keeping_weights(
     spec: AttentionSpec, tile: Tile
-) -> tuple[Softmax, Float[Array, "B K G t s"]]:
-    """Softmax of one rectangle that is the whole matrix, and its normalised weights."""
+) -> tuple[Float[Array, "B t K G h"], Float[Array, "B t K G"], Float[Array, "B K G t s"]]:
+    """Output, log-sum-exp and weights of one rectangle that is the whole matrix."""
     maximum, weights_BKGTS = relative_weights(spec, tile)
     total = jnp.sum(weights_BKGTS, axis=-1)
+    # The largest logit has weight 1, so only the total of an empty row is below 1: it is 0.
+    weights_BKGTS = weights_BKGTS / jnp.maximum(total, 1.0)[..., None]
     is_empty = total == 0
-    weights_BKGTS = weights_BKGTS / jnp.where(is_empty, 1.0, total)[..., None]
-    safe = jnp.where(jnp.isneginf(maximum), 0.0, maximum)
-    lse = jnp.where(is_empty, -jnp.inf, safe + jnp.log(jnp.where(is_empty, 1.0, total)))
-    one = jnp.where(is_empty, 0.0, 1.0).astype(total.dtype)
-    return Softmax(lse, one, weighted_values(weights_BKGTS, tile.value)), weights_BKGTS
+    lse = jnp.where(is_empty, -jnp.inf, maximum + jnp.log(jnp.maximum(total, 1.0)))
+    values = weighted_values(weights_BKGTS, tile.value)
+    return values, jnp.moveaxis(lse, 3, 1), weights_BKGTS
 
 
 def weighted_values(
     weights: Float[Array, "B K G t s"], value: Float[Array, "B s K h"]
 ) -> Float[Array, "B t K G h"]:
     """sum_s weights v, products in the values' dtype, sums in the weights'."""
-    return jnp.einsum(
-        "bkgts,bskh->btkgh",
-        weights.astype(value.dtype),
-        value,
-        preferred_element_type=weights.dtype,
+    values_BKGTH = contracted(
+        "bkgts,bskh->bkgth", weights.astype(value.dtype), value, weights.dtype
     )
+    return jnp.moveaxis(values_BKGTH, 3, 1)
 
 
 def merge(one: Softmax, other: Softmax) -> Softmax:
@@ -177,29 +195,33 @@ def attend_backward(
     weights: Float[Array, "B K G t s"],
     slope: Float[Array, "B K G t s"] | None,
     cotangent: Float[Array, "B t K G H"],
-    output_dot: Float[Array, "B t K G"],
+    output_dot: Float[Array, "B t K G"] | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, Float[Array, "B K G t s"]]:
     """Gradients of one rectangle with respect to query, key, value and biased logits.
 
     `weights` are the softmax weights, `slope` the derivative of the cap. `output_dot` is the
     row-wise product of output and cotangent, less the cotangent of the log-sum-exp (Dao et al.,
-    2022). Results are in the accumulator's type.
+    2022); None where the rectangle is the whole matrix and shows it itself. Results are in the
+    accumulator's type.
     """
     dtype, stored = accumulator(tile.query.dtype), tile.query.dtype
     cotangent = cotangent.astype(stored)
-    d_value = jnp.einsum(
-        "bkgts,btkgh->bskh", weights.astype(stored), cotangent, preferred_element_type=dtype
-    )
-    d_weights = jnp.einsum("btkgh,bskh->bkgts", cotangent, tile.value, preferred_element_type=dtype)
-    d_biased = weights * (d_weights - jnp.moveaxis(output_dot, 1, 3)[..., None])
+    d_value = contracted("bkgts,btkgh->bksh", weights.astype(stored), cotangent, dtype)
+    d_weights = contracted("btkgh,bskh->bkgts", cotangent, tile.value, dtype)
+    if output_dot is None:
+        shift = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
+    else:
+        shift = jnp.moveaxis(output_dot, 1, 3)[..., None]
+    d_biased = weights * (d_weights - shift)
     d_logits = d_biased
     if slope is not None:
         # A hidden entry may have any bytes, hence a NaN slope, and has no derivative.
         d_logits = jnp.where(d_biased == 0, 0.0, d_biased * slope)
     d_logits = (d_logits * jnp.asarray(spec.scale, dtype)).astype(stored)
-    d_query = jnp.einsum("bkgts,bskh->btkgh", d_logits, tile.key, preferred_element_type=dtype)
-    d_key = jnp.einsum("bkgts,btkgh->bskh", d_logits, tile.query, preferred_element_type=dtype)
-    return d_query, d_key, d_value, d_biased
+    d_query = contracted("bkgts,bskh->bkgth", d_logits, tile.key, dtype)
+    d_key = contracted("bkgts,btkgh->bksh", d_logits, tile.query, dtype)
+    d_key, d_value = (jnp.moveaxis(x, 1, 2) for x in (d_key, d_value))
+    return jnp.moveaxis(d_query, 3, 1), d_key, d_value, d_biased
 
 
 def _by_row(per_row: Float[Array, "B K G t"]) -> Float[Array, "B t K G 1"]:

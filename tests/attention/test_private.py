@@ -185,7 +185,7 @@ def test_hidden_rows_get_noise(name):
             noise_key=KEY,
             query_seq_lengths=lengths,
             mask=jnp.zeros((1, 1, 1, KEYS), bool),
-        )  # fmt: skip
+        )
     )
     assert np.isfinite(answer).all()
     assert (answer != 0).mean() > 0.9
@@ -197,11 +197,12 @@ def test_no_noise_twice():
     """V11: an unbatched key under vmap, a closed-over key, and a second eager use are refused."""
     release = dataclasses.replace(EXAMPLE, insecure_test_noise=False)
     arrays, secret = draw(6), new_noise_key()
+    mapped, closed = new_noise_key(), new_noise_key()
     call = functools.partial(dp_attention, release=release)
     with pytest.raises(KeyReuseError):
-        jax.vmap(lambda *x: call(*x, noise_key=secret))(*arrays)
+        jax.vmap(lambda *x: call(*x, noise_key=mapped))(*arrays)
     with pytest.raises(KeyReuseError):
-        jax.jit(lambda *x: call(*x, noise_key=secret))(*arrays)
+        jax.jit(lambda *x: call(*x, noise_key=closed))(*arrays)
     call(*arrays, noise_key=secret)
     call(*arrays, noise_key=secret, layer=1)
     with pytest.raises(KeyReuseError):

@@ -9,7 +9,7 @@ import pytest
 from helpers import attention_oracle as oracle
 
 from dpfa_jax.attention import dot_product_attention
-from dpfa_jax.kernels import masks
+from dpfa_jax.kernels import masks, softmax_loop
 from dpfa_jax.kernels.base import AttentionSpec
 from dpfa_jax.kernels.softmax_loop import Blocks
 
@@ -29,6 +29,10 @@ OPTIONS = {
         "lengths": True, "logits_soft_cap": 3.0, "scale": 0.4,
     },
 }  # fmt: skip
+
+
+# The naive program's rounding is no finer for being optimised.
+QUICKLY_COMPILED = {"xla_backend_optimization_level": 0}
 
 
 def naive(query, key, value, bias, mask, *, scale, logits_soft_cap, **hiding):
@@ -83,36 +87,50 @@ def check(rows, keys, heads, key_heads, size, dtype, options, seed=0, batch=2):
     def plain(query, key, value, bias):
         return naive(query, key, value, bias, mask, scale=scale, logits_soft_cap=cap, **hiding)
 
-    def all_of(f):
+    def all_of(f, **compiler):
         def run(*x):
             output, pull_back = jax.vjp(f, *x)
             return output, *pull_back(cotangent)
 
-        return [y for y in jax.jit(run)(query, key, value, bias) if y is not None]
+        compiled = jax.jit(run, compiler_options=compiler)
+        return [y for y in compiled(query, key, value, bias) if y is not None]
 
     exact = oracle.attention(
         query, key, value, cotangent, bias=bias, scale=scale, soft_cap=cap, mask=mask, **hiding
     )
     exact = [*exact[:4], *([] if bias is None else [oracle.reduced_like(exact[4], bias.shape)])]
     names = ("output", "query", "key", "value", "bias")
-    for name, a, b, c in zip(names, all_of(ours), all_of(plain), exact, strict=False):
+    for name, a, b, c in zip(
+        names, all_of(ours), all_of(plain, **QUICKLY_COMPILED), exact, strict=False
+    ):
         assert a.dtype == b.dtype
-        oracle.assert_within_budget(a, b, c, dtype, f"{name} {rows}x{keys} {dtype}")
+        oracle.assert_within_budget(a, b, c, f"{name} {rows}x{keys} {dtype}")
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+QUICK = ("none", "causal", "lengths", "mask by key, causal", "all")
+
+
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in OPTIONS]
+)
 def test_every_option_in_one_block(name):
     """V8, V7: outputs and gradients within twice the naive error, ragged sizes, GQA."""
     check(13, 37, 4, 2, 8, "float32", OPTIONS[name])
 
 
-@pytest.mark.parametrize("name", ["window and causal", "mask", "all"])
-def test_every_kind_of_loop(name):
-    """V8: several ragged blocks of queries and of keys."""
-    check(530, 1100, 2, 1, 8, "float32", OPTIONS[name], batch=1)
+@pytest.mark.parametrize(
+    "name",
+    ["all", *(pytest.param(n, marks=pytest.mark.slow) for n in ("window and causal", "mask"))],
+)
+def test_every_kind_of_loop(name, monkeypatch):
+    """V8: several ragged blocks of queries and of keys, made small so that few numbers do."""
+    monkeypatch.setattr(softmax_loop, "ONE_BLOCK", 16 * 32)
+    monkeypatch.setattr(softmax_loop, "BLOCK_Q", 16)
+    monkeypatch.setattr(softmax_loop, "BLOCK_KV", 32)
+    check(41, 107, 2, 1, 8, "float32", OPTIONS[name], batch=2)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_half_precision(dtype):
     """V8: half-precision inputs, in one block and in several."""
     check(33, 65, 2, 1, 16, dtype, OPTIONS["causal"])
@@ -141,7 +159,7 @@ def test_budget_catches_a_wrong_kernel():
     exact = oracle.attention(q, k, v)
     coarse = dot_product_attention(q.astype(jnp.bfloat16).astype(jnp.float32), k, v)
     with pytest.raises(AssertionError, match="max"):
-        oracle.assert_within_budget(coarse, jax.nn.dot_product_attention(q, k, v), exact, "float32")
+        oracle.assert_within_budget(coarse, jax.nn.dot_product_attention(q, k, v), exact)
 
 
 def test_memory_at_16384():

@@ -1,5 +1,7 @@
 """A private memory's sums: sensitivity of the kernel's own output, hidden bytes, odd logits."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,33 +75,36 @@ def ordinary(inputs, block=512):
     return np.asarray(acc / total, np.float64)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
-@pytest.mark.parametrize("n", [512, 4096, 65536])
-def test_sensitivity_of_the_kernels_own_output(n, dtype):
+QUICK = {(512, 2.0, "float32"), (4096, 0.3, "bfloat16"), (65536, 0.5, "bfloat16")}
+CASES = tuple(
+    pytest.param(*case, marks=() if case in QUICK else pytest.mark.slow)
+    for case in itertools.product((512, 4096, 65536), (0.3, 0.5, 1.0, 2.0), ("bfloat16", "float32"))
+)
+ORDINARY_FAILS = ((4096, 0.3), (65536, 0.3), (65536, 0.5))
+
+
+@pytest.mark.parametrize(("n", "bound", "dtype"), CASES)
+def test_sensitivity_of_the_kernels_own_output(n, bound, dtype):
     """V3: with the noise off, one record changes the sums by at most (1 + eta) Delta.
 
     The ordinary running-max kernel fails the same bound (ratio form, bfloat16, large n).
     """
-    for bound in (0.3, 0.5, 1.0, 2.0):
-        bound = float(jnp.bfloat16(bound))  # keys must reach B in their own dtype
-        one, other, place = neighbours(n, bound, dtype)
-        hidden = jnp.arange(n)[None, None, None, :] != place
-        for form, pair, delta in (
-            ("sum", (one, one._replace(mask=hidden)), sensitivity.memory_sum(C, C, 1, 1, "mask")),
-            ("sum", (one, other), sensitivity.memory_sum(C, C, 1, 1, "substitute")),
-            ("ratio", (one, other), sensitivity.memory_ratio(C, bound, 1, n, 1)),
-        ):
-            spec = AttentionSpec(1.0, readout=readout(form, bound))
-            found = change_of(form, *pair, spec)
-            assert found <= (1 + ETA) * delta, (form, bound, found / delta)
-            assert found > 0.2 * delta, "these neighbours hardly differ; the test shows nothing"
-        if (n, round(bound, 1)) in (
-            (4096, 0.3),
-            (65536, 0.3),
-            (65536, 0.5),
-        ) and dtype == "bfloat16":
-            delta = sensitivity.memory_ratio(C, bound, 1, n, 1)
-            assert np.linalg.norm(ordinary(one) - ordinary(other)) > (1 + ETA) * delta
+    is_control = dtype == "bfloat16" and (n, bound) in ORDINARY_FAILS
+    bound = float(jnp.bfloat16(bound))  # keys must reach B in their own dtype
+    one, other, place = neighbours(n, bound, dtype)
+    hidden = jnp.arange(n)[None, None, None, :] != place
+    for form, pair, delta in (
+        ("sum", (one, one._replace(mask=hidden)), sensitivity.memory_sum(C, C, 1, 1, "mask")),
+        ("sum", (one, other), sensitivity.memory_sum(C, C, 1, 1, "substitute")),
+        ("ratio", (one, other), sensitivity.memory_ratio(C, bound, 1, n, 1)),
+    ):
+        spec = AttentionSpec(1.0, readout=readout(form, bound))
+        found = change_of(form, *pair, spec)
+        assert found <= (1 + ETA) * delta, (form, found / delta)
+        assert found > 0.2 * delta, "these neighbours hardly differ; the test shows nothing"
+    if is_control:
+        delta = sensitivity.memory_ratio(C, bound, 1, n, 1)
+        assert np.linalg.norm(ordinary(one) - ordinary(other)) > (1 + ETA) * delta
 
 
 @pytest.mark.parametrize("form", ["sum", "ratio"])
@@ -121,8 +126,9 @@ def test_float32_accumulation_would_not_do(form):
 
 
 def test_sums_agree_with_float64_and_with_the_reference():
-    """The two-float sums are those of float64 to 1e-6 of a key's share, in both backends."""
+    """The sums are those of float64 but for the rounding of one block (64 u), in both backends."""
     one, _, _ = neighbours(3001, 1.0, "float32")
+    one = one._replace(value=0.9 * one.value)  # below the clip norm: clipping has its own tests
     rng = np.random.default_rng(1)
     query = jnp.asarray(rng.standard_normal((1, 300, 1, SIZE)), jnp.float32)
     inputs = one._replace(query=query)
@@ -135,8 +141,8 @@ def test_sums_agree_with_float64_and_with_the_reference():
     e = memory_loop.weights(spec.readout, logits, None, None, jnp.dtype(jnp.float32))
     e = np.asarray(e, np.float64)[0, 0, 0]
     np.testing.assert_allclose(e, np.exp(np.minimum(q @ k.T, 1.0) - 1.0), rtol=3e-6)
-    np.testing.assert_allclose(sums[0, :, 0, :-1], e @ v, rtol=1e-6)
-    np.testing.assert_allclose(sums[0, :, 0, -1], e.sum(-1), rtol=1e-6)
+    np.testing.assert_allclose(sums[0, :, 0, :-1], e @ v, rtol=memory_loop.SUM_BLOCK * 2**-24)
+    np.testing.assert_allclose(sums[0, :, 0, -1], e.sum(-1), rtol=memory_loop.SUM_BLOCK * 2**-24)
 
 
 @pytest.mark.parametrize("keys", [70, 1100])

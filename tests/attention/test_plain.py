@@ -1,0 +1,134 @@
+"""Plain attention under JAX's transformations, and where it must equal jax.nn."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpfa_jax.attention import dot_product_attention as attention
+
+BATCH, ROWS, KEYS, HEADS, KEY_HEADS, SIZE = 2, 5, 7, 4, 2, 8
+
+
+def draw(*lead, seed=0):
+    rng = np.random.default_rng(seed)
+    shapes = ((ROWS, HEADS, SIZE), *((KEYS, KEY_HEADS, SIZE),) * 2)
+    return tuple(jnp.asarray(rng.standard_normal((*lead, *s)), jnp.float32) for s in shapes)
+
+
+close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True, "scale": 0.3}])
+def test_residual_and_unbatched_inputs_as_jax_nn(options):
+    """Log-sum-exp, its shape and dtype, and (T, N, H) inputs."""
+    for arrays in (draw(BATCH), draw()):
+        ours = attention(*arrays, return_residual=True, **options)
+        theirs = jax.nn.dot_product_attention(*arrays, return_residual=True, **options)
+        for a, b in zip(ours, theirs, strict=True):
+            assert a.shape == b.shape and a.dtype == b.dtype
+            close(a, b)
+
+
+def test_residual_has_no_gradient_as_in_jax_nn():
+    arrays = draw(BATCH)
+
+    def through_residual(f, q):
+        return f(q, *arrays[1:], return_residual=True)[1].sum()
+
+    assert not jax.grad(functools.partial(through_residual, attention))(arrays[0]).any()
+
+
+def test_a_row_without_keys_is_zero_with_no_gradient():
+    """V7: output 0, log-sum-exp -inf, gradients 0, whatever cotangent arrives."""
+    arrays = draw(BATCH)
+    call = functools.partial(attention, mask=jnp.zeros((1, 1, 1, KEYS), bool))
+    output, lse = call(*arrays, return_residual=True)
+    assert not output.any() and jnp.isneginf(lse).all()
+    _, pull_back = jax.vjp(call, *arrays)
+    for gradient in pull_back(jnp.full_like(output, jnp.nan)):
+        assert not gradient.any()
+
+
+@pytest.mark.parametrize("axes", [(0, 0, 0), (2, None, None), (None, 1, 3), (3, 0, None)])
+def test_vmap_over_any_axes(axes):
+    """Outputs and gradients under vmap are those of single calls, for every mix of in_axes."""
+    arrays = tuple(
+        x if axis is None else jnp.stack([x, 2 * x, x - 1], axis)
+        for x, axis in zip(draw(BATCH), axes, strict=True)
+    )
+
+    def loss(*x):
+        return jnp.sum(jnp.sin(attention(*x, is_causal=True)))
+
+    both = jax.value_and_grad(loss, argnums=(0, 1, 2))
+    value, gradients = jax.vmap(both, in_axes=axes)(*arrays)
+    for i in range(3):
+        single = (
+            x if axis is None else jnp.take(x, i, axis)
+            for x, axis in zip(arrays, axes, strict=True)
+        )
+        one, its_gradients = both(*single)
+        close(value[i], one, rtol=1e-4)
+        for a, b in zip(gradients, its_gradients, strict=True):
+            close(a[i], b)
+
+
+def test_nested_vmap_with_bias_mask_and_lengths():
+    """Every argument may carry its own mapped axis; per-example gradients come out apart."""
+    arrays = draw(3, 2, BATCH)
+    rng = np.random.default_rng(1)
+    bias = jnp.asarray(rng.standard_normal((2, HEADS, ROWS, KEYS)), jnp.float32)
+    mask = jnp.asarray(rng.random((3, 1, 1, KEYS)) < 0.7)
+    lengths = jnp.asarray([[7, 3], [5, 0], [1, 6]], jnp.int32)
+
+    def loss(q, k, v, bias, mask, lengths):
+        out = attention(q, k, v, bias, mask, key_value_seq_lengths=lengths)
+        return jnp.sum(out**2)
+
+    gradient = jax.grad(loss, argnums=(0, 3))
+    inner = jax.vmap(gradient, in_axes=(0, 0, 0, 0, None, None))
+    outer = jax.jit(jax.vmap(inner, in_axes=(0, 0, 0, None, 0, 0)))
+    d_query, d_bias = outer(*arrays, bias, mask, lengths)
+    for i, j in ((0, 1), (1, 0), (2, 1)):
+        one = gradient(*(x[i, j] for x in arrays), bias[j], mask[i], lengths[i])
+        close(d_query[i, j], one[0])
+        close(d_bias[i, j], one[1])
+
+
+def test_scan_checkpoint_and_jit():
+    """Layers by scan, recomputed by checkpoint: the same gradient as a plain loop."""
+    query, key, value = draw(BATCH)
+    weights = jnp.asarray([1.0, 0.5, -0.7])
+
+    def layer(x, w):
+        return x + w * attention(x, key, value, is_causal=True), None
+
+    def scanned(x, weights):
+        return jnp.sum(jax.lax.scan(jax.checkpoint(layer), x, weights)[0] ** 2)
+
+    def looped(x, weights):
+        for w in weights:
+            x, _ = layer(x, w)
+        return jnp.sum(x**2)
+
+    ours = jax.jit(jax.grad(scanned, argnums=(0, 1)))(query, weights)
+    for a, b in zip(ours, jax.grad(looped, argnums=(0, 1))(query, weights), strict=True):
+        close(a, b, rtol=1e-4, atol=1e-5)
+
+
+def test_the_reference_backend_has_every_derivative():
+    """jvp and second derivatives, against finite differences of first ones."""
+    query, key, value = draw(1)
+    call = functools.partial(attention, implementation="reference")
+    direction = jnp.asarray(np.random.default_rng(2).standard_normal(query.shape), jnp.float32)
+
+    def slope(q):
+        return jax.grad(lambda q: jnp.sum(call(q, key, value) ** 2))(q)
+
+    _, exact = jax.jvp(slope, (query,), (direction,))
+    step = 1e-2
+    numeric = (slope(query + step * direction) - slope(query - step * direction)) / (2 * step)
+    np.testing.assert_allclose(exact, numeric, atol=2e-2 * float(jnp.abs(exact).max()))

@@ -1,0 +1,64 @@
+"""The first backend that can, else every reason."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import pytest
+
+from dpfa_jax.core import ArgumentError, UnsupportedBackendError
+from dpfa_jax.kernels import dispatch
+from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec
+
+INPUTS = AttentionInputs(*(jnp.ones((1, 2, 1, 4)),) * 3)
+SPEC = AttentionSpec(1.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fake:
+    name: str
+    reason: str | None
+
+    def cannot(self, spec, inputs, platform):
+        return None if self.reason is None else f"{self.reason} on {platform}"
+
+
+def offer(monkeypatch, **reasons):
+    monkeypatch.setattr(dispatch, "BACKENDS", {name: (name, None) for name in reasons})
+    monkeypatch.setattr(dispatch, "_load", lambda name: Fake(name, reasons[name]))
+
+
+def test_the_first_that_can_serves(monkeypatch):
+    offer(monkeypatch, one="no tiles", two=None, three=None)
+    assert dispatch.choose(SPEC, INPUTS).name == "two"
+    assert dispatch.choose(SPEC, INPUTS, "three").name == "three"
+
+
+def test_all_reasons_are_told_at_once(monkeypatch):
+    offer(monkeypatch, one="no tiles", two="too narrow")
+    with pytest.raises(ExceptionGroup, match="no attention backend") as caught:
+        dispatch.choose(SPEC, INPUTS)
+    assert [str(e) for e in caught.value.exceptions] == [
+        "one: no tiles on cpu",
+        "two: too narrow on cpu",
+    ]
+    assert all(isinstance(e, UnsupportedBackendError) for e in caught.value.exceptions)
+
+
+def test_a_forced_backend_gives_its_own_reason(monkeypatch):
+    offer(monkeypatch, one="no tiles", two=None)
+    with pytest.raises(UnsupportedBackendError, match="one: no tiles on cpu"):
+        dispatch.choose(SPEC, INPUTS, "one")
+
+
+def test_an_unknown_name_is_refused():
+    """V23."""
+    with pytest.raises(ArgumentError, match=r"implementation = 'flash'.*mosaic_gpu, blocked"):
+        dispatch.choose(SPEC, INPUTS, "flash")
+
+
+def test_a_backend_that_cannot_be_imported_is_passed_over(monkeypatch):
+    backends = {"absent": ("dpfa_jax.kernels.absent", None), **dispatch.BACKENDS}
+    monkeypatch.setattr(dispatch, "BACKENDS", backends)
+    assert dispatch.choose(SPEC, INPUTS).name == "blocked"
+    with pytest.raises(UnsupportedBackendError, match="absent: cannot be imported"):
+        dispatch.choose(SPEC, INPUTS, "absent")
