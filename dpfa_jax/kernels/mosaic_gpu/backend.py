@@ -190,11 +190,15 @@ class MosaicGpuBackend:
         tile = backward_tiles(-(-query.shape[3] // 64) * 64)
 
         def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
-            *dense, key_lengths = operands if lengths else (*operands, None)
-            return attention_backward(spec, *dense, key_lengths, tile, interpret=self.interpret)
+            query, key, value, cotangent, lse, delta, *more = operands
+            return attention_backward(
+                spec, query, key, value, cotangent, lse, delta, more[0] if more else None, tile,
+                interpret=self.interpret,
+            )  # fmt: skip
 
         operands = (query, key, value, cotangent.astype(query.dtype), lse, delta, *lengths)
-        gradients = AttentionGradients(*_fold_vmap(run)(*operands), None)
+        d_query, d_key, d_value = _fold_vmap(run)(*operands)
+        gradients = AttentionGradients(d_query, d_key, d_value, None)
         return _varying_as((inputs, cotangent), gradients)
 
 

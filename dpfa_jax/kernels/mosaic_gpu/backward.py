@@ -367,11 +367,13 @@ def attention_backward(
     """
     q_shape, k_shape = query.shape, key.shape
     keys, group = k_shape[1], q_shape[2] // k_shape[2]
-    rows = (0, -q_shape[1] % ROW_MULTIPLE)
-    rows = ((0, 0), (0, 0), rows)
+    rows = ((0, 0), (0, 0), (0, -q_shape[1] % ROW_MULTIPLE))
     lse2 = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2_E)
     arrays = BackwardArrays(
-        *(pad_sequence(x) for x in (query, key, value, cotangent)),
+        pad_sequence(query),
+        pad_sequence(key),
+        pad_sequence(value),
+        pad_sequence(cotangent),
         jnp.pad(lse2, rows, constant_values=jnp.inf),
         jnp.pad(delta, rows),
         key_lengths,

@@ -81,7 +81,7 @@ def _body(
     head_size = arrays.query.shape[-1]
     dtype = arrays.query.dtype
     program_begin = block * tile.rows
-    key_length = keys
+    key_length: tiles.Scalar = keys
     if arrays.key_lengths is not None:
         key_length = jnp.clip(arrays.key_lengths[batch], 0, keys)
     query_length = None if arrays.query_lengths is None else arrays.query_lengths[batch]

@@ -22,8 +22,8 @@ def tiled_shared(shape: tuple[int, ...], dtype: Any) -> Any:
     itemsize = jnp.dtype(dtype).itemsize
     swizzle = plgpu.find_swizzle(shape[-1] * itemsize * 8)
     transforms = (
-        plgpu.TilingTransform((8, swizzle // itemsize)),
-        plgpu.SwizzleTransform(swizzle),
+        plgpu.TilingTransform((8, swizzle // itemsize)),  # type: ignore[abstract]
+        plgpu.SwizzleTransform(swizzle),  # type: ignore[abstract]
     )
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 

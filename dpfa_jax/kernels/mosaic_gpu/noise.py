@@ -93,9 +93,8 @@ def tile_normals(
     row = row_begin + plgpu.broadcasted_iota(jnp.uint32, half, 0, layout=_PAIRS)
     pair = (column_begin >> 1) + plgpu.broadcasted_iota(jnp.uint32, half, 1, layout=_PAIRS)
     low = (row << 9) | pair
-    *key_words, high = stream
-    words = threefry2x32(*key_words, jnp.full_like(low, high), low)
-    cosine, sine = normal_pair(*words)
+    key0, key1, high = stream
+    cosine, sine = normal_pair(*threefry2x32(key0, key1, jnp.full_like(low, high), low))
     # The approximate logarithm may come out above 0 where u is within 2^-22 of 1: radius 0.
     cosine, sine = (jnp.where(z == z, z, 0.0) for z in (cosine, sine))
     return _interleave(cosine, sine, simulate=simulate)

@@ -1,7 +1,7 @@
 """Which tiles a kernel walks: plain integer arithmetic, on ints and on traced scalars alike."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -91,6 +91,10 @@ class StepRange(NamedTuple):
     end: Scalar
 
 
+@overload
+def cdiv(a: int, b: int) -> int: ...
+@overload
+def cdiv(a: jax.Array, b: int) -> jax.Array: ...
 def cdiv(a: Scalar, b: int) -> Scalar:
     """Ceiling of a / b, for a >= 0."""
     return (a + b - 1) // b if isinstance(a, int) else lax.div(a + (b - 1), jnp.int32(b))
@@ -142,11 +146,14 @@ def key_steps(
     `key_length` is the number of keys that exist; a row at or past `query_length` sees none.
     """
     right, left = right_reach(spec), left_reach(spec)
-    last, every = key_length, key_length  # end of the keys that some row, that each row sees
+    # End of the keys that some row, that each row sees.
+    last, every = key_length, key_length
     if right is not None:
         last = _most(0, _least(last, row_begin + rows + right))
         every = _most(0, _least(every, row_begin + 1 + right))
-    first, late = 0, 0  # begin of the keys that some row, that each row sees
+    # Begin of the keys that some row, that each row sees.
+    first: Scalar = 0
+    late: Scalar = 0
     if left is not None:
         first = _most(0, row_begin - left)
         late = _most(0, row_begin + rows - 1 - left)
@@ -165,11 +172,13 @@ def query_steps(
 ) -> StepRange:
     """Query tiles that see keys [key_begin, key_begin + keys); lengths are left to the mask."""
     right, left = right_reach(spec), left_reach(spec)
-    first, late = 0, 0
+    first: Scalar = 0
+    late: Scalar = 0
     if right is not None:
         first = _least(_most(0, key_begin - right), num_queries)
         late = _most(0, key_begin + keys - 1 - right)
-    last, every = num_queries, num_queries
+    last: Scalar = num_queries
+    every: Scalar = num_queries
     if left is not None:
         last = _least(last, key_begin + keys + left)
         every = _least(every, key_begin + 1 + left)

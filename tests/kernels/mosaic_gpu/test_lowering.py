@@ -46,9 +46,8 @@ def loss(spec, query, inputs):
 @pytest.mark.parametrize(
     ("spec", "inputs"),
     [
-        (AttentionSpec(0.1, is_causal=True), shapes()),
         (
-            AttentionSpec(0.1, local_window=(9, 3), logits_soft_cap=5.0),
+            AttentionSpec(0.1, is_causal=True, local_window=(9, 3), logits_soft_cap=5.0),
             shapes(
                 head_size=72,
                 key_lengths=jax.ShapeDtypeStruct((2,), jnp.int32),

@@ -40,7 +40,8 @@ def test_key_steps(is_causal, window, traced):
     spec = AttentionSpec(1.0, is_causal=is_causal, local_window=window)
     rows, keys, program, block = 45, 37, 16, 8
     convert = np.int32 if traced else int
-    for key_length, query_length in itertools.product((0, 1, 20, keys), (0, 17, 48)):
+    lengths = ((20,), (17,)) if traced else ((0, 1, 20, keys), (0, 17, 48))
+    for key_length, query_length in itertools.product(*lengths):
         seen = seen_pairs(spec, 48, 40, key_length, query_length)
         for begin in range(0, rows, program):
             steps = tiles.key_steps(
@@ -58,7 +59,7 @@ def test_query_steps(is_causal, window, traced):
     spec = AttentionSpec(1.0, is_causal=is_causal, local_window=window)
     queries, keys, program, block = 45, 37, 16, 8
     convert = np.int32 if traced else int
-    for key_length in (0, 1, 20, keys):
+    for key_length in (20,) if traced else (0, 1, 20, keys):
         seen = seen_pairs(spec, 48, 48, key_length, 48)
         for begin in range(0, keys, program):
             steps = tiles.query_steps(spec, convert(begin), program, block, queries)
