@@ -2,12 +2,15 @@
 
 import dataclasses
 import math
+import shutil
+import tempfile
 from pathlib import Path
 
 import tyro
 
-from dpfa_jax.accounting import LedgerFile, epsilon
+from dpfa_jax.accounting import Ledger, LedgerFile, epsilon
 from dpfa_jax.accounting.budget import largest_count
+from dpfa_jax.accounting.locks import exclusive
 from dpfa_jax.cli.entry import DONE, FAILED
 from dpfa_jax.cli.table import print_table
 from dpfa_jax.core import LedgerError
@@ -32,15 +35,33 @@ def run(arguments: list[str]) -> int:
     path = config.ledger / "ledger.jsonl" if config.ledger.is_dir() else config.ledger
     if not path.exists():
         raise LedgerError(f"ledger = {str(path)!r}: no such file. Pass the ledger.jsonl of a run.")
-    try:
-        file = LedgerFile.open(path, read_only=True)
-    except LedgerError as error:
-        print(f"NOT VERIFIED  {error}")
-        return FAILED
-    with file:
-        print(f"verified: the chain is whole; head {file.head}")
-        _print_account(file, config.delta)
+    in_use = _in_use(path)
+    with tempfile.TemporaryDirectory() as folder:
+        # A copy: a run holds the lock of its ledger from its first step to its last. A line that
+        # it is just writing reads as unfinished, and stands for nothing that was released yet.
+        copy = Path(folder) / "ledger.jsonl"
+        shutil.copyfile(path, copy)
+        try:
+            file = LedgerFile.open(copy, read_only=True)
+        except LedgerError as error:
+            print(f"NOT VERIFIED  {str(error).replace(str(copy), str(path))}")
+            return FAILED
+        with file:
+            if in_use:
+                print("in use by a run: what follows is the ledger at this moment; it may grow")
+            print(f"verified: the chain is whole; head {file.head}")
+            _print_account(file, config.delta)
     return DONE
+
+
+def _in_use(path: Path) -> bool:
+    """Whether another process holds the ledger's lock now."""
+    with path.open("rb") as stream:
+        try:
+            with exclusive(stream.fileno(), str(path), 0.0):
+                return False
+        except LedgerError as error:
+            return error.__cause__ is None  # with a cause, the file system offers no locks
 
 
 def _print_account(file: LedgerFile, asked_delta: float | None) -> None:
@@ -72,8 +93,6 @@ def _print_account(file: LedgerFile, asked_delta: float | None) -> None:
         summary.append(("budget left", f"epsilon {_number(max(budget.epsilon - spent, 0.0))}"))
         if len(ledger.entries) == 1:
             # One kind of answer: how many more of it fit is the exact form of what is left.
-            from dpfa_jax.accounting import Ledger
-
             only = ledger.entries[0]
             room = largest_count(budget, Ledger(), only.record) - only.count
             summary.append(("more such answers", f"{max(room, 0):,}"))

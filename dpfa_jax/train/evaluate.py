@@ -9,7 +9,7 @@ import numpy as np
 
 from dpfa_jax.train.models import Classifier, Params
 
-_ROWS = 256
+_PARTS = 16  # micro-batches in one call of the compiled program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +20,14 @@ class Metrics:
     accuracy: float
 
 
-def evaluator(classifier: Classifier) -> Callable[[Params, np.ndarray, np.ndarray], Metrics]:
-    """evaluate(params, inputs (n, ...), labels (n,)) -> Metrics, compiled once for all n."""
+def evaluator(
+    classifier: Classifier, micro_batch: int
+) -> Callable[[Params, np.ndarray, np.ndarray], Metrics]:
+    """evaluate(params, inputs (n, ...), labels (n,)) -> Metrics, compiled once for all n.
 
-    @jax.jit
+    It computes `micro_batch` examples at a time.
+    """
+
     def sums(
         params: Params, inputs: jax.Array, labels: jax.Array, is_real: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
@@ -32,12 +36,18 @@ def evaluator(classifier: Classifier) -> Callable[[Params, np.ndarray, np.ndarra
         right = logits.argmax(1) == labels
         return jnp.where(is_real, losses, 0.0).sum(), jnp.where(is_real, right, False).sum()
 
+    @jax.jit
+    def sums_of_parts(params: Params, *rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+        parts = [x.reshape(_PARTS, micro_batch, *x.shape[1:]) for x in rows]
+        losses, right = jax.lax.map(lambda part: sums(params, *part), parts)
+        return losses.sum(), right.sum()
+
     def evaluate(params: Params, inputs: np.ndarray, labels: np.ndarray) -> Metrics:
-        loss, right = 0.0, 0
-        for start in range(0, len(labels), _ROWS):
-            rows = np.arange(start, start + _ROWS)
+        loss, right, size = 0.0, 0, _PARTS * micro_batch
+        for start in range(0, len(labels), size):
+            rows = np.arange(start, start + size)
             index = np.minimum(rows, len(labels) - 1)
-            part = sums(params, inputs[index], labels[index], rows < len(labels))
+            part = sums_of_parts(params, inputs[index], labels[index], rows < len(labels))
             loss, right = loss + float(part[0]), right + int(part[1])
         return Metrics(loss / len(labels), right / len(labels))
 

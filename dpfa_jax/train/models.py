@@ -48,7 +48,7 @@ def build_model(
 
     Args:
       name: "transformer" (projection, pre-norm encoder, mean over positions, norm, linear head) or
-        "linear" (logistic regression on the mean of the positions).
+        "linear" (logistic regression on the mean of a text's tokens, or on an image's pixels).
       features, num_heads, hidden_features, num_layers: of the encoder.
       patch_size: side of the square patches that an image is cut into; it divides both sides.
 
@@ -61,7 +61,8 @@ def build_model(
     def module(seed: int) -> nnx.Module:
         rngs = nnx.Rngs(seed)
         if name == "linear":
-            return LinearClassifier(width, classes, rngs=rngs)
+            pixels = length if data.kind == "image" else None
+            return LinearClassifier(width, classes, length=pixels, rngs=rngs)
         return TransformerClassifier(
             width,
             length,

@@ -57,16 +57,23 @@ class TransformerClassifier(nnx.Module):
 
 
 class LinearClassifier(nnx.Module):
-    """Logistic regression on the mean of the real positions: the baseline of the transformer."""
+    """Logistic regression: the baseline of the transformer.
 
-    def __init__(self, width: int, classes: int, *, rngs: nnx.Rngs):
-        self.head = nnx.Linear(width, classes, kernel_init=nnx.initializers.zeros, rngs=rngs)
+    It reads the mean of the real positions; or, where `length` is given and no position is padding,
+    all of them side by side, because a mean over an image's patches forgets where things are.
+    """
+
+    def __init__(self, width: int, classes: int, *, length: int | None = None, rngs: nnx.Rngs):
+        self.is_mean = length is None
+        self.head = nnx.Linear(
+            width * (length or 1), classes, kernel_init=nnx.initializers.zeros, rngs=rngs
+        )
 
     def __call__(
         self, x: Float[Array, "B S W"], is_real: Bool[Array, "B S"]
     ) -> Float[Array, "B C"]:
         """Logits of each example."""
-        return self.head(_mean(x, is_real))
+        return self.head(_mean(x, is_real) if self.is_mean else x.reshape(x.shape[0], -1))
 
 
 def _mean(x: Float[Array, "B S W"], is_real: Bool[Array, "B S"]) -> Float[Array, "B W"]:

@@ -123,6 +123,11 @@ def _looked_at(report: Report) -> str:
     text = "Measured on held-out examples while the model was trained"
     if some < every:
         text += f", on the first {some:,} of them; the figures above are over all {every:,}"
+    if report["accuracy_nonprivate"] is None:
+        text += (
+            ". The same model without privacy was not trained, so no curve compares; "
+            "<code>--nonprivate-twin</code> adds it"
+        )
     return text + "."
 
 

@@ -44,7 +44,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
     shown = progress_for() if progress is None else progress
     folder = RunFolder(config.out) if config.resume and config.out else new_run_folder(config)
     if config.resume:
-        folder.read()  # refuses what is no run before the data are loaded
+        folder.require_run()  # before the data are loaded
     job = prepare(config)
     with contextlib.ExitStack() as stack:
         if config.resume:
@@ -62,10 +62,11 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
         ledger_file = stack.enter_context(
             LedgerFile.open(folder.ledger, expect_head=head, lock_timeout_seconds=_LOCK_SECONDS)
         )
+        _require_model(job, folder, course, ledger_file)
         stop = stack.enter_context(stop_requests())
         stack.enter_context(shown)
         _announce(job, folder, course, ledger_file, shown)
-        evaluate = evaluator(job.classifier)
+        evaluate = evaluator(job.classifier, job.plan.micro_batch_size)
         run_steps(
             job,
             step_fn,
@@ -132,6 +133,17 @@ def _restore(course: Course, checkpoints: Checkpoints) -> str | None:
     return note.ledger_head
 
 
+def _require_model(job: Job, folder: RunFolder, course: Course, ledger_file: LedgerFile) -> None:
+    """Refuses a run that is paid for in full but whose steps are in no checkpoint."""
+    if course.step == 0 and charged_steps(ledger_file) >= job.plan.steps:
+        raise RunError(
+            folder.checkpoints,
+            f"holds no checkpoint, but the ledger has paid for all {job.plan.steps} steps",
+            "Restore the checkpoints from a copy. Without them this model is lost, and its charge "
+            "stays; a new run in another folder spends a budget of its own on top.",
+        )
+
+
 def _announce(
     job: Job, folder: RunFolder, course: Course, ledger_file: LedgerFile, progress: Progress
 ) -> None:
@@ -151,8 +163,9 @@ def _announce(
     charged = charged_steps(ledger_file)
     if charged:
         lost = charged - course.step
+        place = f"after step {course.step}" if course.step else "from the start, no checkpoint"
         progress.say(
-            f"resuming after step {course.step}; {job.plan.steps - charged} steps are left"
+            f"resuming {place}; {job.plan.steps - charged} steps are left"
             + (f"; {lost} were charged but lost, and stay charged" if lost else "")
         )
 
@@ -189,7 +202,12 @@ def _twin(job: Job, evaluate: Callable, progress: Progress, stop: StopRequest) -
 
     note(0, job.params)
     params = train_twin(
-        job.classifier, job.optimizer, job.params, _twin_batches(job, stop), look=note
+        job.classifier,
+        job.optimizer,
+        job.params,
+        _twin_batches(job, stop),
+        micro_batch=job.plan.micro_batch_size,
+        look=note,
     )
     if stop.requested:
         return None

@@ -53,11 +53,36 @@ class RunFolder:
             content = json.loads(self.config.read_text(encoding="utf-8"))
             return {"config": content["config"], "resolved": content["resolved"]}
         except FileNotFoundError:
+            if self.never_started():
+                raise RunError(self.path, _NEVER_STARTED, _AGAIN) from None
             raise RunError(
                 self.path, "holds no run", "Pass --out with the folder of a run."
             ) from None
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(self.config, f"cannot be read ({error})", "Start a new run.") from error
+
+    def require_run(self) -> None:
+        """Refuses what is no run, or has lost its ledger. Errors: RunError."""
+        self.read()
+        if not self.ledger.exists():
+            raise RunError(
+                self.ledger,
+                "is missing, so nobody knows what this run has spent",
+                "Restore it from a copy; without it the run cannot go on.",
+            )
+
+    def never_started(self) -> bool:
+        """Whether a crash left a folder before its first step: settings unwritten, no charge.
+
+        The settings are written after the ledger and before any charge, and each charge is a line
+        of its own after the ledger's first.
+        """
+        if not self.path.is_dir():
+            return False
+        names = {file.name for file in self.path.iterdir()}
+        if not names or not names <= {self.ledger.name, self.config.name + ".part"}:
+            return False
+        return not self.ledger.exists() or self.ledger.read_bytes().count(b"\n") <= 1
 
     def start(self, config: TrainConfig, resolved: dict[str, Any]) -> None:
         """Makes the folder and writes the settings. Errors: RunError."""
@@ -68,6 +93,8 @@ class RunFolder:
             raise RunError(self.path, f"cannot be written ({error.strerror})", _PLACE) from error
 
 
+_NEVER_STARTED = "was interrupted before its first step, and nothing was charged"
+_AGAIN = "Delete this folder and start the run again, without --resume."
 _PLACE = "Pass --out with a folder that you may write, on a disk with room."
 
 
@@ -90,6 +117,8 @@ def new_run_folder(config: TrainConfig) -> RunFolder:
         )
     if config.out.exists() and not config.out.is_dir():
         raise RunError(config.out, "is a file", "Pass --out with a folder. Nothing was changed.")
+    if folder.never_started():
+        raise RunError(config.out, _NEVER_STARTED, _AGAIN)
     if config.out.exists() and any(config.out.iterdir()):
         raise RunError(
             config.out, "is not empty", "Pass --out with a new folder. Nothing was changed."

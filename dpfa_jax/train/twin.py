@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Bool
 
 from dpfa_jax.train.evaluate import Metrics
 from dpfa_jax.train.models import Classifier, Params
@@ -27,21 +28,21 @@ def train_twin(
     params: Params,
     batches: Iterable[tuple[Any, np.ndarray]],
     *,
+    micro_batch: int,
     look: Callable[[int, Params], None],
 ) -> Params:
     """Ordinary training on (batch, is_real) pairs: mean loss, no clipping, no noise.
 
+    Gradients are added up over `micro_batch` examples at a time, a divisor of the rows of a batch.
     `look(step, params)` is called after every step. The result protects nobody.
     """
-
-    def mean_loss(params: Params, batch: Any, is_real: jax.Array) -> jax.Array:
-        losses = jnp.where(is_real, classifier.per_example_loss(params, batch), 0.0)
-        return losses.sum() / jnp.maximum(is_real.sum(), 1)
+    gradient_of = mean_gradient(classifier, micro_batch)
 
     @jax.jit
-    def step(params: Params, state: Any, batch: Any, is_real: jax.Array) -> tuple[Params, Any]:
-        gradient = jax.grad(mean_loss)(params, batch, is_real)
-        updates, state = optimizer.update(gradient, state, params)
+    def step(
+        params: Params, state: optax.OptState, batch: Any, is_real: Bool[Array, " rows"]
+    ) -> tuple[Params, optax.OptState]:
+        updates, state = optimizer.update(gradient_of(params, batch, is_real), state, params)
         return optax.apply_updates(params, updates), state
 
     state = optimizer.init(params)
@@ -49,3 +50,26 @@ def train_twin(
         params, state = step(params, state, batch, is_real)
         look(number, params)
     return params
+
+
+def mean_gradient(
+    classifier: Classifier, micro_batch: int
+) -> Callable[[Params, Any, Bool[Array, " rows"]], Params]:
+    """gradient(params, batch, is_real) of the mean loss over the real rows; zero without any."""
+
+    def loss(params: Params, batch: Any, is_real: Bool[Array, " micro"]) -> Array:
+        losses = classifier.per_example_loss(params, batch)
+        return jnp.where(is_real, losses, 0.0).sum()
+
+    def gradient(params: Params, batch: Any, is_real: Bool[Array, " rows"]) -> Params:
+        def add(total: Params, micro: tuple[Any, Array]) -> tuple[Params, None]:
+            return jax.tree.map(jnp.add, total, jax.grad(loss)(params, *micro)), None
+
+        def parted(x: Array) -> Array:
+            return x.reshape(-1, micro_batch, *x.shape[1:])
+
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        total, _ = jax.lax.scan(add, zeros, jax.tree.map(parted, (batch, is_real)))
+        return jax.tree.map(lambda leaf: leaf / jnp.maximum(is_real.sum(), 1), total)
+
+    return gradient
