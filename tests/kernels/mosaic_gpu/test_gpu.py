@@ -266,8 +266,8 @@ def test_a_billion_draws():
     # In float64 these keys and counters give -6.09, -6.07, -5.82, -5.81 and at most 5.76.
     assert least / steps < -5.8, (least, largest, p_value)
     assert largest / steps > 5.7, (least, largest, p_value)
-    # Negative controls: a standard deviation off by 1e-4, and a tail cut at 5 deviations.
-    assert cell_p_value(counts, steps * 1.0001, edge) < 1e-4
+    # Negative controls: a standard deviation off by 4e-4, and tails cut at 5 deviations.
+    assert cell_p_value(counts, steps * 1.0004, edge) < 1e-4
     cut = counts.copy()
-    cut[[0, -1]] = 0
+    cut[:9], cut[-9:] = 0, 0
     assert cell_p_value(cut, steps, edge) < 1e-4
