@@ -34,7 +34,8 @@ def normal_pair(
     # log(1 - t) = log(x) + ((1 - x) - t) + O(t 2^-24) for x = float32(1 - t): 1 - x is exact.
     lost = jnp.where(is_upper, (jnp.float32(1.0) - far) - near, jnp.float32(0.0))
     log_u = jnp.log(jnp.where(is_upper, far, near)) + lost
-    radius = jnp.sqrt(jnp.float32(-2.0) * log_u)
+    # An approximate logarithm may come out above 0 next to u = 1.
+    radius = jnp.sqrt(jnp.maximum(jnp.float32(-2.0) * log_u, jnp.float32(0.0)))
 
     steps = _to_float(w1 & jnp.uint32(2**_ANGLE_BITS - 1)) - jnp.float32(2.0**23 - 0.5)
     angle = steps * jnp.float32(2.0 * math.pi / 2**_ANGLE_BITS)
