@@ -1,5 +1,6 @@
 """Self-test of the attention backends of this machine against float64, noise included."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -121,18 +122,19 @@ def _expected(spec: AttentionSpec, inputs: AttentionInputs) -> tuple[np.ndarray,
         norms = np.linalg.norm(exact, axis=-1, keepdims=True)
         clipped = exact * np.minimum(1.0, spec.readout.l2_clip_norm / norms)
         return _snapped(clipped + _noise(inputs, exact.shape)), np.asarray(_GRID)
-    naive = _softmax_attention(jnp, spec, *_repeated(inputs, inputs.query.dtype))
+    textbook = jax.jit(lambda *arrays: _softmax_attention(jnp, spec, *arrays))
+    naive = textbook(*_repeated(inputs, inputs.query.dtype))
     error = np.abs(np.asarray(naive, np.float64) - exact).max()
     return exact, np.asarray(2.0 * error)
 
 
 def _memory(inputs: AttentionInputs) -> tuple[np.ndarray, np.ndarray]:
     dtype = inputs.value.dtype
-    value = clip_rows_stored(inputs.value, _CLIP)
-    norms = np.linalg.norm(np.asarray(value, np.float64), axis=-1)
+    clipped = clip_rows_stored(inputs.value, _CLIP)
+    norms = np.linalg.norm(np.asarray(clipped, np.float64), axis=-1)
     if not (norms.max() <= _CLIP and norms.min() > 0.98 * _CLIP):  # all rows were longer than that
         raise AssertionError(f"clipped rows have norms {norms.min():.6f} to {norms.max():.6f}")
-    query, key, value = _repeated(inputs._replace(value=value), np.float64)
+    query, key, value = _repeated(inputs._replace(value=clipped), np.float64)
     logits = _SCALE * np.einsum("btnh,bsnh->bnts", query, key)
     weights = np.exp(np.minimum(logits, _BOUND) - _BOUND).astype(dtype).astype(np.float64)
     ones = np.full((*value.shape[:3], 1), _CLIP)  # the normaliser rides along, times kappa
@@ -167,8 +169,8 @@ def _noise(inputs: AttentionInputs, shape: tuple[int, ...]) -> np.ndarray:
     """The test noise of these inputs in float64; all standard deviations are 1."""
     assert inputs.noise is not None
     rows, heads, columns = shape[1:]
-    drawn = attention_noise(*inputs.noise, heads=heads, row_start=0, rows=rows, columns=columns)
-    return np.asarray(drawn, np.float64)
+    draw = functools.partial(attention_noise, heads=heads, row_start=0, rows=rows, columns=columns)
+    return np.asarray(jax.jit(draw)(*inputs.noise), np.float64)
 
 
 def _snapped(x: np.ndarray) -> np.ndarray:

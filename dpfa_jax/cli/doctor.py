@@ -83,18 +83,20 @@ def _noise_words() -> str:
     with jax.threefry_partitionable(True):
         want = np.asarray(jax.random.bits(key, (count,), np.uint32))
     index = jnp.arange(count, dtype=jnp.uint32)
-    first, second = threefry2x32(words[0], words[1], jnp.zeros_like(index), index)
+    first, second = jax.jit(threefry2x32)(words[0], words[1], jnp.zeros_like(index), index)
     if not np.array_equal(np.asarray(first) ^ np.asarray(second), want):
         raise AssertionError("the words differ")
     return f"{count} of {count} words"
 
 
 def _normals() -> str:
+    import jax
     import numpy as np
 
     from dpfa_jax.noise import insecure_test_key, parameter_noise
 
-    drawn = np.asarray(parameter_noise(insecure_test_key(7), 0, (200_000,)), np.float64)
+    draw = jax.jit(lambda key: parameter_noise(key, 0, (200_000,)))
+    drawn = np.asarray(draw(insecure_test_key(7)), np.float64)
     mean, deviation, largest = drawn.mean(), drawn.std(), np.abs(drawn).max()
     # Five standard errors each; the largest of so many lies beyond 4 but for a chance of 3e-6.
     if abs(mean) > 5 / 447 or abs(deviation - 1) > 5 / 632 or not 4.0 < largest < 7.5:

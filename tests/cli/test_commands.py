@@ -8,9 +8,10 @@ import pytest
 from helpers.tiny_run import write_csv
 
 from dpfa_jax.accounting import Budget, LedgerFile
-from dpfa_jax.cli import main
+from dpfa_jax.cli import attention_check, main
 from dpfa_jax.cli.train import parse
 from dpfa_jax.release import TrainingRelease
+from dpfa_jax.train import TrainConfig
 
 
 @pytest.fixture
@@ -45,6 +46,20 @@ def _folder_of_another_run(path):
     return str(path)
 
 
+def _never_started(path, torn):
+    """What a crash inside LedgerFile.create leaves."""
+    path.mkdir()
+    (path / "ledger.jsonl").write_bytes(torn)
+    return str(path)
+
+
+def _without_ledger(path):
+    path.mkdir()
+    stored = {"config": TrainConfig().settings(), "resolved": {}}
+    (path / "config.json").write_text(json.dumps(stored))
+    return str(path)
+
+
 # Name -> (arguments made from tmp_path and a csv, what the message must hold).
 BAD = {
     "unknown command": (lambda t, c: ["trian"], "trian"),
@@ -56,6 +71,10 @@ BAD = {
     "word for epsilon": (lambda t, c: ["train", "--epsilon", "three"], "three"),
     "delta one": (lambda t, c: ["train", "--delta", "1"], "delta = 1.0"),
     "delta above 1/n": (lambda t, c: ["train", "--data", c, "--delta", "0.01"], "1/n"),
+    "hopeless epsilon": (
+        lambda t, c: ["train", "--data", c, "--epsilon", "0.005", "--steps", "4"],
+        "epsilon = 0.005",
+    ),
     "nan clip": (lambda t, c: ["train", "--clip", "nan"], "clip = nan"),
     "negative clip": (lambda t, c: ["train", "--clip", "-1"], "clip = -1.0"),
     "zero steps": (lambda t, c: ["train", "--steps", "0"], "steps = 0"),
@@ -79,6 +98,18 @@ BAD = {
     "folder in use": (lambda t, c: ["train", "--out", str(t)], "not empty"),
     "out is a file": (lambda t, c: ["train", "--out", c], "is a file"),
     "resume nothing": (lambda t, c: ["train", "--resume", "--out", f"{t}/no"], "holds no run"),
+    "resume what never started": (
+        lambda t, c: ["train", "--resume", "--out", _never_started(t / "run", b'{"hal')],
+        "Delete this folder",
+    ),
+    "start over what never started": (
+        lambda t, c: ["train", "--out", _never_started(t / "run", b"")],
+        "nothing was charged",
+    ),
+    "resume without ledger": (
+        lambda t, c: ["train", "--resume", "--out", _without_ledger(t / "run")],
+        "is missing",
+    ),
     "resume nowhere": (lambda t, c: ["train", "--resume"], "resume"),
     "missing config": (lambda t, c: ["train", "--config", f"{t}/no.json"], "no.json"),
     "predict nothing": (lambda t, c: ["predict", "--model", str(t)], "texts"),
@@ -144,6 +175,24 @@ def test_account_adds_up_and_finds_tampering(ledger, tmp_path, capsys):
         assert "NOT VERIFIED" in capsys.readouterr().out
 
 
+def test_account_of_a_ledger_in_use(ledger, tmp_path, capsys):
+    """A run's lock neither blocks the account nor passes for damage; damage is still found."""
+    copy = tmp_path / "ledger.jsonl"
+    copy.write_bytes(ledger.read_bytes())
+    with LedgerFile.open(copy):
+        assert main(["account", str(copy)]) == 0
+        text = capsys.readouterr().out
+        assert "in use by a run" in text and "verified: the chain is whole" in text
+        content = bytearray(copy.read_bytes())
+        content[len(content) // 2] ^= 1
+        copy.write_bytes(bytes(content))
+        assert main(["account", str(copy)]) == 1
+        text = capsys.readouterr().out
+        assert text.startswith("NOT VERIFIED") and "line 2" in text
+    copy.write_bytes(ledger.read_bytes())
+    assert main(["account", str(copy)]) == 0 and "in use" not in capsys.readouterr().out
+
+
 def _closed_form(mu, delta):
     from scipy import optimize, stats
 
@@ -169,10 +218,37 @@ def test_doctor_passes_and_fails(capsys, monkeypatch):
     """A healthy machine gives 0; a broken check is named and gives 1."""
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
-    assert "all is well" in text and "blocked" in text and "1024 of 1024" in text
+    assert "all is well" in text and "1024 of 1024" in text
+    assert "blocked in 4 cases, reference in 4 cases" in text
     monkeypatch.setattr("dpfa_jax.noise.threefry2x32", lambda a, b, c, d: (c, d))
+    monkeypatch.setattr("dpfa_jax.cli.attention_check.check", lambda: "not run again")
     assert main(["doctor"]) == 1
     assert "FAILED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("case", "change"),
+    [
+        ("plain, float32", lambda output: output * 1.00001),
+        ("causal, bfloat16", lambda output: output * 1.05),
+        ("private example, float32", lambda output: output.at[1, 7, 2, 5].add(0.125)),
+        ("private memory, bfloat16", lambda output: output.at[0, 99, 3, 63].add(0.05)),
+    ],
+)
+def test_doctor_sees_a_backend_that_errs(case, change, monkeypatch):
+    """Negative control: one wrong number, or a wrong scale, in one backend is found and named."""
+    only = {case: attention_check.cases()[case]}
+    monkeypatch.setattr(attention_check, "cases", lambda: only)
+    monkeypatch.setattr(attention_check.dispatch, "BACKENDS", _REFERENCE)
+    real = attention_check._output_of
+    monkeypatch.setattr(
+        attention_check, "_output_of", lambda b, s: lambda inputs: change(real(b, s)(inputs))
+    )
+    with pytest.raises(AssertionError, match=f"reference, {case}.*is allowed"):
+        attention_check.check()
+
+
+_REFERENCE = {"reference": ("dpfa_jax.kernels.reference", None)}
 
 
 def test_predict_prints_json_and_text(tmp_path, capsys, monkeypatch):

@@ -12,6 +12,7 @@ from helpers.tiny_run import PARAMETERS, tiny_config, write_csv
 
 import dpfa_jax.train.loop as loop
 from dpfa_jax.accounting import LedgerFile
+from dpfa_jax.cli import main
 from dpfa_jax.core import LedgerError
 from dpfa_jax.train import RunError, load_model, train
 from dpfa_jax.train.progress import PlainProgress
@@ -108,25 +109,31 @@ def test_same_seed_and_config_give_the_same_bits(finished, csv, tmp_path):
     assert _same(_parameters(config.out), _parameters(again.out))
 
 
-def test_stop_and_resume_give_the_same_bits(finished, csv, tmp_path, monkeypatch):
-    """SIGTERM ends the run after the block at hand; what follows is the run that was cut off."""
+def test_ctrl_c_and_resume_give_the_same_bits(finished, csv, tmp_path, monkeypatch, capsys):
+    """Through the command line: Ctrl-C ends the run after the block at hand with exit code 130 and
+    says how to go on; what follows is the run that was cut off."""
     config, _ = finished
     real = loop.charge_block
 
     def charge_and_signal(*args, **kwargs):
         keys = real(*args, **kwargs)
         if kwargs["first"] == 4:
-            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGINT)
         return keys
 
     stopped = tiny_config(csv, tmp_path / "run", insecure_test_noise=True)
+    settings = tmp_path / "settings.json"
+    settings.write_text(json.dumps(stopped.settings()))
     with monkeypatch.context() as patch:
         patch.setattr(loop, "charge_block", charge_and_signal)
-        report = train(stopped, PlainProgress())
+        assert main(["train", "--config", str(settings), "--out", str(stopped.out)]) == 130
+    error = capsys.readouterr().err
+    assert "Stopped after step 6 of 12" in error and "Traceback" not in error
+    assert f"dpfa train --resume --out {stopped.out}" in error
+    report = json.loads((stopped.out / "report.json").read_text())
     assert not report["finished"] and report["steps"] == report["steps_charged"] == 6
     assert "Stopped early" in (stopped.out / "report.html").read_text()
-    resumed = tiny_config(csv, stopped.out, insecure_test_noise=True, resume=True)
-    assert train(resumed, PlainProgress())["finished"]
+    assert main(["train", "--resume", "--out", str(stopped.out)]) == 0
     assert _same(_parameters(config.out), _parameters(stopped.out))
 
 
@@ -149,8 +156,12 @@ def test_resume_refuses_what_does_not_belong_together(finished, csv, tmp_path):
     again = tiny_config(csv, out, insecure_test_noise=True, nonprivate_twin=True, resume=True)
     with pytest.raises(LedgerError, match="rolled back"):
         train(again, PlainProgress())
+    shutil.copy(config.out / "ledger.jsonl", ledger)
+    shutil.rmtree(out / "checkpoints")
+    with pytest.raises(RunError, match="paid for all 12 steps"):
+        train(again, PlainProgress())
     ledger.unlink()
-    with pytest.raises(LedgerError):
+    with pytest.raises(RunError, match=r"ledger\.jsonl: is missing"):
         train(again, PlainProgress())
 
 
