@@ -52,7 +52,10 @@ def test_a_row_without_keys_is_zero_with_no_gradient():
         assert not gradient.any()
 
 
-@pytest.mark.parametrize("axes", [(0, 0, 0), (2, None, None), (None, 1, 3), (3, 0, None)])
+QUICK, MORE = ((0, 0, 0), (None, 1, 3)), ((2, None, None), (3, 0, None))
+
+
+@pytest.mark.parametrize("axes", [*QUICK, *(pytest.param(a, marks=pytest.mark.slow) for a in MORE)])
 def test_vmap_over_any_axes(axes):
     """Outputs and gradients under vmap are those of single calls, for every mix of in_axes."""
     arrays = tuple(

@@ -137,7 +137,10 @@ def test_memory_refuses_autodiff(transform):
         _refused(transform)()
 
 
-@pytest.mark.parametrize("name", RELEASES)
+@pytest.mark.parametrize(
+    "name",
+    ["example", "sum", *(pytest.param(n, marks=pytest.mark.slow) for n in ("whole", "ratio"))],
+)
 def test_noise_follows_global_indices(name):
     """V10: the same bits from one call, from its parts by batch and head, and jitted."""
     release, arrays = RELEASES[name], draw(3)

@@ -132,9 +132,16 @@ def test_every_kind_of_loop(name, monkeypatch):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_half_precision(dtype):
-    """V8: half-precision inputs, in one block and in several."""
+    """V8: half-precision inputs, in one block."""
     check(33, 65, 2, 1, 16, dtype, OPTIONS["causal"])
-    check(700, 530, 1, 1, 8, dtype, OPTIONS["none"], batch=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("name", ["none", "all"])
+def test_blocks_of_their_real_size(name, dtype):
+    """V8: several blocks as they are shipped."""
+    check(700, 1100, 2, 1, 8, dtype, OPTIONS[name], batch=1)
 
 
 @pytest.mark.parametrize(("rows", "keys"), [(1, 1), (1, 300), (300, 1)])

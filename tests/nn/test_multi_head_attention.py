@@ -10,6 +10,7 @@ from dpfa_jax.nn import Decoder, Encoder, MultiHeadAttention, attention_fn
 from dpfa_jax.noise import insecure_test_key
 from dpfa_jax.release import ExampleRelease
 
+SLOW = pytest.mark.slow
 RELEASE = ExampleRelease(
     1.0, 2.0, query_length=5, num_heads=4, head_dim=4, insecure_test_noise=True
 )
@@ -23,8 +24,15 @@ def padding_mask(length, real):
     return (jnp.arange(length) < real)[None, None, None, :]
 
 
-@pytest.mark.parametrize("kv_heads", [4, 2, 1])
-@pytest.mark.parametrize("causal", [False, True])
+# Each costs two compilations of a whole layer; the quick suite keeps both ends.
+KINDS = tuple(
+    pytest.param(kv, causal, marks=() if (kv, causal) in ((4, False), (1, True)) else SLOW)
+    for kv in (4, 2, 1)
+    for causal in (False, True)
+)
+
+
+@pytest.mark.parametrize(("kv_heads", "causal"), KINDS)
 def test_equals_the_base_class(kv_heads, causal):
     """V8: values and parameter gradients, with GQA, a mask and further batch axes."""
     options = {"num_kv_heads": kv_heads, "decode": False, "normalize_qk": True}
