@@ -122,6 +122,7 @@ def test_scan_checkpoint_and_jit():
         close(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_reference_backend_has_every_derivative():
     """jvp and second derivatives, against finite differences of first ones."""
     query, key, value = draw(1)

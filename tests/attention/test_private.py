@@ -87,7 +87,7 @@ def test_heads_share_one_gaussian_and_keep_their_own_noise():
     assert (np.abs(answer - expected(release, *arrays)) <= 0.501 * cell).all()
 
 
-@pytest.mark.parametrize("name", ["example", "whole"])
+@pytest.mark.parametrize("name", ["example", pytest.param("whole", marks=pytest.mark.slow)])
 def test_gradient_passes_clip_and_attention(name):
     """V8: the derivative of the clipped output; none through noise and snap."""
     release, arrays = RELEASES[name], draw(1)
@@ -139,7 +139,7 @@ def test_memory_refuses_autodiff(transform):
 
 @pytest.mark.parametrize(
     "name",
-    ["example", "sum", *(pytest.param(n, marks=pytest.mark.slow) for n in ("whole", "ratio"))],
+    ["example", *(pytest.param(n, marks=pytest.mark.slow) for n in RELEASES if n != "example")],
 )
 def test_noise_follows_global_indices(name):
     """V10: the same bits from one call, from its parts by batch and head, and jitted."""

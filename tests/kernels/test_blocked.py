@@ -107,7 +107,7 @@ def check(rows, keys, heads, key_heads, size, dtype, options, seed=0, batch=2):
         oracle.assert_within_budget(a, b, c, f"{name} {rows}x{keys} {dtype}")
 
 
-QUICK = ("none", "causal", "lengths", "mask by key, causal", "all")
+QUICK = ("none", "mask by key, causal", "all")
 
 
 @pytest.mark.parametrize(
@@ -156,7 +156,9 @@ def test_least_sizes(rows, keys):
 def test_grid(name, dtype):
     """V8 in full: T and S from 1 to 4096, ragged, every option and precision."""
     for rows, keys in itertools.product((1, 63, 257, 1000, 4096), (1, 64, 511, 1537, 4096)):
-        check(rows, keys, 2, 1, 8, dtype, OPTIONS[name], batch=1)
+        # The largest error of a few numbers is luck: short calls get more batch rows.
+        batch = max(1, 64 // min(rows, keys))
+        check(rows, keys, 2, 1, 8, dtype, OPTIONS[name], batch=batch)
 
 
 def test_budget_catches_a_wrong_kernel():
