@@ -53,21 +53,29 @@ def grouped(
 def contracted(
     subscripts: str, left: Float[Array, "..."], right: Float[Array, "..."], dtype: jnp.dtype
 ) -> Float[Array, "..."]:
-    """einsum of two arrays with sums in `dtype`; `subscripts` name the group axis g.
+    """einsum of two arrays with sums in `dtype`; `subscripts` name the axes b, k, g, t, s, h.
 
-    Results are in the order (batch, left, right), which is the matmul's own, and a group axis of 1
-    is left out: XLA's CPU backend copies the matrix for either, up to 1.5 times the whole time.
+    A group axis of 1 is left out and the product made in the matmul's own order (batch, left,
+    right): XLA's CPU backend copies the matrix for either, up to 1.5 times the whole time. Not so
+    where a single row or key would make it a matrix-vector product: there that order is summed one
+    term at a time, with 4 times the error.
     """
     terms, result = subscripts.split("->")
-    names = terms.split(",")
-    operands = [left, right]
-    groups = next(x.shape[n.index("g")] for n, x in zip(names, operands, strict=True) if "g" in n)
-    if groups > 1:
-        return jnp.einsum(subscripts, *operands, preferred_element_type=dtype)
-    for place, name in enumerate(names):
-        if "g" in name:
-            operands[place] = jnp.squeeze(operands[place], name.index("g"))
-    product = jnp.einsum(subscripts.replace("g", ""), *operands, preferred_element_type=dtype)
+    one, other = terms.split(",")
+    sizes = dict(zip(one, left.shape, strict=True)) | dict(zip(other, right.shape, strict=True))
+    if any(sizes.get(name) == 1 for name in "ts") or sizes["g"] > 1:
+        return jnp.einsum(subscripts, left, right, preferred_element_type=dtype)
+    shared = [n for n in one if n in other and n in result and n != "g"]
+    free = [n for n in one + other if n in result and n not in (*shared, "g")]
+    natural = "".join(shared + free)
+    left, right = (
+        jnp.squeeze(x, names.index("g")) if "g" in names else x
+        for names, x in ((one, left), (other, right))
+    )
+    product = jnp.einsum(
+        f"{terms.replace('g', '')}->{natural}", left, right, preferred_element_type=dtype
+    )
+    product = product.transpose([natural.index(n) for n in result if n != "g"])
     return jnp.expand_dims(product, result.index("g")) if "g" in result else product
 
 
@@ -148,10 +156,7 @@ def weighted_values(
     weights: Float[Array, "B K G t s"], value: Float[Array, "B s K h"]
 ) -> Float[Array, "B t K G h"]:
     """sum_s weights v, products in the values' dtype, sums in the weights'."""
-    values_BKGTH = contracted(
-        "bkgts,bskh->bkgth", weights.astype(value.dtype), value, weights.dtype
-    )
-    return jnp.moveaxis(values_BKGTH, 3, 1)
+    return contracted("bkgts,bskh->btkgh", weights.astype(value.dtype), value, weights.dtype)
 
 
 def merge(one: Softmax, other: Softmax) -> Softmax:
@@ -206,7 +211,7 @@ def attend_backward(
     """
     dtype, stored = accumulator(tile.query.dtype), tile.query.dtype
     cotangent = cotangent.astype(stored)
-    d_value = contracted("bkgts,btkgh->bksh", weights.astype(stored), cotangent, dtype)
+    d_value = contracted("bkgts,btkgh->bskh", weights.astype(stored), cotangent, dtype)
     d_weights = contracted("btkgh,bskh->bkgts", cotangent, tile.value, dtype)
     if output_dot is None:
         shift = jnp.sum(weights * d_weights, axis=-1, keepdims=True)
@@ -218,10 +223,9 @@ def attend_backward(
         # A hidden entry may have any bytes, hence a NaN slope, and has no derivative.
         d_logits = jnp.where(d_biased == 0, 0.0, d_biased * slope)
     d_logits = (d_logits * jnp.asarray(spec.scale, dtype)).astype(stored)
-    d_query = contracted("bkgts,bskh->bkgth", d_logits, tile.key, dtype)
-    d_key = contracted("bkgts,btkgh->bksh", d_logits, tile.query, dtype)
-    d_key, d_value = (jnp.moveaxis(x, 1, 2) for x in (d_key, d_value))
-    return jnp.moveaxis(d_query, 3, 1), d_key, d_value, d_biased
+    d_query = contracted("bkgts,bskh->btkgh", d_logits, tile.key, dtype)
+    d_key = contracted("bkgts,btkgh->bskh", d_logits, tile.query, dtype)
+    return d_query, d_key, d_value, d_biased
 
 
 def _by_row(per_row: Float[Array, "B K G t"]) -> Float[Array, "B t K G 1"]:
