@@ -1,4 +1,4 @@
-"""Chooses the settings of the digit jobs on splits of their training images, never on test images.
+"""Chooses the settings of the digit jobs on splits of their training images (those of seed 0).
 
 Each setting trains with three seeds on four fifths of the training images, a split a seed, and is
 scored on the others, by DP-Adam at the noise that (epsilon, delta) = (3, 1e-5) asks for with all

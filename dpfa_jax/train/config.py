@@ -19,7 +19,8 @@ class TrainConfig:
     """Train a classifier under differential privacy and write a report, a ledger and the model.
 
     Attributes:
-      data: r8, movies, mnist, digits, or the path of a .csv or .jsonl file.
+      data: r8, mnist, digits, movies (whose archive you fetch first: the error says how), or the
+        path of a .csv or .jsonl file.
       text_column: column of a file that holds the text.
       label_column: column of a file that holds the class.
       class_names: public names of a file's classes; read from the file, and so made public, where

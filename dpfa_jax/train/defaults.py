@@ -2,7 +2,8 @@
 
 They were chosen on a split of the training examples, never on test examples: see
 `benchmarks/choose_r8.py` and `benchmarks/choose_images.py`. `choice_cost` says what that choice
-would cost if it were private.
+would cost if it were private. Where a source has no official test split, the choice looked at the
+training examples of seed 0; with another seed, some of those are held out.
 """
 
 import dataclasses

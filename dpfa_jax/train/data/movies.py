@@ -1,7 +1,8 @@
 """10568 movie review snippets rated for sentiment by people (Hutto and Gilbert, 2014).
 
-They lie in the source archive of vaderSentiment (MIT), which no wheel carries: the archive is read
-where the user has put it. Label: the sign of the mean rating; snippets rated 0 are left out.
+They lie in the source archive of vaderSentiment (MIT) and in none of its wheels, so no extra of
+this package can install them: the archive is read where the user has put it. Label: the sign of
+the mean rating; snippets rated 0 are left out.
 """
 
 import hashlib
@@ -56,8 +57,8 @@ def _read(path: pathlib.Path) -> list[tuple[str, float]]:
         raise DataError(
             path,
             f"the archive of the movie snippets cannot be read ({error.strerror})",
-            "Fetch it: pip download --no-deps --no-binary :all: vaderSentiment==3.3.2 "
-            f"--dest {path.parent}",
+            "No extra installs it. Fetch it: python -m pip download --no-deps --no-binary :all: "
+            f"vaderSentiment==3.3.2 --dest {path.parent}",
         ) from None
     if hashlib.sha256(archive).hexdigest() != _SHA256:
         raise DataError(path, "not the published archive (its SHA-256 differs)", "Fetch it again.")
