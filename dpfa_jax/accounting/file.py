@@ -32,7 +32,9 @@ class LedgerFile:
     * The chain detects damage and mistakes. It has no secret key: whoever can write the file can
       write another valid one.
     * Processes may share one file: each charge reads what the others appended, under an exclusive
-      lock. `with` holds the lock throughout, so that nobody else charges meanwhile.
+      lock. `with` holds the lock throughout, so that nobody else charges meanwhile. Each process
+      opens the file itself: an object inherited over fork shares lock and position with its
+      parent, and is refused.
 
     Attributes:
       path: the file.
@@ -57,6 +59,7 @@ class LedgerFile:
         self._end = 0
         self._lines = 0
         self._broken = False
+        self._process = os.getpid()
         self._threads = threading.RLock()
         self._held: contextlib.ExitStack | None = None
 
@@ -163,27 +166,32 @@ class LedgerFile:
             return self.ledger
 
     def close(self) -> None:
-        """Release the file. The object cannot be used afterwards."""
+        """Release the lock and the file. The object cannot be used afterwards."""
+        stack, self._held = self._held, None
+        if stack is not None:
+            stack.close()
         if self._descriptor >= 0:
             os.close(self._descriptor)
             self._descriptor = -1
 
     def __enter__(self) -> Self:
+        if self._held is not None:
+            raise LedgerError(f"path = {self.path!r}: entered twice. One `with` holds the lock.")
         stack = contextlib.ExitStack()
         stack.enter_context(self._locked())
         self._held = stack
         return self
 
     def __exit__(self, *exception: object) -> None:
-        stack, self._held = self._held, None
-        try:
-            if stack is not None:
-                stack.close()
-        finally:
-            self.close()
+        self.close()
 
     @contextlib.contextmanager
     def _locked(self) -> Iterator[None]:
+        if os.getpid() != self._process:
+            raise LedgerError(
+                f"path = {self.path!r}: opened before a fork, whose processes share one lock. "
+                "Open it again in this process. Nothing was charged."
+            )
         with self._threads:
             if self._descriptor < 0:
                 raise LedgerError(f"path = {self.path!r}: closed. Open it again.")

@@ -17,8 +17,12 @@ _WINDOWS_OFFSET = 2**60
 def exclusive(descriptor: int, path: str, timeout_seconds: float) -> Iterator[None]:
     """Hold the lock of `descriptor`. The system drops it when the process ends, however it ends.
 
+    The lock belongs to the open file, which a forked child shares; only the process that took it
+    gives it back.
+
     Errors: LedgerError where another holder keeps it for `timeout_seconds`.
     """
+    holder = os.getpid()
     give_up = time.monotonic() + timeout_seconds
     while not _try_lock(descriptor):
         if time.monotonic() > give_up:
@@ -30,7 +34,8 @@ def exclusive(descriptor: int, path: str, timeout_seconds: float) -> Iterator[No
     try:
         yield
     finally:
-        _unlock(descriptor)
+        if os.getpid() == holder:
+            _unlock(descriptor)
 
 
 if sys.platform == "win32":

@@ -15,6 +15,9 @@ from dpfa_jax.accounting.chain import is_torn, record_from_json, record_to_json
 from dpfa_jax.core import ArgumentError, BudgetExceededError, LedgerError, UnsupportedEventError
 from dpfa_jax.release import ExampleRelease, RecordRelease, TrainingRelease
 
+# The forked children charge a file and die; they never touch the threads that jax may have started.
+pytestmark = pytest.mark.filterwarnings("ignore:.*fork.*")
+
 STEP = TrainingRelease(1.0, 2.0, 1000, 50, 500)
 OTHER = dataclasses.replace(STEP, noise_multiplier=3.0)
 BUDGET = Budget(8.0, 1e-5, "rdp")
@@ -217,6 +220,36 @@ def test_v20_two_processes_total_exact(path, charges):
     assert [worker.wait() for worker in workers] == [0, 0]
     with LedgerFile.open(path) as file:
         assert file.ledger.total_count == 2 * charges
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork on this system")
+def test_a_forked_child_does_not_charge_through_its_parents_file(path):
+    """Parent and child would share one lock and one position, and overwrite each other's lines."""
+    with LedgerFile.create(path, lock_timeout_seconds=0.2) as file:
+        child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                file.charge(STEP)
+            except LedgerError as error:
+                file.close()
+                code = 0 if "fork" in str(error) else 2
+            os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        with pytest.raises(LedgerError, match="another process"):  # the child left the lock alone
+            LedgerFile.open(path, lock_timeout_seconds=0.2)
+        assert file.charge(STEP).total_count == 1
+    assert LedgerFile.open(path).ledger.total_count == 1
+
+
+def test_closing_or_entering_a_held_file_again(path):
+    """`close` gives the lock back; a second `with` is refused and the first keeps its lock."""
+    with LedgerFile.create(path) as file:
+        with pytest.raises(LedgerError, match="entered twice"):
+            file.__enter__()
+        file.charge(STEP)
+        file.close()
+    assert LedgerFile.open(path, lock_timeout_seconds=0.2).charge(STEP).total_count == 2
 
 
 def test_a_held_ledger_is_not_shared(path):

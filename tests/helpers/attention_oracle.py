@@ -1,5 +1,6 @@
 """Attention in float64 numpy, written from its definition, and error budgets against it."""
 
+import jax.numpy as jnp
 import numpy as np
 
 
@@ -70,12 +71,19 @@ def reduced_like(d_logits, bias_shape):
 
 
 def assert_within_budget(ours, naive, exact, label=""):
-    """Root-mean-square and maximal error at most twice those of the naive program."""
+    """Errors at most twice those of the naive program.
+
+    Root mean square: strictly. Maximum: on top, half a unit in the last place of the largest exact
+    number, by which even a perfectly rounded result may err where the naive one is lucky.
+    """
+    half_unit = 0.5 * float(jnp.finfo(ours.dtype).eps)
     ours, naive, exact = (np.asarray(x, np.float64) for x in (ours, naive, exact))
     assert ours.shape == exact.shape, (label, ours.shape, exact.shape)
     assert np.isfinite(ours).all(), label
     if not exact.size:
         return
-    for name, measure in (("max", np.max), ("rms", lambda e: np.sqrt(np.mean(e**2)))):
-        error, budget = measure(np.abs(ours - exact)), 2 * measure(np.abs(naive - exact))
-        assert error <= budget, f"{label} {name}: {error:.3g} > {budget:.3g}"
+    error, budget = np.abs(ours - exact), np.abs(naive - exact)
+    mean, mean_budget = np.sqrt(np.mean(error**2)), 2 * np.sqrt(np.mean(budget**2))
+    assert mean <= mean_budget, f"{label} rms: {mean:.3g} > {mean_budget:.3g}"
+    most, most_budget = error.max(), 2 * budget.max() + half_unit * np.abs(exact).max()
+    assert most <= most_budget, f"{label} max: {most:.3g} > {most_budget:.3g}"
