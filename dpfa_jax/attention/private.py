@@ -87,7 +87,8 @@ def dp_attention(
         inputs, noise_key, batch_start=batch_start, head_start=head_start
     )
     witnesses = [x for x in jax.tree.leaves(inputs) if x is not None]
-    noise_key = guard(noise_key, *witnesses, uses=(release_id, layer, *offsets))
+    drawn = tuple(zip(offsets, (inputs.query.shape[0], inputs.query.shape[2]), strict=True))
+    noise_key = guard(noise_key, *witnesses, uses=(release_id, layer), spans=drawn)
     inputs = inputs._replace(
         noise=_noise_inputs(noise_key, release_id, layer, offsets, inputs.query.shape[0])
     )

@@ -25,7 +25,9 @@ guard_p = Primitive("dpfa_guard_noise_key")
 _WRAPPED_IN = {"BatchTracer": "val", "JVPTracer": "primal", "LinearizeTracer": "primal"}
 _SEE_THROUGH = {"BatchTrace", "JVPTrace", "LinearizeTrace"}
 
-_used: set[tuple[bytes, tuple[int, ...]]] = set()
+# (key, uses) -> the boxes of indices, one (start, stop) a span, that have been drawn.
+_Box = tuple[tuple[int, int], ...]
+_used: dict[tuple[bytes, tuple[int, ...]], list[_Box]] = {}
 _used_lock = threading.Lock()
 
 
@@ -33,6 +35,7 @@ def guard(
     noise_key: Key[Array, "..."],
     *witnesses: Array | np.ndarray | None,
     uses: tuple[int | Array | np.ndarray, ...] = (),
+    spans: tuple[tuple[int | Array | np.ndarray, int], ...] = (),
 ) -> Key[Array, "..."]:
     """`noise_key`, once it is sure that this use of it is not a repeated one.
 
@@ -40,12 +43,15 @@ def guard(
       noise_key: the key of this release.
       witnesses: every array the noisy answer is computed from; None is skipped.
       uses: what else tells this use from others of the same key, e.g. (release_id, layer).
+      spans: (start, size) of each range of counters that this use draws, e.g. batch rows and heads;
+        uses of one key may share all of `uses` where they are disjoint in one span.
 
     Errors: KeyReuseError
       - under vmap, where a witness has the mapped axis and the key has not;
       - where the key is closed over by jit, scan, while, cond, checkpoint or shard_map: only as an
         argument is it new in each call (or derive one inside: `jax.random.fold_in(key, step)`);
-      - at a second eager use of the same (key, uses) in this process. Test keys are exempt.
+      - at a second eager use of the same (key, uses) in this process whose spans overlap those of
+        the first. Test keys are exempt.
 
     A compiled function that is called twice with one key cannot be seen from inside it; take keys
     from `charge`, which gives each once.
@@ -58,10 +64,11 @@ def guard(
             "(a scan: keys as xs), or derive one inside: jax.random.fold_in(noise_key, step)."
         )
     concrete = _concrete(noise_key)
+    uses = (*uses, *(start for start, _ in spans))
     numbers = [number for use in uses if (number := _concrete(use)) is not None]
     staged = concrete is None or len(numbers) < len(uses)
     if generator is not INSECURE_TEST and not staged:
-        _register(concrete, numbers)
+        _register(concrete, numbers, [size for _, size in spans])
     operands = [jax.numpy.asarray(use, np.uint32) for use in uses]
     operands += [jax.lax.stop_gradient(w) for leaf in witnesses for w in jax.tree.leaves(leaf)]
     return guard_p.bind(noise_key, *operands, num_uses=len(uses))
@@ -113,25 +120,40 @@ def _varying(value: object) -> frozenset[object]:
     return frozenset(getattr(described, "vma", ()) if axes is None else axes)
 
 
-def _register(noise_key: Any, numbers: list[Array | np.ndarray]) -> None:
-    """Notes each eager (key, uses) once. Errors: KeyReuseError at the second time."""
+def _register(noise_key: Any, numbers: list[Array | np.ndarray], sizes: list[int]) -> None:
+    """Notes each eager (key, uses, box) once; the last numbers are the starts of the box.
+
+    Errors: KeyReuseError at the second time.
+    """
     words = np.asarray(jax.random.key_data(noise_key)).reshape(-1, 2)
-    entries = []
     if any(np.size(number) not in (1, len(words)) for number in numbers):
         raise KeyReuseError(
             "one noise key serves several (release_id, layer) at once under vmap. Map the key too: "
             "jax.random.split(noise_key, size) with in_axes=0."
         )
     columns = [np.broadcast_to(np.ravel(number), len(words)).tolist() for number in numbers]
-    for row, word in enumerate(words):
-        entries.append((word.tobytes(), tuple(column[row] for column in columns)))
+    plain = len(numbers) - len(sizes)
     with _used_lock:
-        if len(set(entries)) < len(entries) or not _used.isdisjoint(entries):
-            raise KeyReuseError(
-                "noise_key has served this release already. Take a fresh one: charge(ledger, "
-                "release) gives one each time; release_id and layer tell uses of one key apart."
-            )
-        _used.update(entries)
+        new: dict[tuple[bytes, tuple[int, ...]], list[_Box]] = {}
+        for row, word in enumerate(words):
+            values = [column[row] for column in columns]
+            use = (word.tobytes(), tuple(values[:plain]))
+            starts = zip(values[plain:], sizes, strict=True)
+            box = tuple((start, start + size) for start, size in starts)
+            if any(_overlap(box, drawn) for drawn in (*_used.get(use, ()), *new.get(use, ()))):
+                raise KeyReuseError(
+                    "noise_key has served this release already, or an overlapping part of it. Take "
+                    "a fresh one: charge(ledger, release) gives one each time. Parts of one answer "
+                    "must not share batch rows and heads; release_id and layer tell charged uses "
+                    "of one key apart."
+                )
+            new.setdefault(use, []).append(box)
+        for use, boxes in new.items():
+            _used.setdefault(use, []).extend(boxes)
+
+
+def _overlap(one: _Box, other: _Box) -> bool:
+    return all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True))
 
 
 def _concrete(value: object) -> Array | np.ndarray | None:

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 from dpfa_jax.accounting import Budget, Ledger, LedgerFile
-from dpfa_jax.attention import charge, charging
-from dpfa_jax.core import BudgetExceededError
+from dpfa_jax.attention import charge, charging, dp_attention
+from dpfa_jax.core import BudgetExceededError, KeyReuseError
 from dpfa_jax.noise import generator_of
 from dpfa_jax.release import ExampleRelease
 
@@ -64,3 +64,16 @@ def test_a_bad_count_is_refused_and_not_charged(count, tmp_path):
         with pytest.raises(ValueError, match="count"):
             charge(file, RELEASE, count)
         assert file.ledger.total_count == 0
+
+
+def test_one_key_serves_disjoint_parts_of_one_answer_only():
+    """V11: `batch_start` counted in calls instead of rows would repeat the noise of shared rows."""
+    _, noise_key = charge(Ledger(), RELEASE)
+    x = np.ones((2, 3, 2, 4), np.float32)
+
+    def part(start):
+        return dp_attention(x, x, x, release=RELEASE, noise_key=noise_key, batch_start=start)
+
+    assert (part(0) != part(2)).any()
+    with pytest.raises(KeyReuseError, match="overlapping"):
+        part(1)

@@ -110,6 +110,25 @@ def test_second_eager_use_is_refused():
     use(insecure_test_key(0), X)
 
 
+def test_parts_of_one_answer_may_not_overlap():
+    """V11: batch rows and heads drawn under one key; a row number is not a call number."""
+    key = new_noise_key()
+    use(key, X, spans=((0, 32), (0, 4)))
+    use(key, X, spans=((32, 32), (0, 4)))
+    use(key, X, spans=((0, 32), (4, 4)))
+    use(key, X, uses=(1, 0), spans=((0, 32), (0, 4)))
+    for spans in (((1, 32), (0, 4)), ((63, 1), (3, 4)), ((0, 1), (7, 1))):
+        with pytest.raises(KeyReuseError, match="overlapping"):
+            use(key, X, spans=spans)
+    keys = new_noise_key((3,))
+    jax.vmap(lambda k, i: use(k, X, spans=((i, 2),)))(keys, jnp.arange(3))
+    with pytest.raises(KeyReuseError, match="overlapping"):
+        use(keys[1], X, spans=((2, 5),))
+    same = jnp.stack([new_noise_key()] * 2)
+    with pytest.raises(KeyReuseError, match="overlapping"):
+        jax.vmap(lambda k, i: use(k, X, spans=((i, 2),)))(same, jnp.arange(2))
+
+
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_local_counters_under_shard_map_are_refused(check_vma):
     """V11: the fourth plant. (How the axis is found does not depend on the number of devices.)"""
