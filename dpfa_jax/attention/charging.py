@@ -36,8 +36,10 @@ def charge(
     Returns:
       The ledger that knows of the charge, and a key of shape () or (count,).
 
-    Batch rows of one answer are different individuals, so one charge covers the call. A crash after
-    the charge wastes budget; nothing can spend it twice.
+    Batch rows of one answer are different individuals, so one charge covers the call. It covers one
+    call: each further answer about the same units (another `layer` or `release_id` under the key, a
+    key split off it) is one more release and is due one more charge; `count` gives one key for
+    each. A crash after the charge wastes budget; nothing can spend it twice.
 
     Errors: ArgumentError for a release with test noise, which no ledger should count as private;
     BudgetExceededError from a ledger file with a budget.

@@ -48,7 +48,8 @@ def dp_attention(
       scale, local_window_size, logits_soft_cap, implementation: likewise; scale is a Python float.
       release: the promise, which must match the shapes (rows T, heads N, head size H).
       noise_key: the key of this release, from `charge`. An argument, never closed over.
-      release_id, layer: tell several uses of one key apart, 32 bits each.
+      release_id, layer: tell several uses of one key apart, 32 bits each. Each use is one release
+        and must have been charged; the key does not know how often it was paid for.
       batch_start, head_start: global index of the first batch row and query head, where this call
         sees a part of them; due inside shard_map. The noise depends on global indices only.
 

@@ -22,7 +22,8 @@ class MultiHeadAttention(nnx.MultiHeadAttention):
     The layer holds no noise key and no counter, because a held one repeats as soon as a functional
     caller drops the updated state. Each call takes `noise_key` (from `charge`, which pays first);
     the layer's own noise stream is that key at its `layer` number, so one key serves a whole stack
-    whose numbers differ, and no two layers draw the same noise.
+    whose numbers differ, and no two layers draw the same noise. Every layer is a release of its
+    own: charge one for each (`record(ledger, release, layers)`), not one for the stack.
 
     Args beyond the base class:
       release: `ExampleRelease` or `RecordRelease`, or None for plain attention.

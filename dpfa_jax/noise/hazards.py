@@ -128,8 +128,8 @@ def _register(noise_key: Any, numbers: list[Array | np.ndarray], sizes: list[int
     words = np.asarray(jax.random.key_data(noise_key)).reshape(-1, 2)
     if any(np.size(number) not in (1, len(words)) for number in numbers):
         raise KeyReuseError(
-            "one noise key serves several (release_id, layer) at once under vmap. Map the key too: "
-            "jax.random.split(noise_key, size) with in_axes=0."
+            "one noise key serves several (release_id, layer) at once under vmap. Map the key too, "
+            "with in_axes=0: charge(ledger, release, count=size) pays for and gives that many."
         )
     columns = [np.broadcast_to(np.ravel(number), len(words)).tolist() for number in numbers]
     plain = len(numbers) - len(sizes)
@@ -203,8 +203,9 @@ def _batch(
     if axes[0] is None:
         raise KeyReuseError(
             "vmap maps the data but not noise_key: every element would get the same noise. Map the "
-            "key too: jax.random.split(noise_key, size) with in_axes=0, or keep the batch axis and "
-            "call once without vmap."
+            "key too, with in_axes=0: charge(ledger, release, count=size) pays for and gives that "
+            "many; where every element is another individual, jax.random.split(noise_key, size) "
+            "of one charge will do. Or keep the batch axis and call once without vmap."
         )
     # The mapped axis of other operands is not needed below; index 0 stands for all of it.
     operands = [
