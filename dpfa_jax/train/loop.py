@@ -102,6 +102,9 @@ def run_steps(
         block = min(settings.checkpoint_every, left)
         keys = charge_block(ledger_file, plan, block, insecure_seed=seed, first=course.step)
         charged = plan.steps - left + block
+        # Rounded up to the next look, whose epsilon is due anyway: each one costs a convolution.
+        every = settings.evaluate_every
+        spent = epsilon_after(min(plan.steps, -(-charged // every) * every))
         for index, indices in enumerate(itertools.islice(batches, block)):
             batch, is_real = take_batch(examples, indices)
             private = step_fn.step(course.state.private, batch, jnp.asarray(is_real), keys[index])
@@ -119,7 +122,7 @@ def run_steps(
             status = Status(
                 step=course.step,
                 steps=due,
-                epsilon=course.history[-1]["epsilon"],
+                epsilon=spent,
                 loss=metrics.loss,
                 accuracy=metrics.accuracy,
                 examples_per_second=rate * plan.release.expected_batch_size,

@@ -11,7 +11,7 @@ import pytest
 from helpers.tiny_run import PARAMETERS, tiny_config, write_csv
 
 import dpfa_jax.train.loop as loop
-from dpfa_jax.accounting import LedgerFile
+from dpfa_jax.accounting import Entry, Ledger, LedgerFile, epsilon
 from dpfa_jax.cli import main
 from dpfa_jax.core import LedgerError
 from dpfa_jax.train import RunError, load_model, train
@@ -101,12 +101,30 @@ def test_page_is_whole_self_contained_and_loud(finished):
     assert "#010203" not in text and "var(--private)" in text
 
 
+class _Watching(PlainProgress):
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def show(self, status, *, keep):
+        self.seen.append(status)
+
+
 def test_same_seed_and_config_give_the_same_bits(finished, csv, tmp_path):
-    """(seed, config) fixes everything under --insecure-test-noise."""
+    """(seed, config) fixes everything under --insecure-test-noise.
+
+    And what a person reads at any step is no less than what has been spent by then.
+    """
     config, _ = finished
-    again = tiny_config(csv, tmp_path / "again", insecure_test_noise=True)
-    assert train(again, PlainProgress())["finished"]
+    again, watching = tiny_config(csv, tmp_path / "again", insecure_test_noise=True), _Watching()
+    assert train(again, watching)["finished"]
     assert _same(_parameters(config.out), _parameters(again.out))
+    with LedgerFile.open(again.out / "ledger.jsonl") as file:
+        (entry,) = file.ledger.entries
+    assert [status.step for status in watching.seen] == list(range(1, 13))
+    for status in watching.seen:
+        charged = Ledger((Entry(entry.record, 2 * math.ceil(status.step / 2)),))
+        assert epsilon(charged, again.delta, nominal=True) <= status.epsilon <= again.epsilon
 
 
 def test_ctrl_c_and_resume_give_the_same_bits(finished, csv, tmp_path, monkeypatch, capsys):
