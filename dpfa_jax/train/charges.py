@@ -13,11 +13,11 @@ from dpfa_jax.noise import insecure_test_key
 
 # One kill wastes at most about this share of the budget: the block at hand and the one whose
 # checkpoint was still on its way to the disk.
-_BLOCKS = 100
+_BLOCKS = 50
 
 
 def default_block(steps: int) -> int:
-    """Steps charged at once, and between two checkpoints: a hundredth of the run."""
+    """Steps charged at once, and between two checkpoints: a fiftieth of the run."""
     return max(1, steps // _BLOCKS)
 
 

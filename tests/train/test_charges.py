@@ -51,4 +51,4 @@ def test_batches_are_secret_unless_seeded():
 
 
 def test_one_kill_wastes_about_a_hundredth():
-    assert [default_block(steps) for steps in (1, 120, 1000, 20_000)] == [1, 1, 10, 200]
+    assert [default_block(steps) for steps in (1, 120, 1000, 20_000)] == [1, 2, 20, 400]
