@@ -35,6 +35,17 @@ def positive(name: str, value: object) -> float:
     return number
 
 
+def magnitude(name: str, value: object) -> float:
+    """`value` as a float in 1e-18 .. 1e18, whose products stay normal float32.
+
+    Errors: ArgumentError.
+    """
+    number = positive(name, value)
+    if not 1e-18 <= number <= 1e18:
+        raise ArgumentError(name, value, "outside 1e-18 .. 1e18", "Rescale the data.")
+    return number
+
+
 def nonnegative(name: str, value: object) -> float:
     """`value` as a finite float >= 0. Errors: ArgumentError."""
     number = real(name, value)

@@ -46,8 +46,8 @@ class ExampleRelease:
     )
 
     def __post_init__(self) -> None:
-        checks.positive("l2_clip_norm", self.l2_clip_norm)
-        checks.positive("noise_multiplier", self.noise_multiplier)
+        checks.magnitude("l2_clip_norm", self.l2_clip_norm)
+        checks.magnitude("noise_multiplier", self.noise_multiplier)
         checks.count("query_length", self.query_length)
         checks.count("num_heads", self.num_heads)
         checks.count("head_dim", self.head_dim)

@@ -60,8 +60,8 @@ class RecordRelease:
 
     def __post_init__(self) -> None:
         checks.positive("logit_bound", self.logit_bound)
-        checks.positive("value_clip_norm", self.value_clip_norm)
-        checks.positive("noise_multiplier", self.noise_multiplier)
+        checks.magnitude("value_clip_norm", self.value_clip_norm)
+        checks.magnitude("noise_multiplier", self.noise_multiplier)
         checks.count("num_queries", self.num_queries)
         checks.count("num_heads", self.num_heads)
         checks.count("head_dim", self.head_dim)
@@ -70,7 +70,7 @@ class RecordRelease:
         checks.choice("relation", self.relation, ("mask", "substitute"))
         checks.positive("floor", self.floor)
         if self.weight_scale is not None:
-            checks.positive("weight_scale", self.weight_scale)
+            checks.magnitude("weight_scale", self.weight_scale)
         self._shares()
         if self.form == "ratio":
             self._check_ratio()

@@ -8,7 +8,7 @@ def checked_shares(
 ) -> tuple[float, ...]:
     """Relative noise standard deviations, one a group; equal where `shares` is None.
 
-    Errors: ArgumentError where the number of shares is wrong or one is not a positive number.
+    Errors: ArgumentError where the number of shares is wrong or one is outside 1e-18 .. 1e18.
     """
     if shares is None:
         return (1.0,) * groups
@@ -16,4 +16,4 @@ def checked_shares(
         raise ArgumentError(
             name, shares, f"{len(shares)} shares for {groups} {group_name}", "Pass one share each."
         )
-    return tuple(checks.positive(name, share) for share in shares)
+    return tuple(checks.magnitude(name, share) for share in shares)

@@ -47,10 +47,10 @@ class TrainingRelease:
     )
 
     def __post_init__(self) -> None:
-        checks.positive("noise_multiplier", self.noise_multiplier)
+        checks.magnitude("noise_multiplier", self.noise_multiplier)
         checks.count("num_parameters", self.num_parameters)
         for norm in self.l2_clip_norms:
-            checks.positive("l2_clip_norm", norm)
+            checks.magnitude("l2_clip_norm", norm)
         self._shares()
         self.batches()
 

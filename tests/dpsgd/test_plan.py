@@ -26,7 +26,7 @@ GROUPS = (("bias", "head"), ("kernel",))
         ({"micro_batch_size": 5}, "micro_batch_size"),
         ({"l2_clip_norm": float("nan")}, "l2_clip_norm"),
         ({"l2_clip_norm": -1.0}, "l2_clip_norm"),
-        ({"l2_clip_norm": 1e-40}, "release.l2_clip_norm"),
+        ({"l2_clip_norm": 1e-40}, "l2_clip_norm"),
         ({"noise_multiplier": 0.0}, "noise_multiplier"),
         ({"truncated_batch_size": 4}, "truncated_batch_size"),
         ({"expected_batch_size": 2000}, "expected_batch_size"),
