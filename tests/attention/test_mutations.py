@@ -104,7 +104,7 @@ def releases_share_noise(original):
 
 
 def key_may_serve_again(original):
-    return lambda noise_key, *witnesses, uses: noise_key
+    return lambda noise_key, *witnesses, **options: noise_key
 
 
 def unsnapped(original):

@@ -144,7 +144,12 @@ def test_interrupt_before_the_first_step(monkeypatch, capsys):
         signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr("dpfa_jax.train.run.train", interrupted)
-    assert main(["train"]) == 130
+    # A shell starts background jobs with SIGINT ignored, and the tests may be one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        assert main(["train"]) == 130
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert "stopped" in capsys.readouterr().err
 
 

@@ -7,6 +7,7 @@ Products whose left operand lies in registers go through plain JAX (forward) or 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers import attention_oracle as oracle
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -26,6 +27,7 @@ def relative(x, y):
     return np.linalg.norm(x - y) / np.linalg.norm(y)
 
 
+@pytest.mark.slow
 def test_everything_at_once():
     """V7, V8: ragged sizes, GQA, window, causal, cap, lengths; NaN past the lengths is not seen."""
     rows, keys, lengths = 70, 90, (55, 60)
