@@ -71,7 +71,7 @@ class Checkpoints:
         """Returns when all that was saved is on the disk. Errors: RunError."""
         try:
             self._manager.wait_until_finished()
-        except Exception as error:  # as above
+        except Exception as error:  # whatever Orbax passes on
             raise _unwritable(self._folder, error) from error
 
     def steps(self) -> list[int]:
@@ -94,7 +94,7 @@ class Checkpoints:
         try:
             restored = self._manager.restore(step, args=args)
             note = CheckpointNote(**restored["note"])
-        except Exception as error:  # as above
+        except Exception as error:  # whatever Orbax passes on
             raise RunError(
                 self._folder / str(step),
                 f"cannot be read ({_first_line(error)})",
