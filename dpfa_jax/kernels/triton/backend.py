@@ -1,0 +1,183 @@
+"""The Triton backend: what it serves, and how a call becomes kernel launches."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from dpfa_jax.clipping.rows import clip_rows_stored
+from dpfa_jax.core import ArgumentError
+from dpfa_jax.kernels import epilogue
+from dpfa_jax.kernels.base import (
+    AttentionGradients,
+    AttentionInputs,
+    AttentionOutputs,
+    AttentionSpec,
+    ExampleReadout,
+    MemoryReadout,
+)
+from dpfa_jax.kernels.triton import tiles
+from dpfa_jax.kernels.triton.backward import BackwardArrays, attention_backward
+from dpfa_jax.kernels.triton.forward import NoiseArrays, attention_forward
+from dpfa_jax.kernels.triton.logits import Arrays
+from dpfa_jax.kernels.triton.memory import memory_forward
+from dpfa_jax.noise import check_attention_ranges
+
+MAX_HEAD_SIZE = 256
+DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
+LEAST_CAPABILITY = 8.0
+# CUDA's limit on the second and third axis of a grid.
+MAX_GRID = 65535
+
+
+@functools.cache
+def _device_reason() -> str | None:
+    """None where the default GPU is Ampere or later."""
+    try:
+        device = jax.devices("gpu")[0]
+    except RuntimeError as error:
+        return f"no GPU is visible to JAX ({error})"
+    capability = str(getattr(device, "compute_capability", "unknown"))
+    try:
+        is_enough = float(capability) >= LEAST_CAPABILITY
+    except ValueError:  # not an NVIDIA GPU
+        is_enough = False
+    if is_enough:
+        return None
+    return f"needs compute capability {LEAST_CAPABILITY}, {device.device_kind} has {capability}"
+
+
+@dataclasses.dataclass(frozen=True)
+class TritonBackend:
+    """Pallas Triton kernels for Ampere, Ada and later.
+
+    Attributes:
+      interpret: run the kernels as plain JAX (tests on a CPU).
+    """
+
+    name: str = "triton"
+    interpret: bool = False
+
+    def cannot(self, spec: AttentionSpec, inputs: AttentionInputs, platform: str) -> str | None:
+        """None if the kernels serve the call on `platform`, else why not."""
+        batch, rows, heads, head_size = inputs.query.shape
+        if not self.interpret:
+            if platform != "gpu":
+                return f"needs an NVIDIA GPU, the call is on {platform}"
+            reason = _device_reason()
+            if reason is not None:
+                return reason
+        dtypes = {x.dtype for x in (inputs.query, inputs.key, inputs.value)}
+        if len(dtypes) > 1 or next(iter(dtypes)) not in DTYPES:
+            names = ", ".join(sorted(str(dtype) for dtype in dtypes))
+            return f"query, key and value must share bfloat16, float16 or float32, got {names}"
+        if isinstance(spec.readout, MemoryReadout) and spec.readout.form != "sum":
+            return "the ratio form of a memory readout is not served, the sum form is"
+        if head_size > MAX_HEAD_SIZE:
+            return f"head size {head_size} is above {MAX_HEAD_SIZE}"
+        if max(batch, heads) > MAX_GRID:
+            return f"batch {batch} or heads {heads} above {MAX_GRID}"
+        if 0 in (batch, rows, inputs.key.shape[1], head_size):
+            return "an axis is empty"
+        return None
+
+    def forward(
+        self, spec: AttentionSpec, inputs: AttentionInputs, *, residuals: bool = True
+    ) -> AttentionOutputs:
+        """The readout and its residuals; without `residuals`, `unclipped` is None."""
+        dtype, readout = inputs.query.dtype, spec.readout
+        tile, arrays = _tiles(inputs), _arrays(inputs)
+        if isinstance(readout, MemoryReadout):
+            noise = _noise(readout, inputs)
+            clipped = clip_rows_stored(inputs.value, readout.value_clip_norm)
+            arrays = arrays._replace(value=clipped)
+            return AttentionOutputs(
+                memory_forward(spec, arrays, noise, tile.memory, interpret=self.interpret),
+                None,
+                None,
+            )
+        run = functools.partial(
+            attention_forward, spec, arrays, tile=tile.forward, interpret=self.interpret
+        )
+        if isinstance(readout, ExampleReadout) and readout.clip == "row":
+            results = run(_noise(readout, inputs), dtype=dtype, keep_unclipped=residuals)
+            output, unclipped = results.output, results.unclipped
+        elif isinstance(readout, ExampleReadout):
+            # The norm of a whole example spans programs: clip and noise follow the kernel.
+            results = run(None, dtype=jnp.float32, keep_unclipped=False)
+            unclipped = results.output
+            output = epilogue.example(readout, unclipped, inputs.noise).astype(dtype)
+        else:
+            results = run(None, dtype=dtype, keep_unclipped=False)
+            output, unclipped = results.output, None
+        return AttentionOutputs(output, unclipped, jnp.swapaxes(results.lse, 1, 2))
+
+    def backward(
+        self,
+        spec: AttentionSpec,
+        inputs: AttentionInputs,
+        outputs: AttentionOutputs,
+        cotangent: Float[Array, "B T N H"],
+        lse_cotangent: Float[Array, "B T N"] | None,
+    ) -> AttentionGradients:
+        """Gradients of plain attention."""
+        assert outputs.lse is not None
+        is_empty = jnp.isneginf(outputs.lse)
+        may_be_empty = any(x is not None for x in inputs[3:7]) or spec.local_window is not None
+        if may_be_empty:
+            # A row that saw no key is the constant 0: a NaN that arrives there goes no further.
+            cotangent = jnp.where(is_empty[..., None], jnp.zeros((), cotangent.dtype), cotangent)
+        answer = outputs.output if outputs.unclipped is None else outputs.unclipped
+        delta = jnp.sum(answer.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
+        if lse_cotangent is not None:
+            delta = delta - jnp.where(is_empty, 0.0, lse_cotangent.astype(jnp.float32))
+        lse = jnp.where(is_empty, jnp.inf, outputs.lse)
+        given = BackwardArrays(
+            cotangent.astype(inputs.query.dtype), jnp.swapaxes(lse, 1, 2), jnp.swapaxes(delta, 1, 2)
+        )
+        return AttentionGradients(
+            *attention_backward(
+                spec, _arrays(inputs), given, _tiles(inputs), interpret=self.interpret
+            )
+        )
+
+
+def _arrays(inputs: AttentionInputs) -> Arrays:
+    return Arrays(*inputs[:7])
+
+
+def _tiles(inputs: AttentionInputs) -> tiles.KernelTiles:
+    size = tiles.padded_size(inputs.query.shape[3])
+    return tiles.kernel_tiles(size, inputs.query.dtype.itemsize)
+
+
+def _noise(readout: ExampleReadout | MemoryReadout, inputs: AttentionInputs) -> NoiseArrays:
+    """The operands of the noise. Errors: ArgumentError where there is none, or for other heads."""
+    batch, rows, heads, size = inputs.query.shape
+    if inputs.noise is None:
+        raise ArgumentError(
+            "noise", None, "a private readout has no noise inputs", "Pass NoiseInputs."
+        )
+    if len(readout.noise_stddevs) != heads:
+        raise ArgumentError(
+            "noise_stddevs",
+            readout.noise_stddevs,
+            f"{heads} heads",
+            "Pass one standard deviation a head.",
+        )
+    columns = size + isinstance(readout, MemoryReadout)
+    check_attention_ranges(batches=batch, heads=heads, rows=rows, columns=columns)
+    grids = np.asarray(readout.grids, np.float32)
+    per_head = np.stack([np.asarray(readout.noise_stddevs, np.float32), 1 / grids, grids])
+    return NoiseArrays(
+        inputs.noise.key_words,
+        inputs.noise.batch_index.astype(jnp.uint32),
+        inputs.noise.head_start.astype(jnp.uint32),
+        jnp.asarray(per_head),
+    )
+
+
+BACKEND = TritonBackend()

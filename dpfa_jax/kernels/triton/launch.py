@@ -1,0 +1,46 @@
+"""The one place that calls Pallas Triton."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+from jax.experimental.pallas import triton as plt
+
+from dpfa_jax.kernels import manual_axes
+from dpfa_jax.kernels.triton.tiles import Tiles
+
+
+def launch(
+    kernel: Callable[..., None],
+    arrays: Any,
+    out_shape: list[jax.ShapeDtypeStruct],
+    grid: tuple[int, ...],
+    tile: Tiles,
+    *,
+    name: str,
+    interpret: bool,
+    **static: Any,
+) -> list[jax.Array]:
+    """`kernel(arrays, *results, tile=tile, **static)` for each program of `grid`.
+
+    `arrays` is a tuple of references, None where it holds None; programs find their own part.
+    """
+    # JAX has announced the end of Pallas Triton since 0.11. This folder goes when it does; until
+    # then the warning, given whenever a kernel is lowered, tells a user nothing that he can act on.
+    warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)
+    body = functools.partial(kernel, tile=tile, **static)
+    functools.update_wrapper(body, kernel)
+    body.__name__ = f"dpfa_triton_{name}"  # type: ignore[attr-defined]
+    results = pl.pallas_call(
+        body,
+        out_shape=out_shape,
+        grid=grid,
+        interpret=interpret,
+        name=f"dpfa_triton_{name}",
+        compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
+    )(arrays)
+    axes = manual_axes.varying_axes(*jax.tree.leaves(arrays))
+    return [manual_axes.vary_over(x, axes) for x in results]
