@@ -30,8 +30,6 @@ from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ForwardTiles
 
 # Start of the running maximum: finite, so that a row with no key yet gives exp2(-inf) = 0, no NaN.
 LOWEST = -1e38
-# Columns that the noise warpgroup makes at a time.
-NOISE_COLUMNS = 16
 
 
 class ForwardArrays(NamedTuple):
@@ -95,10 +93,26 @@ def _body(
         plgpu.barrier_arrive(barriers["turn"])
         plgpu.barrier_wait(barriers["turn"])
 
+    chunks = COMPUTE_WARPGROUPS * head_size // tile.noise_columns
+
+    def noise_chunks(begin, end):
+        stream = _stream(arrays, batch, head)
+        columns = tile.noise_columns
+
+        # Few columns at a time: whoever makes noise owns few registers.
+        @pl.loop(begin, end)
+        def _(chunk):
+            part = lax.div(jnp.int32(chunk), jnp.int32(chunks // COMPUTE_WARPGROUPS))
+            column = (chunk - part * (chunks // COMPUTE_WARPGROUPS)) * columns
+            shared["noise"].at[chunk][...] = _normals(
+                stream, program_begin + part * block_q, column, (block_q, columns), simulate
+            )
+
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def compute():
         if not simulate:
-            plgpu.set_max_registers(216 if tile.noise_warpgroup else 232, action="increase")
+            registers = 216 if tile.noise_warpgroup else 224 if tile.noise_producer else 232
+            plgpu.set_max_registers(registers, action="increase")
         row_begin = program_begin + warpgroup * block_q
         rows = pl.ds(row_begin, block_q)
         q_shared = shared["query"].at[warpgroup]
@@ -110,24 +124,27 @@ def _body(
         acc = plgpu.layout_cast(jnp.zeros((block_q, head_size), jnp.float32), WGMMA)
         plgpu.barrier_wait(barriers["query"].at[warpgroup])
 
-        @pl.when(count > 0)
-        def _():
-            plgpu.barrier_wait(barriers["key"].at[0])
-
         pl.when(warpgroup == 1)(take_turns)
 
-        def step_body(step, carry, masked: bool):
-            acc, largest, total = carry
+        def query_times_keys(step, acc_ref):
             slot = slot_of(step)
-            k_shared, v_shared = shared["key"].at[slot], shared["value"].at[slot]
+            plgpu.barrier_wait(barriers["key"].at[slot])
+            plgpu.wgmma(acc_ref, q_shared, shared["key"].at[slot].T)
 
-            def logits(acc_ref):
-                plgpu.wgmma(acc_ref, q_shared, k_shared.T)
+        def first_logits(step, _):
+            def product(acc_ref):
+                query_times_keys(step, acc_ref)
                 take_turns()
                 return acc_ref[...]
 
-            s = pl.run_scoped(logits, plgpu.ACC((block_q, block_kv), jnp.float32))
-            plgpu.barrier_arrive(barriers["key_free"].at[slot])
+            s = pl.run_scoped(product, plgpu.ACC((block_q, block_kv), jnp.float32))
+            plgpu.barrier_arrive(barriers["key_free"].at[slot_of(step)])
+            return s
+
+        def step_body(step, carry, masked: bool, is_last: bool):
+            s, acc, largest, total = carry
+            slot = slot_of(step)
+            v_shared = shared["value"].at[slot]
             factor = spec.scale
             if spec.logits_soft_cap is not None:
                 s = jnp.tanh(s * (factor / spec.logits_soft_cap))
@@ -144,53 +161,57 @@ def _body(
             acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
             total *= decay
             p_stored = p.astype(dtype)
+            total += p.sum(axis=1)
+            acc, total, largest, p_stored = lax.optimization_barrier(
+                (acc, total, largest, p_stored)
+            )
+            plgpu.barrier_arrive(barriers["turn"])
+            plgpu.barrier_wait(barriers["value"].at[slot])
+            plgpu.barrier_wait(barriers["turn"])
 
-            def end_turn():
-                plgpu.barrier_arrive(barriers["turn"])
-                plgpu.barrier_wait(barriers["value"].at[slot])
-                plgpu.barrier_wait(barriers["turn"])
-
-            if head_size <= 128:
-                total += p.sum(axis=1)
-                acc, total, largest, p_stored = lax.optimization_barrier(
-                    (acc, total, largest, p_stored)
-                )
-                end_turn()
-            else:  # fewer registers are free: do not hold p and its sum across the turn
-                end_turn()
-                total += p.sum(axis=1)
-
-            def wait_for_next_key():
-                @pl.when(step + 1 < steps.end)
-                def _():
-                    plgpu.barrier_wait(barriers["key"].at[slot_of(step + 1)])
-
+            # The next logits are begun right behind these values, so the tensor cores do not idle
+            # while this warpgroup learns that the values are done.
             if simulate:  # the simulator has no wgmma with an operand in registers
                 acc += jnp.dot(
                     p_stored.astype(jnp.float32),
                     v_shared[...].astype(jnp.float32),
                     preferred_element_type=jnp.float32,
                 )
-                wait_for_next_key()
+                if not is_last:
+                    s = first_logits(step + 1, None)
+            elif is_last:
+                acc = pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, p_stored, v_shared))(
+                    plgpu.ACC.init(acc)
+                )
             else:
 
-                def weighted_values(acc_ref):
+                def products(refs):
+                    acc_ref, s_ref = refs
                     plgpu.wgmma(acc_ref, p_stored, v_shared)
-                    wait_for_next_key()
+                    query_times_keys(step + 1, s_ref)
+                    take_turns()
 
-                acc = pl.run_state(weighted_values)(plgpu.ACC.init(acc))
+                acc, s = pl.run_state(products)((plgpu.ACC.init(acc), plgpu.ACC.init(zeros)))
+                plgpu.barrier_arrive(barriers["key_free"].at[slot_of(step + 1)])
             plgpu.barrier_arrive(barriers["value_free"].at[slot])
-            return acc, largest, total
+            return s, acc, largest, total
 
-        carry = (acc, largest, total)
-        plain_loop = functools.partial(step_body, masked=False)
-        masked_loop = functools.partial(step_body, masked=True)
+        zeros = plgpu.layout_cast(jnp.zeros((block_q, block_kv), jnp.float32), WGMMA)
+        last = tiles.most(steps.begin, steps.end - 1)
+        s = _loop(steps.begin, tiles.least(steps.begin + 1, steps.end), first_logits, zeros)
+        carry = (s, acc, largest, total)
+        body = functools.partial(step_body, is_last=False)
+        masked = functools.partial(body, masked=True)
+        plain = functools.partial(body, masked=False)
         if tiles.left_reach(spec) is not None:
-            carry = lax.fori_loop(steps.begin, steps.full_begin, masked_loop, carry)
-        carry = lax.fori_loop(steps.full_begin, steps.full_end, plain_loop, carry)
-        if not (isinstance(steps.end, int) and steps.end == steps.full_end):
-            carry = lax.fori_loop(steps.full_end, steps.end, masked_loop, carry)
-        acc, largest, total = carry
+            carry = _loop(steps.begin, tiles.least(steps.full_begin, last), masked, carry)
+        carry = _loop(steps.full_begin, tiles.least(steps.full_end, last), plain, carry)
+        if not tiles.masks_only_last(spec, tile, has_query_lengths=query_length is not None):
+            carry = _loop(steps.full_end, last, masked, carry)
+        is_whole = isinstance(steps.end, int) and steps.end == steps.full_end
+        final = functools.partial(step_body, masked=not is_whole, is_last=True)
+        carry = _loop(last, steps.end, final, carry)
+        _, acc, largest, total = carry
         pl.when(warpgroup == 0)(take_turns)
 
         unseen = total == 0.0
@@ -220,7 +241,8 @@ def _body(
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def produce():
         if not simulate:
-            plgpu.set_max_registers(24 if tile.noise_warpgroup else 40, action="decrease")
+            registers = 24 if tile.noise_warpgroup else 56 if tile.noise_producer else 40
+            plgpu.set_max_registers(registers, action="decrease")
         kv_head = lax.div(head, jnp.int32(group))
 
         @pl.loop(steps.begin, steps.end)
@@ -239,6 +261,15 @@ def _body(
 
             load("key", arrays.key)
             load("value", arrays.value)
+            if tile.noise_producer:
+                done = step - steps.begin
+                noise_chunks(lax.div(done * chunks, count), lax.div((done + 1) * chunks, count))
+
+        if tile.noise_producer:
+            # A program without keys has made none yet.
+            noise_chunks(jnp.where(count > 0, chunks, 0), chunks)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(barriers["noise"])
 
         @pl.loop(jnp.maximum(steps.begin, steps.end - stages), steps.end)
         def _(step):  # leave no arrival unseen
@@ -251,20 +282,16 @@ def _body(
         def make_noise():
             if not simulate:
                 plgpu.set_max_registers(56, action="decrease")
-            chunks = head_size // NOISE_COLUMNS
-            stream = _stream(arrays, batch, head)
-
-            # Few columns at a time: this warpgroup owns few registers.
-            @pl.loop(0, COMPUTE_WARPGROUPS * chunks)
-            def _(chunk):
-                part = lax.div(chunk, jnp.int32(chunks))
-                shared["noise"].at[chunk][...] = _normals(
-                    stream, program_begin + part * block_q,
-                    (chunk - part * chunks) * NOISE_COLUMNS, (block_q, NOISE_COLUMNS), simulate,
-                )  # fmt: skip
-
+            noise_chunks(0, chunks)
             plgpu.commit_smem()
             plgpu.barrier_arrive(barriers["noise"])
+
+
+def _loop(begin, end, body, carry):
+    """`lax.fori_loop`, and no loop at all where host numbers say that it has no or one turn."""
+    if isinstance(begin, int) and isinstance(end, int) and end - begin <= 1:
+        return body(begin, carry) if begin < end else carry
+    return lax.fori_loop(begin, end, body, carry)
 
 
 def _stream(arrays, batch, head):
@@ -286,9 +313,9 @@ def _release(
 ):
     """Clips each row, adds the noise, snaps."""
     acc = clip_rows(acc, spec.readout.l2_clip_norm)
-    if tile.noise_warpgroup:
+    if tile.noise_warpgroup or tile.noise_producer:
         plgpu.barrier_wait(barriers["noise"])
-        chunks = acc.shape[1] // NOISE_COLUMNS
+        chunks = acc.shape[1] // tile.noise_columns
         noise = jnp.concatenate(
             [
                 plgpu.load(shared["noise"].at[warpgroup * chunks + chunk], layout=WGMMA)
@@ -360,9 +387,9 @@ def attention_forward(
         "value_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=tile.stages),
         "turn": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
     }
-    if tile.noise_warpgroup:
-        chunks = COMPUTE_WARPGROUPS * head_size // NOISE_COLUMNS
-        shared["noise"] = tiled_shared((chunks, tile.block_q, NOISE_COLUMNS), jnp.float32)
+    if tile.noise_warpgroup or tile.noise_producer:
+        chunks = COMPUTE_WARPGROUPS * head_size // tile.noise_columns
+        shared["noise"] = tiled_shared((chunks, tile.block_q, tile.noise_columns), jnp.float32)
         barriers["noise"] = plgpu.Barrier()
     present = [x is not None for x in arrays]
 

@@ -32,6 +32,8 @@ class ForwardTiles:
     block_kv: int = 128
     stages: int = 2
     noise_warpgroup: bool = False
+    noise_producer: bool = False
+    noise_columns: int = 16
 
     def __post_init__(self) -> None:
         if self.block_q % WARPGROUP_ROWS or self.block_kv % 64 or self.stages < 2:
@@ -46,7 +48,7 @@ class ForwardTiles:
         """Shared memory of one program, for 16-bit inputs."""
         q = self.rows * head_size * 2
         kv = self.stages * self.block_kv * head_size * 4
-        noise = self.rows * head_size * 4 if self.noise_warpgroup else 0
+        noise = self.rows * head_size * 4 if self.noise_warpgroup or self.noise_producer else 0
         return q + kv + noise + self.rows * 4
 
 
@@ -57,7 +59,7 @@ def forward_tiles(spec: AttentionSpec, head_size: int, keys: int) -> ForwardTile
     if head_size == 64 and keys >= 1024 and is_dense and not is_noisy:
         return ForwardTiles(block_kv=256)
     for candidate in (
-        ForwardTiles(noise_warpgroup=is_noisy),
+        ForwardTiles(noise_producer=is_noisy),
         ForwardTiles(),
         ForwardTiles(block_kv=64),
     ):
@@ -82,6 +84,14 @@ def backward_tiles(head_size: int) -> BackwardTiles:
     return BackwardTiles(block_kv_dq=128 if head_size == 64 else 64)
 
 
+def masks_only_last(spec: AttentionSpec, tile: ForwardTiles, *, has_query_lengths: bool) -> bool:
+    """Whether no step but a program's last can hide a key from a row on its right."""
+    if has_query_lengths:
+        return False
+    # The diagonal of a program whose rows divide a step stays inside that step.
+    return right_reach(spec) in ((None, 0) if tile.block_kv % tile.rows == 0 else (None,))
+
+
 class StepRange(NamedTuple):
     """Steps [begin, end) of a loop over tiles; those of [full_begin, full_end) need no mask."""
 
@@ -104,12 +114,14 @@ def _fdiv(a: Scalar, b: int) -> Scalar:
     return a // b if isinstance(a, int) else lax.div(a, jnp.int32(b))
 
 
-def _least(a: Scalar, b: Scalar) -> Scalar:
+def least(a: Scalar, b: Scalar) -> Scalar:
+    """Smaller of the two; an int where both are."""
     both = isinstance(a, int) and isinstance(b, int)
     return min(a, b) if both else jnp.minimum(jnp.int32(a), jnp.int32(b))
 
 
-def _most(a: Scalar, b: Scalar) -> Scalar:
+def most(a: Scalar, b: Scalar) -> Scalar:
+    """Larger of the two; an int where both are."""
     both = isinstance(a, int) and isinstance(b, int)
     return max(a, b) if both else jnp.maximum(jnp.int32(a), jnp.int32(b))
 
@@ -149,21 +161,21 @@ def key_steps(
     # End of the keys that some row, that each row sees.
     last, every = key_length, key_length
     if right is not None:
-        last = _most(0, _least(last, row_begin + rows + right))
-        every = _most(0, _least(every, row_begin + 1 + right))
+        last = most(0, least(last, row_begin + rows + right))
+        every = most(0, least(every, row_begin + 1 + right))
     # Begin of the keys that some row, that each row sees.
     first: Scalar = 0
     late: Scalar = 0
     if left is not None:
-        first = _most(0, row_begin - left)
-        late = _most(0, row_begin + rows - 1 - left)
+        first = most(0, row_begin - left)
+        late = most(0, row_begin + rows - 1 - left)
     if query_length is not None:
         last = _when(query_length > row_begin, last)
         every = _when(query_length >= row_begin + rows, every)
     begin = _fdiv(first, block_kv)
-    end = _most(begin, cdiv(last, block_kv))
-    full_begin = _least(_most(cdiv(late, block_kv), begin), end)
-    full_end = _most(_least(_fdiv(every, block_kv), end), full_begin)
+    end = most(begin, cdiv(last, block_kv))
+    full_begin = least(most(cdiv(late, block_kv), begin), end)
+    full_end = most(least(_fdiv(every, block_kv), end), full_begin)
     return StepRange(begin, full_begin, full_end, end)
 
 
@@ -175,17 +187,17 @@ def query_steps(
     first: Scalar = 0
     late: Scalar = 0
     if right is not None:
-        first = _least(_most(0, key_begin - right), num_queries)
-        late = _most(0, key_begin + keys - 1 - right)
+        first = least(most(0, key_begin - right), num_queries)
+        late = most(0, key_begin + keys - 1 - right)
     last: Scalar = num_queries
     every: Scalar = num_queries
     if left is not None:
-        last = _least(last, key_begin + keys + left)
-        every = _least(every, key_begin + 1 + left)
+        last = least(last, key_begin + keys + left)
+        every = least(every, key_begin + 1 + left)
     begin = _fdiv(first, block_q)
-    end = _most(begin, cdiv(last, block_q))
-    full_begin = _least(_most(cdiv(late, block_q), begin), end)
-    full_end = _most(_least(_fdiv(every, block_q), end), full_begin)
+    end = most(begin, cdiv(last, block_q))
+    full_begin = least(most(cdiv(late, block_q), begin), end)
+    full_end = most(least(_fdiv(every, block_q), end), full_begin)
     return StepRange(begin, full_begin, full_end, end)
 
 

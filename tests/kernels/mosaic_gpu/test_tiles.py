@@ -70,6 +70,25 @@ def test_query_steps(is_causal, window, traced):
             check(steps, existing.any(axis=(1, 2)), mine.all(axis=(1, 2)))
 
 
+@pytest.mark.parametrize("block_kv", [64, 128, 256])
+def test_masks_only_last(block_kv):
+    """V7: where the mask is left out of all steps but the last, none of them needs it."""
+    tile = tiles.ForwardTiles(block_kv=block_kv)
+    served = 0
+    for is_causal, window in itertools.product((False, True), (None, (3, 0), (500, 7))):
+        spec = AttentionSpec(1.0, is_causal=is_causal, local_window=window)
+        if not tiles.masks_only_last(spec, tile, has_query_lengths=False):
+            continue
+        for key_length, begin in itertools.product((1, 100, 128, 129, 500), range(0, 600, 128)):
+            steps = tiles.key_steps(spec, begin, tile.rows, block_kv, key_length, None)
+            assert steps.end - steps.full_end <= 1
+            served += 1
+    assert served
+    # Negative control: half a step a program needs two masked ones under causality.
+    steps = tiles.key_steps(AttentionSpec(1.0, is_causal=True), 128, 128, 64, 600, None)
+    assert steps.end - steps.full_end == 2
+
+
 def test_a_skipped_or_unmasked_step_is_caught():
     """Negative control of `check`."""
     with pytest.raises(AssertionError):
