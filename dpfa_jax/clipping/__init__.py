@@ -1,6 +1,22 @@
 """Clipping: rows of attention, trees of one example's gradients."""
 
 from dpfa_jax.clipping.rows import clip_rows, clip_rows_stored
-from dpfa_jax.clipping.trees import clipped_rows_sum, clipped_sum
+from dpfa_jax.clipping.trees import (
+    TableRows,
+    clip_scales,
+    clipped_rows_sum,
+    squared_norms,
+    table_rows,
+    weighted_sum,
+)
 
-__all__ = ["clip_rows", "clip_rows_stored", "clipped_rows_sum", "clipped_sum"]
+__all__ = [
+    "TableRows",
+    "clip_rows",
+    "clip_rows_stored",
+    "clip_scales",
+    "clipped_rows_sum",
+    "squared_norms",
+    "table_rows",
+    "weighted_sum",
+]

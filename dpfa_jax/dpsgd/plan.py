@@ -14,6 +14,7 @@ from dpfa_jax.dpsgd.parameters import Groups
 from dpfa_jax.release import GaussianRecord, TrainingRelease
 
 DEFAULT_MICRO_BATCH_SIZE = 64
+DEFAULT_PER_EXAMPLE_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,9 +25,11 @@ class DPSGDPlan:
       release: one step's promise: clip norms, noise, Poisson sampling, number of parameters.
       steps: how many steps the plan may take; `make_dp_step` refuses one more.
       delta: the delta at which `epsilon` is stated, below 1/n.
-      micro_batch_size: per-example gradients held in memory at a time; divides the capacity.
+      micro_batch_size: examples that go forward and backward at a time; divides the capacity.
       groups: clip groups, one for each of `release.l2_clip_norms`, each a tuple of path prefixes
         ("encoder/0", "embedding"). Every parameter must be in exactly one. None: one flat group.
+
+      per_example_bytes: memory for per-example gradients held at a time; a speed setting only.
 
     Errors: ArgumentError for combinations that contradict each other.
     Source: Abadi et al. (2016); truncated Poisson batches: arXiv 2508.15089 (2025).
@@ -37,6 +40,7 @@ class DPSGDPlan:
     delta: float
     micro_batch_size: int = DEFAULT_MICRO_BATCH_SIZE
     groups: Groups | None = None
+    per_example_bytes: int = DEFAULT_PER_EXAMPLE_BYTES
 
     def __post_init__(self) -> None:
         if not isinstance(self.release, TrainingRelease):
@@ -53,6 +57,7 @@ class DPSGDPlan:
         checks.count("steps", self.steps)
         checks.delta("delta", self.delta, units=self.release.dataset_size)
         checks.count("micro_batch_size", self.micro_batch_size)
+        checks.count("per_example_bytes", self.per_example_bytes)
         if self.capacity % self.micro_batch_size:
             raise ArgumentError(
                 "micro_batch_size",
@@ -77,6 +82,7 @@ class DPSGDPlan:
         micro_batch_size: int = DEFAULT_MICRO_BATCH_SIZE,
         truncated_batch_size: int | None = None,
         groups: Groups | None = None,
+        per_example_bytes: int = DEFAULT_PER_EXAMPLE_BYTES,
         noise_shares: tuple[float, ...] | None = None,
         insecure_test_noise: bool = False,
     ) -> Self:
@@ -106,7 +112,9 @@ class DPSGDPlan:
         micro_batch_size = min(micro_batch_size, capacity)
         capacity = micro_batch_size * math.ceil(capacity / micro_batch_size)
         release = dataclasses.replace(release, truncated_batch_size=capacity)
-        plan = cls(release, steps, delta, micro_batch_size, groups)  # refuses before it computes
+        plan = cls(
+            release, steps, delta, micro_batch_size, groups, per_example_bytes
+        )  # refuses before it computes
         found = accounting.calibrate(release, delta=delta, epsilon=epsilon, count=steps)
         return dataclasses.replace(plan, release=found.release)
 

@@ -9,8 +9,8 @@ import numpy as np
 import optax
 from jaxtyping import Array, Bool, Int, Key, PyTree
 
-from dpfa_jax.clipping.trees import PerExampleLoss, clipped_sum
 from dpfa_jax.core import ArgumentError, BudgetExceededError
+from dpfa_jax.dpsgd.clipped_sum import PerExampleLoss, clipped_sum
 from dpfa_jax.dpsgd.noisy_sum import TRAINING_LAYER, NoisySumState, check_noise_key, noisy_sum
 from dpfa_jax.dpsgd.parameters import check_parameters, leaf_groups
 from dpfa_jax.dpsgd.plan import DPSGDPlan
@@ -97,6 +97,7 @@ def make_dp_step(
             l2_clip_norms=release.l2_clip_norms,
             leaf_groups=leaf_groups(params, plan.groups),
             micro_batch_size=plan.micro_batch_size,
+            per_example_bytes=plan.per_example_bytes,
         )
         if axis_name is not None:
             sums = jax.lax.psum(sums, axis_name)

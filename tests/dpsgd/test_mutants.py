@@ -42,9 +42,7 @@ def mutant(check, where, attribute, build):
 
 
 def no_clip(original):
-    return lambda *a, l2_clip_norms, **k: original(
-        *a, l2_clip_norms=tuple(1e6 for _ in l2_clip_norms), **k
-    )
+    return lambda gradient, l2_clip_norm: original(gradient, 1e6)
 
 
 def clip_the_batch_and_not_the_example(original):
@@ -59,28 +57,19 @@ def clip_the_batch_and_not_the_example(original):
 
 
 def looser_clip_norm(original):
-    return lambda *a, l2_clip_norms, **k: original(
-        *a, l2_clip_norms=tuple(1.1 * norm for norm in l2_clip_norms), **k
-    )
+    return lambda gradient, l2_clip_norm: original(gradient, 1.1 * l2_clip_norm)
 
 
 def padding_counts(original):
-    return lambda gradients, is_real, **k: original(gradients, jnp.ones_like(is_real), **k)
+    return lambda squares, is_real: original(squares, jnp.ones_like(is_real))
 
 
 def nan_passes(original):
-    def build(gradients, is_real, **kwargs):
-        clean = original(gradients, is_real, **kwargs)
-        raw = jax.tree.map(
-            lambda g: jnp.einsum("b,b...->...", is_real.astype(g.dtype), g), gradients
-        )
-        return jax.tree.map(lambda c, r: jnp.where(jnp.isfinite(r), c, r), clean, raw)
-
-    return build
+    return lambda gradient, scales: original(gradient, scales) + 0.0 * gradient.sum(axis=0)
 
 
 def one_example_dropped(original):
-    return lambda gradients, is_real, **k: original(gradients, is_real.at[0].set(False), **k)
+    return lambda squares, is_real: original(squares, is_real.at[0].set(False))
 
 
 def one_leaf_unnoised(original):
@@ -138,19 +127,17 @@ def skipped_when_empty(original):
 @pytest.mark.parametrize(
     ("where", "attribute", "build", "check"),
     [
-        mutant(cases.check_clipped_sum, trees, "clipped_rows_sum", no_clip),
+        mutant(cases.check_clipped_sum, trees, "squared_norms", no_clip),
         mutant(cases.check_clipped_sum, step, "clipped_sum", clip_the_batch_and_not_the_example),
-        mutant(cases.check_clipped_sum, trees, "clipped_rows_sum", one_example_dropped),
+        mutant(cases.check_clipped_sum, trees, "clip_scales", one_example_dropped),
         mutant(
             cases.check_one_example_moves_the_sum_by_at_most_the_clip_norm,
             trees,
-            "clipped_rows_sum",
+            "squared_norms",
             looser_clip_norm,
         ),
-        mutant(cases.check_padding_counts_as_zero, trees, "clipped_rows_sum", padding_counts),
-        mutant(
-            cases.check_non_finite_examples_count_as_zero, trees, "clipped_rows_sum", nan_passes
-        ),
+        mutant(cases.check_padding_counts_as_zero, trees, "clip_scales", padding_counts),
+        mutant(cases.check_non_finite_examples_count_as_zero, trees, "weighted_sum", nan_passes),
         mutant(cases.check_noise_on_every_number, fields, "parameter_noise", one_leaf_unnoised),
         mutant(cases.check_noise_on_every_number, fields, "parameter_noise", quieter_noise),
         mutant(cases.check_noise_on_every_number, fields, "parameter_noise", noise_before_the_sum),

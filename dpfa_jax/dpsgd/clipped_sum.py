@@ -1,0 +1,327 @@
+"""Sum of clipped per-example gradients, without per-example gradients of the whole batch.
+
+The gradient program of one example is split (`deferral`): its head runs for a whole micro-batch,
+as ordinary training does, and the large weight gradients are made from it for a few examples at a
+time, measured, clipped and added. Each is made once; where one example's gradients of a group are
+larger than the memory allowed, once for the norm and once for the sum, bit for bit the same.
+
+An example can influence no other: the program that is mapped over the batch only ever sees one, so
+a batch-coupled layer (batch normalisation, in-batch negatives) sees a batch of one. What is added
+has the norm that is promised, because norms are taken of the very numbers that are added.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Float32, PyTree
+
+from dpfa_jax.clipping import trees
+from dpfa_jax.core import ArgumentError
+from dpfa_jax.dpsgd.deferral import Split, Tail, defer
+from dpfa_jax.dpsgd.parameters import leaf_paths
+
+PerExampleLoss = Callable[[PyTree, PyTree], Float[Array, " batch"]]
+
+
+def clipped_sum(
+    loss_fn: PerExampleLoss,
+    params: PyTree,
+    batch: PyTree,
+    is_real: Bool[Array, " batch"],
+    *,
+    l2_clip_norms: tuple[float, ...],
+    leaf_groups: tuple[int, ...],
+    micro_batch_size: int,
+    per_example_bytes: int,
+) -> PyTree:
+    """Sum over the real examples of their clipped parameter gradients.
+
+    Args:
+      loss_fn: (params, batch) -> one loss an example, shape (B,). Called with B = 1 only.
+      params: pytree of floating-point arrays.
+      batch: pytree of arrays with leading axis B, a multiple of `micro_batch_size`.
+      is_real: False for padding.
+      l2_clip_norms: C_l of each clip group.
+      leaf_groups: the group of each leaf of `params`, in `jax.tree.leaves` order.
+      micro_batch_size: examples that go forward and backward at a time.
+      per_example_bytes: memory for the per-example gradients that are held at a time.
+
+    Returns: float32 sums, shaped like `params`. They are NOT private: noise is due. An example
+    whose loss is not finite counts as zero, and so does one in each group where its gradient is
+    not.
+    Errors: ArgumentError for a loss that is not one number an example, for axes that disagree, and
+    for gradients that cannot be kept within `per_example_bytes`, by name.
+    """
+    _check_batch(batch, is_real.shape[0], micro_batch_size)
+    params = _local(params, (batch, is_real))
+    split = _split(loss_fn, params, batch)
+    groups = [
+        (l2_clip_norm, [i for i, owner in enumerate(leaf_groups) if owner == group])
+        for group, l2_clip_norm in enumerate(l2_clip_norms)
+    ]
+    leaves, structure = jax.tree.flatten(params)
+    paths = leaf_paths(params)
+
+    def sum_of(examples: PyTree, real: Bool[Array, " micro"]) -> list[Float32[Array, "..."]]:
+        losses, gradients = _gradients(split, leaves, examples, real.shape[0], paths)
+        memory = _check_memory(gradients, real.shape[0], per_example_bytes)
+        counts = real & jnp.isfinite(losses)
+        sums: dict[int, Array] = {}
+        for l2_clip_norm, members in groups:
+            parts = [gradients[i] for i in members]
+            found = _clipped_group(parts, counts, l2_clip_norm, memory)
+            sums.update(zip(members, found, strict=True))
+        return [sums[i] for i in range(len(leaves))]
+
+    if is_real.shape[0] == micro_batch_size:
+        return jax.tree.unflatten(structure, sum_of(batch, is_real))
+
+    # Micro-batch j takes rows j, j + rows/micro, ...: where the batch is sharded over devices, each
+    # micro-batch then has rows on all of them, and no row moves.
+    def interleaved(x: Array) -> Array:
+        return jnp.swapaxes(x.reshape(micro_batch_size, -1, *x.shape[1:]), 0, 1)
+
+    def add(total: list[Array], micro: tuple[PyTree, Array]) -> tuple[list[Array], None]:
+        return [t + s for t, s in zip(total, sum_of(*micro), strict=True)], None
+
+    micro_batches = jax.tree.map(interleaved, (batch, is_real))
+    sums = jax.lax.scan(add, [_zeros_like(leaf) for leaf in leaves], micro_batches)[0]
+    return jax.tree.unflatten(structure, sums)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Gradient:
+    """The per-example gradients of one parameter, not made yet.
+
+    Attributes:
+      path: the parameter's name.
+      tail: makes the gradient of one example.
+      values: what it is made from; with a leading axis of `rows` examples where `mapped`.
+      parameter: the parameter itself.
+    """
+
+    path: str
+    tail: Tail
+    values: tuple[Array, ...]
+    mapped: tuple[bool, ...]
+    rows: int
+    parameter: Array
+
+    @property
+    def example_bytes(self) -> int:
+        """Memory of one example's gradient, rows of a table counted as rows."""
+        one = [
+            jax.ShapeDtypeStruct(value.shape[1:] if mapped else value.shape, value.dtype)
+            for value, mapped in zip(self.values, self.mapped, strict=True)
+        ]
+        make = self.tail.make if self.tail.rows is None else lambda *v: self.tail.rows(*v)[1]
+        made = jax.eval_shape(make, *one)
+        return made.size * made.dtype.itemsize
+
+    def chunks(self, most: int) -> list[Array]:
+        """The mapped values in pieces of equal size, `most` examples or fewer each."""
+        size = _largest_divisor(self.rows, most)
+        held = zip(self.values, self.mapped, strict=True)
+        return [value.reshape(-1, size, *value.shape[1:]) for value, mapped in held if mapped]
+
+    def holding(self, values: list[Array], rows: int) -> "_Gradient":
+        """The same for other examples: one piece of `chunks`."""
+        new = iter(values)
+        held = zip(self.values, self.mapped, strict=True)
+        chosen = tuple(next(new) if mapped else value for value, mapped in held)
+        return dataclasses.replace(self, values=chosen, rows=rows)
+
+    def made(self) -> trees.PerExample:
+        """The barrier keeps what is measured the same numbers as what is added."""
+        mapped = functools.partial(
+            jax.vmap,
+            in_axes=tuple(0 if mapped else None for mapped in self.mapped),
+            axis_size=self.rows,
+        )
+        if self.tail.rows is not None:
+            places, rows = mapped(self.tail.rows)(*self.values)
+            size = self.parameter.shape[0]
+            places, values, _ = trees.table_rows(places, rows, size)
+            return trees.TableRows(places, jax.lax.optimization_barrier(values), size)
+        return jax.lax.optimization_barrier(mapped(self.tail.make)(*self.values))
+
+
+def _gradients(
+    split: Split, leaves: list[Array], examples: PyTree, rows: int, paths: tuple[str, ...]
+) -> tuple[Float[Array, " micro"], list[_Gradient]]:
+    """Runs the head for all examples: (losses, gradients to be made)."""
+
+    def head(example: PyTree) -> list[Array]:
+        return split.head(*leaves, *jax.tree.leaves(example))
+
+    values = jax.vmap(head, out_axes=[0 if mapped else None for mapped in split.mapped])(examples)
+
+    def gradient(path: str, tail: Tail, leaf: Array) -> _Gradient:
+        picked = tuple(values[i] for i in tail.cut)
+        mapped = tuple(split.mapped[i] for i in tail.cut)
+        return _Gradient(path, tail, picked, mapped, rows, leaf)
+
+    loss = gradient("loss", split.tails[0], leaves[0]).made()
+    found = [gradient(*each) for each in zip(paths, split.tails[1:], leaves, strict=True)]
+    return loss, found
+
+
+def _clipped_group(
+    parts: list[_Gradient], counts: Bool[Array, " micro"], l2_clip_norm: float, memory: int
+) -> list[Float32[Array, "..."]]:
+    """Clipped sums of one group, its gradients made within `memory` bytes."""
+    together = sum(part.example_bytes for part in parts if not part.tail.kept)
+    if together <= memory:
+        clipped = functools.partial(_clipped, l2_clip_norm=l2_clip_norm)
+        return _added(clipped, parts, counts, memory // max(together, 1))
+    norms = [_measured(part, l2_clip_norm, memory // part.example_bytes) for part in parts]
+    scales = trees.clip_scales(norms, counts)
+    sums: list[Array] = []
+    for part in parts:
+        sums += _added(_weighted, [part], scales, memory // part.example_bytes)
+    return sums
+
+
+def _clipped(
+    parts: list[_Gradient], counts: Bool[Array, " chunk"], *, l2_clip_norm: float
+) -> list[Float32[Array, "..."]]:
+    made = [part.made() for part in parts]
+    scales = trees.clip_scales([trees.squared_norms(one, l2_clip_norm) for one in made], counts)
+    return [trees.weighted_sum(one, scales) for one in made]
+
+
+def _weighted(
+    parts: list[_Gradient], scales: Float32[Array, " chunk"]
+) -> list[Float32[Array, "..."]]:
+    return [trees.weighted_sum(part.made(), scales) for part in parts]
+
+
+def _measured(part: _Gradient, l2_clip_norm: float, most: int) -> Float32[Array, " micro"]:
+    """Squared norms of one parameter's gradients, `most` examples at a time."""
+
+    size = _largest_divisor(part.rows, most)
+
+    def norms_of(carry: None, values: list[Array]) -> tuple[None, Float32[Array, " chunk"]]:
+        return carry, trees.squared_norms(part.holding(values, size).made(), l2_clip_norm)
+
+    chunks = part.chunks(most)
+    return jax.lax.scan(norms_of, None, chunks, length=part.rows // size)[1].reshape(-1)
+
+
+def _added(
+    sums_of: Callable[[list[_Gradient], Array], list[Array]],
+    parts: list[_Gradient],
+    per_row: Array,
+    most: int,
+) -> list[Float32[Array, "..."]]:
+    """Sums over the batch of `sums_of(gradients, their rows)`, `most` examples at a time."""
+    rows = per_row.shape[0]
+    size = _largest_divisor(rows, most)
+    if size == rows:
+        return sums_of(parts, per_row)
+
+    def add(total: list[Array], chunk: tuple[list[list[Array]], Array]) -> tuple[list[Array], None]:
+        values, these = chunk
+        held = [part.holding(own, size) for part, own in zip(parts, values, strict=True)]
+        return [t + s for t, s in zip(total, sums_of(held, these), strict=True)], None
+
+    zeros = [_zeros_like(part.parameter) for part in parts]
+    chunks = [part.chunks(most) for part in parts], per_row.reshape(-1, size)
+    return jax.lax.scan(add, zeros, chunks)[0]
+
+
+def _largest_divisor(rows: int, most: int) -> int:
+    return max(size for size in range(1, min(rows, most) + 1) if rows % size == 0)
+
+
+def _zeros_like(leaf: Array) -> Float32[Array, "..."]:
+    """Zeros of a parameter's own kind (varying over shards or not), as its sum will be."""
+    return jnp.where(leaf == leaf, 0.0, 0.0).astype(jnp.float32)
+
+
+def _check_memory(gradients: list[_Gradient], rows: int, allowed: int) -> int:
+    """What is left of `allowed` beside the gradients that the head has made for all examples."""
+    kept = {part.path: rows * part.example_bytes for part in gradients if part.tail.kept}
+    largest = max((part for part in gradients), key=lambda part: part.example_bytes)
+    if sum(kept.values()) > allowed:
+        worst = max(kept, key=kept.__getitem__)
+        raise ArgumentError(
+            "per_example_bytes",
+            allowed,
+            f"the gradients of {rows} examples that cannot be made one after another need "
+            f"{sum(kept.values())} bytes, {kept[worst]} of them for {worst!r}",
+            "Lower micro_batch_size, or raise per_example_bytes.",
+        )
+    left = allowed - sum(kept.values())
+    if not largest.tail.kept and largest.example_bytes > left:
+        raise ArgumentError(
+            "per_example_bytes",
+            allowed,
+            f"one example's gradient of {largest.path!r} needs {largest.example_bytes} bytes",
+            f"Raise per_example_bytes to {allowed - left + largest.example_bytes} or more.",
+        )
+    return left
+
+
+def _split(loss_fn: PerExampleLoss, params: PyTree, batch: PyTree) -> Split:
+    """The program of one example, (loss, gradient of each leaf), in two parts."""
+    leaves, structure = jax.tree.flatten(params)
+    example, layout = jax.tree.flatten(jax.tree.map(lambda x: x[0], batch))
+
+    def program(*inputs: Array) -> list[Array]:
+        given = jax.tree.unflatten(structure, inputs[: len(leaves)])
+        one = jax.tree.unflatten(layout, inputs[len(leaves) :])
+        loss, gradient = jax.value_and_grad(_loss_of_one)(given, one, loss_fn)
+        return [loss, *jax.tree.leaves(gradient)]
+
+    varies = [False] * len(leaves) + [True] * len(example)
+    return defer(jax.make_jaxpr(program)(*leaves, *example), varies)
+
+
+def _loss_of_one(params: PyTree, example: PyTree, loss_fn: PerExampleLoss) -> Float[Array, ""]:
+    losses = loss_fn(params, jax.tree.map(lambda x: x[None], example))
+    if getattr(losses, "shape", None) != (1,) or not jnp.issubdtype(losses.dtype, jnp.floating):
+        raise ArgumentError(
+            "loss_fn",
+            getattr(losses, "shape", type(losses)),
+            "not one floating-point loss an example",
+            "Return losses of shape (B,) for a batch of B examples: no mean, no sum, no tuple.",
+        )
+    return losses[0]
+
+
+def _local(params: PyTree, witnesses: PyTree) -> PyTree:
+    """Parameters as each device's own values, where the batch is split by shard_map.
+
+    Differentiating a replicated value there sums its gradient over the devices: examples of
+    different devices would be added BEFORE they are clipped.
+    """
+    if not jax.sharding.get_abstract_mesh().manual_axes:
+        return params
+    # A choice between two equal values takes the device-dependence of what decides it.
+    decides = functools.reduce(
+        jnp.logical_or, [jnp.ravel(leaf)[0] != 0 for leaf in jax.tree.leaves(witnesses)]
+    )
+    return jax.tree.map(lambda leaf: jnp.where(decides, leaf, leaf), params)
+
+
+def _check_batch(batch: PyTree, rows: int, micro_batch_size: int) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(batch):
+        shape = getattr(leaf, "shape", ())
+        if shape[:1] != (rows,):
+            raise ArgumentError(
+                f"batch{jax.tree_util.keystr(path)}",
+                shape,
+                f"its leading axis is not the {rows} rows of is_real",
+                "Give every leaf of the batch one row an example.",
+            )
+    if rows == 0 or rows % micro_batch_size:
+        raise ArgumentError(
+            "micro_batch_size",
+            micro_batch_size,
+            f"does not divide the {rows} rows of the batch",
+            "Pass a divisor, or pad the batch with rows whose is_real is False.",
+        )

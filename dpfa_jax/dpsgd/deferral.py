@@ -1,0 +1,433 @@
+"""Split the gradient of one example into a head and the large last products, to be made later.
+
+The gradient of a weight matrix is one product of its layer's inputs with the cotangents of its
+outputs; everything before that product also exists in ordinary training. `defer` walks back from
+each gradient to a cheap cut, so that the head, mapped over a batch, holds inputs and cotangents
+(which a batch has in any case) instead of one weight gradient an example, and each gradient's
+`tail` makes it from the cut: for a few examples at a time, once, exactly as `jax.grad` would.
+
+It reads a program and rewrites it; nothing is assumed about layers. What it cannot walk through
+(a gradient that a loop accumulates, an unknown operation) simply stays in the head.
+
+Source: the split is that of "book-keeping", Bu et al. (2023), found in the program instead of
+declared by layers.
+"""
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend import core as jex
+from jaxtyping import Array
+
+# A gradient stays in the head where its cut would be this many times larger than itself: biases,
+# norm scales and low-rank factors are small, the inputs they come from are not.
+KEEP_RATIO = 16
+
+_CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+_PRODUCTS = {"dot_general", "scatter-add", "conv_general_dilated"}
+_CHEAP = _PRODUCTS | {
+    "add",
+    "add_any",
+    "broadcast_in_dim",
+    "concatenate",
+    "convert_element_type",
+    "copy",
+    "copy_p",
+    "dynamic_update_slice",
+    "mul",
+    "neg",
+    "pad",
+    "reduce_sum",
+    "reshape",
+    "rev",
+    "select_n",
+    "slice",
+    "squeeze",
+    "stack",
+    "sub",
+    "transpose",
+}
+
+_NAMES = jex.DebugInfo("deferral", "gradient of one example", None, None)
+
+Make = Callable[[dict[jex.Var, Array]], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tail:
+    """How one gradient is made from values of the head.
+
+    Attributes:
+      cut: which outputs of the head it needs.
+      make: those outputs, in the same order -> the gradient of one example, not yet widened to
+        the parameter's dtype where a narrower one holds the same numbers.
+      kept: whether the head makes the gradient itself.
+      rows: the same -> (row numbers, rows) where the gradient is a sum of rows at these places of
+        an otherwise zero table (an embedding), else None.
+    """
+
+    cut: tuple[int, ...]
+    make: Callable[..., Array]
+    kept: bool
+    rows: Callable[..., tuple[Array, Array]] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A program in two parts.
+
+    Attributes:
+      head: the program's inputs -> values that the tails need, a list.
+      mapped: for each of these values, whether it can differ from example to example.
+      tails: one for each output of the program.
+    """
+
+    head: Callable[..., list[Array]]
+    mapped: tuple[bool, ...]
+    tails: tuple[Tail, ...]
+
+
+def defer(program: jex.ClosedJaxpr, varies: Sequence[bool]) -> Split:
+    """Splits `program`, whose outputs are gradients of one example.
+
+    Args:
+      program: as `jax.make_jaxpr` gives it.
+      varies: for each input, whether it differs from example to example.
+    """
+    jaxpr = _inlined(program.jaxpr)
+    scope = _Scope(jaxpr, program.consts, varies)
+    outs = [_unwidened(scope, out) for out in jaxpr.outvars]
+    deferred = [scope.cheapest(out, product_allowed=True) for out in outs]
+    cut: dict[jex.Var, int] = {}
+    for item in deferred:
+        for var in item.cut:
+            cut.setdefault(var, len(cut))
+
+    def head(*inputs: Array) -> list[Array]:
+        return scope.values(inputs, list(cut))
+
+    tails = tuple(_tail(*each, cut) for each in zip(outs, deferred, strict=True))
+    return Split(head, tuple(scope.varies(var) for var in cut), tails)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Deferred:
+    """A value as a function of the variables of a cut.
+
+    Attributes:
+      cost: bytes of the cut, per example.
+      product: whether a product lies between the cut and the value.
+    """
+
+    cut: tuple[jex.Var, ...]
+    cost: int
+    product: bool
+    make: Make
+    rows: Callable[[dict[jex.Var, Array]], tuple[Array, Array]] | None = None
+
+
+class _Scope:
+    """One jaxpr: who makes each variable, what depends on the example, what its loops must emit."""
+
+    def __init__(self, jaxpr: jex.Jaxpr, consts: Sequence[Array], varies: Sequence[bool]) -> None:
+        self.jaxpr, self.consts = jaxpr, consts
+        self.maker = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
+        self._varying = _varying_vars(jaxpr, varies)
+        self._known: dict[tuple[jex.Var, bool], _Deferred] = {}
+        self._bodies: dict[int, _Body] = {}
+
+    def varies(self, var: jex.Var) -> bool:
+        return var in self._varying
+
+    def cheapest(self, atom: jex.Var | jex.Literal, *, product_allowed: bool) -> _Deferred:
+        if isinstance(atom, jex.Literal):
+            return _Deferred((), 0, False, lambda env, value=atom.val: value)
+        key = (atom, product_allowed)
+        if key not in self._known:
+            self._known[key] = self._cheapest(atom, product_allowed)
+        return self._known[key]
+
+    def _cheapest(self, var: jex.Var, product_allowed: bool) -> _Deferred:
+        size = _bytes(var.aval) if self.varies(var) else 0
+        kept = _Deferred((var,), size, False, lambda env: env[var])
+        eqn = self.maker.get(var)
+        if eqn is None or size == 0:
+            return kept
+        name = eqn.primitive.name
+        found = None
+        if name in _CHEAP and (product_allowed or name not in _PRODUCTS):
+            found = self._through(eqn, product_allowed and name not in _PRODUCTS)
+        elif name in ("scan", "remat2", "remat", "checkpoint") and product_allowed:
+            found = self._out_of(eqn, eqn.outvars.index(var))
+        if found is None:
+            return kept
+        return found if found.cost < size * (KEEP_RATIO if found.product else 1) else kept
+
+    def _through(self, eqn: jex.JaxprEqn, product_allowed: bool) -> _Deferred:
+        parts = [self.cheapest(atom, product_allowed=product_allowed) for atom in eqn.invars]
+        cut = tuple(dict.fromkeys(var for part in parts for var in part.cut))
+
+        def make(env: dict[jex.Var, Array]) -> Array:
+            inputs = zip(eqn.invars, [part.make(env) for part in parts], strict=True)
+            return _apply(eqn, {a: v for a, v in inputs if isinstance(a, jex.Var)})[0]
+
+        cost = sum(_bytes(var.aval) for var in cut if self.varies(var))
+        product = eqn.primitive.name in _PRODUCTS or any(part.product for part in parts)
+        return _Deferred(cut, cost, product, make, _rows_of(self, eqn, parts))
+
+    def _out_of(self, eqn: jex.JaxprEqn, place: int) -> _Deferred | None:
+        """A value made inside a loop or a recomputed block: the cut leaves it, the product stays
+        out. A gradient that the loop carries is made inside."""
+        body = self._bodies.setdefault(id(eqn), _Body(self, eqn))
+        if place < body.carries:
+            return None
+        inner = body.scope.cheapest(body.jaxpr.outvars[place], product_allowed=True)
+        if inner.cut == (body.jaxpr.outvars[place],):
+            return None
+        outer = [body.outside(var) for var in inner.cut]  # (outer variable, stacked by the loop)
+        axes = [0 if stacked else None for _, stacked in outer]
+
+        def make_inner(*values: Array) -> Array:
+            return inner.make(dict(zip(inner.cut, values, strict=True)))
+
+        def make(env: dict[jex.Var, Array]) -> Array:
+            values = [env[var] for var, _ in outer]
+            if not body.loops:
+                return make_inner(*values)
+            return jax.vmap(make_inner, in_axes=axes, axis_size=eqn.params["length"])(*values)
+
+        cut = tuple(dict.fromkeys(var for var, _ in outer))
+        cost = sum(_bytes(var.aval) for var in cut if self.varies(var))
+        return _Deferred(cut, cost, inner.product, make)
+
+    def add_variable(self, var: jex.Var, varies: bool) -> None:
+        if varies:
+            self._varying.add(var)
+
+    def values(self, inputs: Sequence[Array], wanted: Sequence[jex.Var | jex.Literal]) -> list:
+        """`wanted` at `inputs`; loops and blocks also return what was cut inside them."""
+        env = dict(zip(self.jaxpr.constvars, self.consts, strict=True))
+        env.update(zip(self.jaxpr.invars, inputs, strict=True))
+        for eqn in self._needed(wanted):
+            body = self._bodies.get(id(eqn))
+            if body is not None and body.emitted:
+                env.update(body.run([_value(env, atom) for atom in eqn.invars]))
+            else:
+                env.update(zip(eqn.outvars, _apply(eqn, env), strict=True))
+        return [_value(env, atom) for atom in wanted]
+
+    def _needed(self, wanted: Sequence[jex.Var | jex.Literal]) -> list[jex.JaxprEqn]:
+        used = {atom for atom in wanted if isinstance(atom, jex.Var)}
+        needed = []
+        for eqn in reversed(self.jaxpr.eqns):
+            body = self._bodies.get(id(eqn))
+            outs = [*eqn.outvars, *(body.emitted.values() if body is not None else ())]
+            if eqn.effects or not used.isdisjoint(outs):
+                needed.append(eqn)
+                used.update(atom for atom in eqn.invars if isinstance(atom, jex.Var))
+        return needed[::-1]
+
+
+class _Body:
+    """The jaxpr inside a scan or a checkpoint, and what it returns beside its own outputs.
+
+    Which inputs of a scan are constants, carried or sliced is read off the shapes: the loop adds an
+    axis to what it slices and stacks.
+    """
+
+    def __init__(self, parent: _Scope, eqn: jex.JaxprEqn) -> None:
+        self.parent, self.eqn = parent, eqn
+        self.loops = eqn.primitive.name == "scan"
+        inner = eqn.params["jaxpr"]
+        self.jaxpr = _inlined(getattr(inner, "jaxpr", inner))
+        varies = [isinstance(atom, jex.Var) and parent.varies(atom) for atom in eqn.invars]
+        self.carries = self.consts = 0
+        if self.loops:
+            ins = zip(eqn.invars, self.jaxpr.invars, strict=True)
+            outs = zip(eqn.outvars, self.jaxpr.outvars, strict=True)
+            self.carries = sum(out.aval.ndim == within.aval.ndim for out, within in outs)
+            whole = sum(atom.aval.ndim == var.aval.ndim for atom, var in ins)
+            self.consts = whole - self.carries
+            varies = _loop_varies(self.jaxpr, varies, self.consts, self.carries)
+        self.scope = _Scope(self.jaxpr, getattr(inner, "consts", ()), varies)
+        self.emitted: dict[jex.Var, jex.Var] = {}
+
+    def outside(self, var: jex.Var) -> tuple[jex.Var, bool]:
+        """The variable around the body that holds `var`, and whether the loop stacks it."""
+        invars = list(self.jaxpr.invars)
+        if var in invars:
+            place = invars.index(var)
+            atom = self.eqn.invars[place]
+            carried = self.loops and self.consts <= place < self.consts + self.carries
+            if isinstance(atom, jex.Var) and not carried:
+                return atom, self.loops and place >= self.consts + self.carries
+        if var not in self.emitted:
+            aval = var.aval
+            if self.loops:
+                aval = aval.update(shape=(self.eqn.params["length"], *aval.shape))
+            self.emitted[var] = jex.Var(aval)
+            self.parent.add_variable(self.emitted[var], self.scope.varies(var))
+        return self.emitted[var], self.loops
+
+    def run(self, inputs: list[Array]) -> dict[jex.Var, Array]:
+        wanted = [*self.jaxpr.outvars, *self.emitted]
+        names = [*self.eqn.outvars, *self.emitted.values()]
+        if not self.loops:
+            inner = jax.make_jaxpr(lambda *values: self.scope.values(values, wanted))(*inputs)
+            params = self.eqn.params | {"jaxpr": inner}
+            return dict(zip(names, self.eqn.primitive.bind(*inputs, **params), strict=True))
+        first = self.consts + self.carries
+        consts, carry, slices = inputs[: self.consts], inputs[self.consts : first], inputs[first:]
+
+        def body(carry: list[Array], slices: list[Array]) -> tuple[list[Array], list[Array]]:
+            found = self.scope.values([*consts, *carry, *slices], wanted)
+            return found[: self.carries], found[self.carries :]
+
+        params = {name: self.eqn.params[name] for name in ("length", "reverse", "unroll")}
+        carry, stacked = jax.lax.scan(body, carry, slices, **params)
+        return dict(zip(names, [*carry, *stacked], strict=True))
+
+
+def _rows_of(
+    scope: _Scope, eqn: jex.JaxprEqn, parts: list[_Deferred]
+) -> Callable[[dict[jex.Var, Array]], tuple[Array, Array]] | None:
+    """(row numbers, rows) of a table's gradient: rows added to zeros, then at most cast."""
+    if eqn.primitive.name == "convert_element_type" and parts[0].rows is not None:
+        inner, dtype = parts[0].rows, eqn.params["new_dtype"]
+
+        def cast(env: dict[jex.Var, Array]) -> tuple[Array, Array]:
+            places, rows = inner(env)
+            return places, rows.astype(dtype)
+
+        return cast
+    if eqn.primitive.name != "scatter-add" or not _is_zeros(scope, eqn.invars[0]):
+        return None
+    numbers = eqn.params["dimension_numbers"]
+    table, updates = eqn.invars[0].aval, eqn.invars[2].aval
+    window = tuple(range(updates.ndim - (table.ndim - 1), updates.ndim))
+    whole_rows = (
+        numbers.inserted_window_dims == (0,)
+        and numbers.scatter_dims_to_operand_dims == (0,)
+        and not numbers.operand_batching_dims
+        and numbers.update_window_dims == window
+        and updates.shape[len(updates.shape) - len(window) :] == table.shape[1:]
+    )
+    if not whole_rows:
+        return None
+
+    def rows(env: dict[jex.Var, Array]) -> tuple[Array, Array]:
+        places, values = parts[1].make(env), parts[2].make(env)
+        return places.reshape(-1), values.reshape(-1, *table.shape[1:])
+
+    return rows
+
+
+def _is_zeros(scope: _Scope, atom: jex.Var | jex.Literal) -> bool:
+    if isinstance(atom, jex.Literal):
+        return bool(np.all(np.asarray(atom.val) == 0))
+    eqn = scope.maker.get(atom)
+    return (
+        eqn is not None
+        and eqn.primitive.name == "broadcast_in_dim"
+        and _is_zeros(scope, eqn.invars[0])
+    )
+
+
+def _unwidened(scope: _Scope, atom: jex.Var | jex.Literal) -> jex.Var | jex.Literal:
+    """What `atom` was before a cast that lost nothing, so that its memory is that of fewer bits."""
+    eqn = scope.maker.get(atom) if isinstance(atom, jex.Var) else None
+    if eqn is None or eqn.primitive.name != "convert_element_type":
+        return atom
+    narrow, wide = eqn.invars[0].aval.dtype, eqn.params["new_dtype"]
+    floats = jnp.issubdtype(narrow, jnp.floating) and jnp.issubdtype(wide, jnp.floating)
+    return eqn.invars[0] if floats and jnp.promote_types(narrow, wide) == wide else atom
+
+
+def _tail(out: jex.Var | jex.Literal, item: _Deferred, order: dict[jex.Var, int]) -> Tail:
+    def make(*values: Array) -> Array:
+        return item.make(dict(zip(item.cut, values, strict=True)))
+
+    def rows(*values: Array) -> tuple[Array, Array]:
+        assert item.rows is not None
+        return item.rows(dict(zip(item.cut, values, strict=True)))
+
+    places = tuple(order[var] for var in item.cut)
+    return Tail(places, make, item.cut == (out,), None if item.rows is None else rows)
+
+
+def _apply(eqn: jex.JaxprEqn, env: dict[jex.Var, Array]) -> list[Array]:
+    """The outputs of one equation, as the program that consists of it."""
+    used = list(dict.fromkeys(atom for atom in eqn.invars if isinstance(atom, jex.Var)))
+    program = jex.Jaxpr((), used, eqn.outvars, [eqn], eqn.effects, _NAMES)
+    return jex.jaxpr_as_fun(jex.ClosedJaxpr(program, ()))(*[env[var] for var in used])
+
+
+def _value(env: dict[jex.Var, Array], atom: jex.Var | jex.Literal) -> Array:
+    return atom.val if isinstance(atom, jex.Literal) else env[atom]
+
+
+def _varying_vars(jaxpr: jex.Jaxpr, varies: Sequence[bool]) -> set[jex.Var]:
+    varying = {var for var, does in zip(jaxpr.invars, varies, strict=True) if does}
+    for eqn in jaxpr.eqns:
+        if any(isinstance(atom, jex.Var) and atom in varying for atom in eqn.invars):
+            varying.update(eqn.outvars)
+    return varying
+
+
+def _loop_varies(
+    jaxpr: jex.Jaxpr, varies: Sequence[bool], consts: int, carries: int
+) -> Sequence[bool]:
+    """`varies` of a loop body's inputs: a carry varies once any round has made it vary."""
+    varies = list(varies)
+    while True:
+        varying = _varying_vars(jaxpr, varies)
+        for place in range(carries):
+            out = jaxpr.outvars[place]
+            if isinstance(out, jex.Var) and out in varying and not varies[consts + place]:
+                varies[consts + place] = True
+                break
+        else:
+            return varies
+
+
+def _inlined(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
+    """`jaxpr` with the calls of jitted functions replaced by what they call."""
+    if not any(eqn.primitive.name in _CALLS for eqn in jaxpr.eqns):
+        return jaxpr
+    eqns: list[jex.JaxprEqn] = []
+    names: dict[jex.Var, jex.Var | jex.Literal] = {}
+    _inline(jaxpr, names, eqns)
+    return jaxpr.replace(eqns=eqns, outvars=[_read(names, out) for out in jaxpr.outvars])
+
+
+def _inline(
+    jaxpr: jex.Jaxpr, names: dict[jex.Var, jex.Var | jex.Literal], eqns: list[jex.JaxprEqn]
+) -> None:
+    for eqn in jaxpr.eqns:
+        invars = [_read(names, atom) for atom in eqn.invars]
+        inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
+        if not isinstance(inner, jex.ClosedJaxpr) or inner.consts:
+            fresh = [jex.Var(out.aval) for out in eqn.outvars]
+            names.update(zip(eqn.outvars, fresh, strict=True))
+            eqns.append(eqn.replace(invars=invars, outvars=fresh))
+            continue
+        within: dict[jex.Var, jex.Var | jex.Literal] = dict(
+            zip(inner.jaxpr.invars, invars, strict=True)
+        )
+        _inline(inner.jaxpr, within, eqns)
+        results = [_read(within, out) for out in inner.jaxpr.outvars]
+        names.update(zip(eqn.outvars, results, strict=True))
+
+
+def _read(
+    names: dict[jex.Var, jex.Var | jex.Literal], atom: jex.Var | jex.Literal
+) -> jex.Var | jex.Literal:
+    return names.get(atom, atom) if isinstance(atom, jex.Var) else atom
+
+
+def _bytes(aval: object) -> int:
+    shape, dtype = getattr(aval, "shape", ()), getattr(aval, "dtype", None)
+    return int(np.prod(shape, dtype=np.int64)) * getattr(dtype, "itemsize", 4)

@@ -1,0 +1,292 @@
+"""Clipped sums without per-example gradients of the batch (V4, V8, V10, V23)."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers.dpsgd_cases import batch_of, clipped_by_hand, flat, loss_fn, params_of
+from helpers.layer_cases import BATCH, LAYERS, batch_for, loss_for, params_for
+
+from dpfa_jax.clipping.trees import CLIP_MARGIN
+from dpfa_jax.core import ArgumentError
+from dpfa_jax.dpsgd.clipped_sum import clipped_sum
+from dpfa_jax.dpsgd.deferral import defer
+
+
+def summed(batch, is_real, *, l2_clip_norm=1.0, micro_batch_size=4):
+    return jax.jit(
+        lambda params, batch, is_real: clipped_sum(
+            loss_fn,
+            params,
+            batch,
+            is_real,
+            l2_clip_norms=(l2_clip_norm,),
+            leaf_groups=(0, 0, 0),
+            micro_batch_size=micro_batch_size,
+            per_example_bytes=2**20,
+        )
+    )(params_of(), batch, jnp.asarray(is_real))
+
+
+@pytest.mark.parametrize("l2_clip_norm", [0.03, 1.0, 1e6])
+def test_sums_equal_the_float64_oracle(l2_clip_norm):
+    """V8: error at most twice that of the chain rule in float32; without the clip it is not."""
+    batch, real = batch_of(32), np.arange(32) < 27
+    effective = l2_clip_norm * (1.0 - CLIP_MARGIN)
+    exact = clipped_by_hand(params_of(), batch, real, effective, np.float64).sum(axis=0)
+    naive = clipped_by_hand(params_of(), batch, real, effective, np.float32).sum(axis=0)
+    error = np.linalg.norm(flat(summed(batch, real, l2_clip_norm=l2_clip_norm)) - exact)
+    rounding = 2.0**-24 * np.linalg.norm(exact)  # a lucky naive sum may err less than one rounding
+    assert error <= 2.0 * max(np.linalg.norm(naive - exact), rounding)
+    if l2_clip_norm == 1.0:
+        unclipped = flat(summed(batch, real, l2_clip_norm=1e6))
+        assert np.linalg.norm(unclipped - exact) > 1e3 * error
+
+
+def test_micro_batches_do_not_change_the_sum():
+    """V10: to rounding; and an example sees no other one (V6's sense for gradients)."""
+    batch, real = batch_of(24), np.arange(24) < 19
+    whole = flat(summed(batch, real, micro_batch_size=24))
+    for micro_batch_size in (1, 3, 8):
+        part = flat(summed(batch, real, micro_batch_size=micro_batch_size))
+        np.testing.assert_allclose(part, whole, atol=19 * 2.0**-23)
+
+
+def test_a_batch_coupled_loss_sees_one_example():
+    """Batch normalisation over the batch axis cannot couple examples: each is a batch of one."""
+
+    def coupled(params, batch):
+        centred = batch["x"] - batch["x"].mean(axis=0)  # zero in a batch of one
+        return loss_fn(params, {"x": centred, "y": batch["y"]})
+
+    batch, real = batch_of(8), np.ones(8, bool)
+    alone = batch | {"x": np.zeros_like(batch["x"])}
+    arguments = {"l2_clip_norms": (1.0,), "leaf_groups": (0, 0, 0), "micro_batch_size": 4}
+    arguments["per_example_bytes"] = 2**20
+    found = clipped_sum(coupled, params_of(), batch, real, **arguments)
+    expected = clipped_sum(loss_fn, params_of(), alone, real, **arguments)
+    np.testing.assert_array_equal(flat(found), flat(expected))
+
+
+@pytest.mark.parametrize(
+    ("loss", "parameter"),
+    [
+        (lambda p, b: loss_fn(p, b).mean(), "loss_fn"),
+        (lambda p, b: (loss_fn(p, b), 0), "loss_fn"),
+        (lambda p, b: loss_fn(p, b)[:, None], "loss_fn"),
+    ],
+)
+def test_losses_that_are_not_per_example_are_refused(loss, parameter):
+    """V23."""
+    with pytest.raises(ArgumentError, match="losses of shape") as error:
+        clipped_sum(
+            loss,
+            params_of(),
+            batch_of(4),
+            jnp.ones(4, bool),
+            l2_clip_norms=(1.0,),
+            leaf_groups=(0, 0, 0),
+            micro_batch_size=4,
+            per_example_bytes=2**20,
+        )
+    assert error.value.parameter == parameter
+
+
+def test_axes_that_disagree_are_refused():
+    """V23: a leaf of another length is named; so is a micro-batch that does not divide."""
+    with pytest.raises(ArgumentError, match=r"batch\['y'\]"):
+        summed(batch_of(8) | {"y": np.zeros(7, np.float32)}, np.ones(8, bool))
+    with pytest.raises(ArgumentError, match="micro_batch_size = 3"):
+        summed(batch_of(8), np.ones(8, bool), micro_batch_size=3)
+
+
+# Memory for per-example gradients: all of the batch's, a few examples', one parameter's of one.
+ALLOWED = {"all": 2**24, "some": 30_000, "one at a time": 4_200}
+
+
+def oracle(name, params, batch, real, norms, owners, dtype):
+    """Per-example gradients by jax.grad of one example after the other, clipped in numpy."""
+    wide = np.float64 if dtype == np.float64 else np.float32
+    with jax.enable_x64(dtype == np.float64):
+        cast = jax.tree.map(lambda p: jnp.asarray(p, wide), params)
+        loss = loss_for(name, jnp.float64 if dtype == np.float64 else dtype)
+        one = jax.jit(jax.grad(lambda p, b: loss(p, jax.tree.map(lambda x: x[None], b))[0]))
+        rows = [
+            jax.tree.leaves(one(cast, jax.tree.map(lambda x, i=i: x[i], batch)))
+            for i in np.flatnonzero(real)
+        ]
+        rows = [[np.asarray(leaf, wide) for leaf in row] for row in rows]
+    totals = [np.zeros(leaf.shape, wide) for leaf in rows[0]]
+    for row in rows:
+        for group, norm in enumerate(norms):
+            members = [i for i, owner in enumerate(owners) if owner == group]
+            squares = sum(np.sum(np.square(row[i], dtype=wide)) for i in members)
+            scale = min(1.0, norm * (1.0 - CLIP_MARGIN) / np.sqrt(squares))
+            for i in members:
+                totals[i] = totals[i] + wide(scale) * row[i]
+    return np.concatenate([np.ravel(total).astype(np.float64) for total in totals])
+
+
+QUICK = ("transformer", "scan", "lora")
+CASES = [
+    pytest.param(name, n, marks=() if name in QUICK or n == "some" else pytest.mark.slow)
+    for name in LAYERS
+    for n in ALLOWED
+]
+
+
+@pytest.mark.parametrize(("name", "allowed"), CASES)
+def test_every_layer_equals_the_float64_oracle(name, allowed):
+    """V8: flat clipping, ragged batch, error at most twice the naive one, whatever the memory."""
+    check_against_the_oracle(name, ALLOWED[allowed], flat_groups=True, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [
+        ("scan of checkpoint", "float32"),
+        ("checkpoint", "bfloat16"),
+        *(
+            pytest.param(name, dtype, marks=pytest.mark.slow)
+            for name in ("transformer", "tied", "scan", "checkpoint", "scan of checkpoint")
+            for dtype in ("float32", "bfloat16")
+        ),
+    ],
+)
+def test_each_parameter_its_own_group(name, dtype):
+    """V8: per-layer clipping, and mixed precision: norms and sums stay in float32."""
+    check_against_the_oracle(name, 2**24, flat_groups=False, dtype=jnp.dtype(dtype))
+
+
+@pytest.mark.parametrize(
+    "allowed",
+    ["some", *(pytest.param(n, marks=pytest.mark.slow) for n in ("all", "one at a time"))],
+)
+def test_mixed_precision(allowed):
+    check_against_the_oracle("transformer", ALLOWED[allowed], flat_groups=True, dtype=jnp.bfloat16)
+
+
+def check_against_the_oracle(name, allowed, *, flat_groups, dtype):
+    params, batch, real = params_for(name), batch_for(name), np.arange(BATCH) < BATCH - 3
+    leaves = len(jax.tree.leaves(params))
+    owners = (0,) * leaves if flat_groups else tuple(range(leaves))
+    norms = (0.7,) if flat_groups else tuple(0.2 + 0.05 * i for i in range(leaves))
+    exact = oracle(name, params, batch, real, norms, owners, np.float64)
+    naive = oracle(name, params, batch, real, norms, owners, dtype)
+    found = jax.jit(
+        functools.partial(
+            clipped_sum,
+            loss_for(name, dtype),
+            l2_clip_norms=norms,
+            leaf_groups=owners,
+            micro_batch_size=BATCH // 2,
+            per_example_bytes=allowed,
+        )
+    )(params, batch, real)
+    rounding = 2.0**-22 * np.linalg.norm(exact)
+    error = np.linalg.norm(flat(found) - exact)
+    assert error <= 2.0 * max(np.linalg.norm(naive - exact), rounding)
+    # A control: one example of 13 too many is seen.
+    more = oracle(name, params, batch, np.arange(BATCH) < BATCH - 2, norms, owners, np.float64)
+    assert np.linalg.norm(more - exact) > 10 * error
+
+
+@pytest.mark.parametrize(
+    ("name", "path"),
+    [("linear", "kernel"), ("transformer", "query"), ("scan", "kernel"), ("checkpoint", "kernel")],
+)
+def test_large_gradients_are_made_late(name, path):
+    """The head of the program makes no per-example weight gradient; biases it makes itself."""
+    params = params_for(name)
+    # One example with more tokens than the parameters are wide, as in real models.
+    example = jax.tree.map(lambda x: np.tile(x[:1], (1, 6, 1)[: x.ndim]), batch_for(name))
+    program = jax.make_jaxpr(
+        lambda *leaves: jax.tree.leaves(
+            jax.grad(lambda p: loss_for(name, jnp.float32)(p, example)[0])(
+                jax.tree.unflatten(jax.tree.structure(params), leaves)
+            )
+        )
+    )(*jax.tree.leaves(params))
+    split = defer(program, [True] * len(jax.tree.leaves(params)))
+    paths = [p[-1].key for p, _ in jax.tree_util.tree_leaves_with_path(params)]
+    kept = {name: tail.kept for name, tail in zip(paths, split.tails, strict=True)}
+    assert not kept[path]
+    assert kept["bias"]
+
+
+def test_the_plan_bounds_the_memory_of_the_step():
+    """The compiled step holds no per-example gradients beyond what it is allowed."""
+    width, rows = 512, 32
+
+    def loss(params, batch):
+        hidden = jnp.tanh(batch["x"] @ params["a"])
+        return jnp.sum((hidden @ params["b"]) ** 2, axis=(1, 2))
+
+    params = {"a": jnp.zeros((width, width)), "b": jnp.zeros((width, width))}
+    batch = {"x": jax.ShapeDtypeStruct((rows, 4, width), jnp.float32)}
+    real = jax.ShapeDtypeStruct((rows,), jnp.bool_)
+
+    def temporary_bytes(allowed: int) -> int:
+        program = functools.partial(
+            clipped_sum,
+            loss,
+            l2_clip_norms=(1.0,),
+            leaf_groups=(0, 0),
+            micro_batch_size=rows,
+            per_example_bytes=allowed,
+        )
+        compiled = jax.jit(program).lower(params, batch, real).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    one = 2 * 4 * width * width
+    all_of_them, four, one_parameter = (temporary_bytes(n) for n in (rows * one, 4 * one, one // 2))
+    assert all_of_them > rows * one  # the control: it would be seen
+    assert four < 3 * 4 * one
+    assert one_parameter < 4 * one
+
+
+def test_what_does_not_fit_is_refused_by_name():
+    """V23."""
+    call = functools.partial(
+        clipped_sum,
+        loss_for("transformer", jnp.float32),
+        params_for("transformer"),
+        batch_for("transformer"),
+        np.ones(BATCH, bool),
+        l2_clip_norms=(1.0,),
+        leaf_groups=(0,) * len(jax.tree.leaves(params_for("transformer"))),
+        micro_batch_size=BATCH,
+    )
+    with pytest.raises(ArgumentError, match="one example's gradient of") as error:
+        call(per_example_bytes=2_000)
+    needed = int(re.search(r"per_example_bytes to (\d+)", str(error.value)).group(1))
+    call(per_example_bytes=needed)
+    with pytest.raises(ArgumentError, match="Lower micro_batch_size"):
+        call(per_example_bytes=100)
+
+
+def test_bad_examples_leave_the_groups_they_spoil():
+    """A loss that is not finite leaves all groups; a gradient that is not, its own."""
+
+    def loss(params, batch):
+        with_bad_slope = jnp.where(batch["x"] > 0, jnp.sqrt(params["a"] * batch["x"]), 0.0)
+        return with_bad_slope + params["b"] * batch["y"]
+
+    params = {"a": jnp.float32(1.0), "b": jnp.float32(1.0)}
+    batch = {"x": np.float32([4, np.nan, -1.0]), "y": np.float32([3, 3, 3])}
+    batch["y"][1] = np.nan
+    found = clipped_sum(
+        loss,
+        params,
+        batch,
+        np.ones(3, bool),
+        l2_clip_norms=(10.0, 10.0),
+        leaf_groups=(0, 1),
+        micro_batch_size=3,
+        per_example_bytes=2**20,
+    )
+    assert found["a"] == 1.0  # sqrt(4 a) has slope 1; the third one's is NaN
+    assert found["b"] == 6.0  # the second one's loss is NaN
