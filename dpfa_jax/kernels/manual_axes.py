@@ -28,3 +28,10 @@ def zeros(
 ) -> Shaped[Array, "*shape"]:
     """A loop's initial value: `fill` everywhere, varying over `axes`."""
     return vary_over(jnp.full(shape, fill, dtype), axes)
+
+
+def result(
+    shape: tuple[int, ...], dtype: jnp.dtype, like: Shaped[Array, "..."]
+) -> jax.ShapeDtypeStruct:
+    """The shape of a kernel's result that varies over the same axes as its operand `like`."""
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)

@@ -34,13 +34,15 @@ def launch(
     body = functools.partial(kernel, tile=tile, **static)
     functools.update_wrapper(body, kernel)
     body.__name__ = f"dpfa_triton_{name}"  # type: ignore[attr-defined]
-    results = pl.pallas_call(
+    # All operands and results vary over the same mesh axes, as Pallas wants inside shard_map.
+    axes = manual_axes.varying_axes(*jax.tree.leaves(arrays))
+    arrays = jax.tree.map(lambda x: manual_axes.vary_over(x, axes), arrays)
+    like = jax.tree.leaves(arrays)[0]
+    return pl.pallas_call(
         body,
-        out_shape=out_shape,
+        out_shape=[manual_axes.result(x.shape, x.dtype, like) for x in out_shape],
         grid=grid,
         interpret=interpret,
         name=f"dpfa_triton_{name}",
         compiler_params=plt.CompilerParams(num_warps=tile.warps, num_stages=tile.stages),
     )(arrays)
-    axes = manual_axes.varying_axes(*jax.tree.leaves(arrays))
-    return [manual_axes.vary_over(x, axes) for x in results]

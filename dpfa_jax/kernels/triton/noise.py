@@ -62,9 +62,10 @@ class Stream:
 
     def column(self, rows: jax.Array, index: int) -> jax.Array:
         """Normals of one column, (R,)."""
-        # Sixteen lanes make the same number: a tile of one column has no layout of its own.
-        pair = jnp.full(16, index // 2, jnp.int32)
-        return jnp.max(self.pairs(rows, pair)[index % 2], axis=1)
+        # A tile of one column has no layout of its own: sixteen are made and the first is kept.
+        lane = lax.iota(jnp.int32, 16)
+        drawn = self.pairs(rows, lane + index // 2)[index % 2]
+        return jnp.sum(jnp.where(lane[None, :] == 0, drawn, 0.0), axis=1)
 
 
 def snapped(x: jax.Array, inverse_grid: jax.Array, grid: jax.Array) -> jax.Array:
