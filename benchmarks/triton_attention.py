@@ -1,6 +1,6 @@
 """The Triton kernels against cuDNN and the blocked backend, in one run on one GPU.
 
-    python benchmarks/triton.py --output benchmarks/results/<device>/<date>-triton.json
+    python benchmarks/triton_attention.py --output benchmarks/results/<device>/<date>-triton.json
 
 Times as in `attention.py`: medians over queued calls on iid normal inputs, in milliseconds. With
 `--tiles`, other tile sizes of each kernel beside those shipped.
@@ -252,7 +252,7 @@ def write(path: str | None, rows: list[dict[str, Any]]) -> None:
     result = {
         "device": jax.devices()[0].device_kind,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": "python benchmarks/triton.py " + " ".join(sys.argv[1:]),
+        "command": "python benchmarks/triton_attention.py " + " ".join(sys.argv[1:]),
         "versions": {"jax": jax.__version__},
         "rows": rows,
     }
