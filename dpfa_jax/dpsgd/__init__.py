@@ -1,15 +1,18 @@
 """DP-SGD: one plan that couples sampling, clipping, noise and release; the step that keeps it."""
 
 from dpfa_jax.dpsgd.batches import poisson_batches, take_batch
+from dpfa_jax.dpsgd.coverage import Covered, coverage
 from dpfa_jax.dpsgd.noisy_sum import NoisySumState, noisy_sum
 from dpfa_jax.dpsgd.plan import DPSGDPlan
 from dpfa_jax.dpsgd.step import DPState, DPStep, make_dp_step
 
 __all__ = [
+    "Covered",
     "DPSGDPlan",
     "DPState",
     "DPStep",
     "NoisySumState",
+    "coverage",
     "make_dp_step",
     "noisy_sum",
     "poisson_batches",

@@ -13,6 +13,7 @@ has the norm that is promised, because norms are taken of the very numbers that 
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +21,7 @@ from jaxtyping import Array, Bool, Float, Float32, PyTree
 
 from dpfa_jax.clipping import trees
 from dpfa_jax.core import ArgumentError
-from dpfa_jax.dpsgd.deferral import Split, Tail, defer
+from dpfa_jax.dpsgd.deferral import Rows, Split, Tail, defer
 from dpfa_jax.dpsgd.parameters import leaf_paths
 
 PerExampleLoss = Callable[[PyTree, PyTree], Float[Array, " batch"]]
@@ -57,7 +58,7 @@ def clipped_sum(
     """
     _check_batch(batch, is_real.shape[0], micro_batch_size)
     params = _local(params, (batch, is_real))
-    split = _split(loss_fn, params, batch)
+    split = split_gradient(loss_fn, params, jax.tree.map(lambda x: x[0], batch))
     groups = [
         (l2_clip_norm, [i for i, owner in enumerate(leaf_groups) if owner == group])
         for group, l2_clip_norm in enumerate(l2_clip_norms)
@@ -110,17 +111,6 @@ class _Gradient:
     rows: int
     parameter: Array
 
-    @property
-    def example_bytes(self) -> int:
-        """Memory of one example's gradient, rows of a table counted as rows."""
-        one = [
-            jax.ShapeDtypeStruct(value.shape[1:] if mapped else value.shape, value.dtype)
-            for value, mapped in zip(self.values, self.mapped, strict=True)
-        ]
-        make = self.tail.make if self.tail.rows is None else lambda *v: self.tail.rows(*v)[1]
-        made = jax.eval_shape(make, *one)
-        return made.size * made.dtype.itemsize
-
     def chunks(self, most: int) -> list[Array]:
         """The mapped values in pieces of equal size, `most` examples or fewer each."""
         size = _largest_divisor(self.rows, most)
@@ -136,17 +126,19 @@ class _Gradient:
 
     def made(self) -> trees.PerExample:
         """The barrier keeps what is measured the same numbers as what is added."""
-        mapped = functools.partial(
-            jax.vmap,
-            in_axes=tuple(0 if mapped else None for mapped in self.mapped),
-            axis_size=self.rows,
-        )
-        if self.tail.rows is not None:
-            places, rows = mapped(self.tail.rows)(*self.values)
-            size = self.parameter.shape[0]
-            places, values, _ = trees.table_rows(places, rows, size)
-            return trees.TableRows(places, jax.lax.optimization_barrier(values), size)
-        return jax.lax.optimization_barrier(mapped(self.tail.make)(*self.values))
+        if not isinstance(self.tail.form, Rows):
+            return jax.lax.optimization_barrier(self._mapped(self.tail.make))
+        places, rows = self._mapped(self.tail.form.entries)
+        size = self.parameter.shape[0]
+        places, values, _ = trees.table_rows(places, rows, size)
+        return trees.TableRows(places, jax.lax.optimization_barrier(values), size)
+
+    def losses(self) -> Float[Array, " rows"]:
+        return self._mapped(self.tail.make)
+
+    def _mapped(self, make: Callable[..., Any]) -> Any:
+        axes = tuple(0 if mapped else None for mapped in self.mapped)
+        return jax.vmap(make, in_axes=axes, axis_size=self.rows)(*self.values)
 
 
 def _gradients(
@@ -164,7 +156,7 @@ def _gradients(
         mapped = tuple(split.mapped[i] for i in tail.cut)
         return _Gradient(path, tail, picked, mapped, rows, leaf)
 
-    loss = gradient("loss", split.tails[0], leaves[0]).made()
+    loss = gradient("loss", split.tails[0], leaves[0]).losses()
     found = [gradient(*each) for each in zip(paths, split.tails[1:], leaves, strict=True)]
     return loss, found
 
@@ -173,15 +165,15 @@ def _clipped_group(
     parts: list[_Gradient], counts: Bool[Array, " micro"], l2_clip_norm: float, memory: int
 ) -> list[Float32[Array, "..."]]:
     """Clipped sums of one group, its gradients made within `memory` bytes."""
-    together = sum(part.example_bytes for part in parts if not part.tail.kept)
+    together = sum(part.tail.example_bytes for part in parts if not part.tail.kept)
     if together <= memory:
         clipped = functools.partial(_clipped, l2_clip_norm=l2_clip_norm)
         return _added(clipped, parts, counts, memory // max(together, 1))
-    norms = [_measured(part, l2_clip_norm, memory // part.example_bytes) for part in parts]
+    norms = [_measured(part, l2_clip_norm, memory // part.tail.example_bytes) for part in parts]
     scales = trees.clip_scales(norms, counts)
     sums: list[Array] = []
     for part in parts:
-        sums += _added(_weighted, [part], scales, memory // part.example_bytes)
+        sums += _added(_weighted, [part], scales, memory // part.tail.example_bytes)
     return sums
 
 
@@ -244,8 +236,8 @@ def _zeros_like(leaf: Array) -> Float32[Array, "..."]:
 
 def _check_memory(gradients: list[_Gradient], rows: int, allowed: int) -> int:
     """What is left of `allowed` beside the gradients that the head has made for all examples."""
-    kept = {part.path: rows * part.example_bytes for part in gradients if part.tail.kept}
-    largest = max((part for part in gradients), key=lambda part: part.example_bytes)
+    kept = {part.path: rows * part.tail.example_bytes for part in gradients if part.tail.kept}
+    largest = max((part for part in gradients), key=lambda part: part.tail.example_bytes)
     if sum(kept.values()) > allowed:
         worst = max(kept, key=kept.__getitem__)
         raise ArgumentError(
@@ -256,20 +248,23 @@ def _check_memory(gradients: list[_Gradient], rows: int, allowed: int) -> int:
             "Lower micro_batch_size, or raise per_example_bytes.",
         )
     left = allowed - sum(kept.values())
-    if not largest.tail.kept and largest.example_bytes > left:
+    if not largest.tail.kept and largest.tail.example_bytes > left:
         raise ArgumentError(
             "per_example_bytes",
             allowed,
-            f"one example's gradient of {largest.path!r} needs {largest.example_bytes} bytes",
-            f"Raise per_example_bytes to {allowed - left + largest.example_bytes} or more.",
+            f"one example's gradient of {largest.path!r} needs {largest.tail.example_bytes} bytes",
+            f"Raise per_example_bytes to {allowed - left + largest.tail.example_bytes} or more.",
         )
     return left
 
 
-def _split(loss_fn: PerExampleLoss, params: PyTree, batch: PyTree) -> Split:
-    """The program of one example, (loss, gradient of each leaf), in two parts."""
+def split_gradient(loss_fn: PerExampleLoss, params: PyTree, example: PyTree) -> Split:
+    """The program of one example, (loss, gradient of each leaf), in two parts.
+
+    `params` and `example` may be arrays or `jax.ShapeDtypeStruct`s.
+    """
     leaves, structure = jax.tree.flatten(params)
-    example, layout = jax.tree.flatten(jax.tree.map(lambda x: x[0], batch))
+    example, layout = jax.tree.flatten(example)
 
     def program(*inputs: Array) -> list[Array]:
         given = jax.tree.unflatten(structure, inputs[: len(leaves)])

@@ -14,7 +14,10 @@ declared by layers.
 """
 
 import dataclasses
+import functools
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,6 +60,30 @@ Make = Callable[[dict[jex.Var, Array]], Array]
 
 
 @dataclasses.dataclass(frozen=True)
+class Rows:
+    """A gradient that is a sum of rows at some places of an otherwise zero table: an embedding.
+
+    Attributes:
+      entries: values of the cut -> (row numbers (entries,), rows (entries, ...)).
+    """
+
+    entries: Callable[..., tuple[Array, Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A gradient that is a matrix product, or one for each of G groups, put in another shape.
+
+    Attributes:
+      operands: values of the cut -> (left (G, T, I), right (G, T, O)).
+      finish: (G, I, O) -> the gradient. Linear, and it keeps norms.
+    """
+
+    operands: Callable[..., tuple[Array, Array]]
+    finish: Callable[[Array], Array]
+
+
+@dataclasses.dataclass(frozen=True)
 class Tail:
     """How one gradient is made from values of the head.
 
@@ -64,15 +91,21 @@ class Tail:
       cut: which outputs of the head it needs.
       make: those outputs, in the same order -> the gradient of one example, not yet widened to
         the parameter's dtype where a narrower one holds the same numbers.
+      made: shape and dtype of what is made; of the rows where the form is `Rows`.
       kept: whether the head makes the gradient itself.
-      rows: the same -> (row numbers, rows) where the gradient is a sum of rows at these places of
-        an otherwise zero table (an embedding), else None.
+      form: what more is known of it, as functions of the same values.
     """
 
     cut: tuple[int, ...]
     make: Callable[..., Array]
+    made: jax.ShapeDtypeStruct
     kept: bool
-    rows: Callable[..., tuple[Array, Array]] | None
+    form: Rows | Product | None
+
+    @property
+    def example_bytes(self) -> int:
+        """Memory of one example's gradient."""
+        return self.made.size * self.made.dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,13 +153,14 @@ class _Deferred:
     Attributes:
       cost: bytes of the cut, per example.
       product: whether a product lies between the cut and the value.
+      make, form: as `Tail`, of an environment that holds the cut.
     """
 
     cut: tuple[jex.Var, ...]
     cost: int
     product: bool
     make: Make
-    rows: Callable[[dict[jex.Var, Array]], tuple[Array, Array]] | None = None
+    form: Rows | Product | None = None
 
 
 class _Scope:
@@ -144,14 +178,15 @@ class _Scope:
 
     def cheapest(self, atom: jex.Var | jex.Literal, *, product_allowed: bool) -> _Deferred:
         if isinstance(atom, jex.Literal):
-            return _Deferred((), 0, False, lambda env, value=atom.val: value)
+            constant = atom.val
+            return _Deferred((), 0, False, lambda env: constant)
         key = (atom, product_allowed)
         if key not in self._known:
             self._known[key] = self._cheapest(atom, product_allowed)
         return self._known[key]
 
     def _cheapest(self, var: jex.Var, product_allowed: bool) -> _Deferred:
-        size = _bytes(var.aval) if self.varies(var) else 0
+        size = _bytes(var) if self.varies(var) else 0
         kept = _Deferred((var,), size, False, lambda env: env[var])
         eqn = self.maker.get(var)
         if eqn is None or size == 0:
@@ -174,9 +209,9 @@ class _Scope:
             inputs = zip(eqn.invars, [part.make(env) for part in parts], strict=True)
             return _apply(eqn, {a: v for a, v in inputs if isinstance(a, jex.Var)})[0]
 
-        cost = sum(_bytes(var.aval) for var in cut if self.varies(var))
+        cost = sum(_bytes(var) for var in cut if self.varies(var))
         product = eqn.primitive.name in _PRODUCTS or any(part.product for part in parts)
-        return _Deferred(cut, cost, product, make, _rows_of(self, eqn, parts))
+        return _Deferred(cut, cost, product, make, _form(self, eqn, parts))
 
     def _out_of(self, eqn: jex.JaxprEqn, place: int) -> _Deferred | None:
         """A value made inside a loop or a recomputed block: the cut leaves it, the product stays
@@ -190,18 +225,25 @@ class _Scope:
         outer = [body.outside(var) for var in inner.cut]  # (outer variable, stacked by the loop)
         axes = [0 if stacked else None for _, stacked in outer]
 
-        def make_inner(*values: Array) -> Array:
-            return inner.make(dict(zip(inner.cut, values, strict=True)))
+        def mapped(function: Callable[..., Any], env: dict[jex.Var, Array]) -> Any:
+            def of_values(*values: Array) -> Any:
+                return function(dict(zip(inner.cut, values, strict=True)))
 
-        def make(env: dict[jex.Var, Array]) -> Array:
             values = [env[var] for var, _ in outer]
             if not body.loops:
-                return make_inner(*values)
-            return jax.vmap(make_inner, in_axes=axes, axis_size=eqn.params["length"])(*values)
+                return of_values(*values)
+            return jax.vmap(of_values, in_axes=axes, axis_size=eqn.params["length"])(*values)
 
         cut = tuple(dict.fromkeys(var for var, _ in outer))
-        cost = sum(_bytes(var.aval) for var in cut if self.varies(var))
-        return _Deferred(cut, cost, inner.product, make)
+        cost = sum(_bytes(var) for var in cut if self.varies(var))
+        form = inner.form if isinstance(inner.form, Product) else None
+        if form is not None:
+            form = (
+                _stacked(form, mapped, eqn.params["length"])
+                if body.loops
+                else Product(functools.partial(mapped, form.operands), form.finish)
+            )
+        return _Deferred(cut, cost, inner.product, functools.partial(mapped, inner.make), form)
 
     def add_variable(self, var: jex.Var, varies: bool) -> None:
         if varies:
@@ -248,8 +290,8 @@ class _Body:
         if self.loops:
             ins = zip(eqn.invars, self.jaxpr.invars, strict=True)
             outs = zip(eqn.outvars, self.jaxpr.outvars, strict=True)
-            self.carries = sum(out.aval.ndim == within.aval.ndim for out, within in outs)
-            whole = sum(atom.aval.ndim == var.aval.ndim for atom, var in ins)
+            self.carries = sum(_shape(out) == _shape(within) for out, within in outs)
+            whole = sum(_shape(atom) == _shape(var) for atom, var in ins)
             self.consts = whole - self.carries
             varies = _loop_varies(self.jaxpr, varies, self.consts, self.carries)
         self.scope = _Scope(self.jaxpr, getattr(inner, "consts", ()), varies)
@@ -265,10 +307,8 @@ class _Body:
             if isinstance(atom, jex.Var) and not carried:
                 return atom, self.loops and place >= self.consts + self.carries
         if var not in self.emitted:
-            aval = var.aval
-            if self.loops:
-                aval = aval.update(shape=(self.eqn.params["length"], *aval.shape))
-            self.emitted[var] = jex.Var(aval)
+            shape = (self.eqn.params["length"], *_shape(var)) if self.loops else _shape(var)
+            self.emitted[var] = jex.Var(jax.core.ShapedArray(shape, _dtype(var)))
             self.parent.add_variable(self.emitted[var], self.scope.varies(var))
         return self.emitted[var], self.loops
 
@@ -291,38 +331,84 @@ class _Body:
         return dict(zip(names, [*carry, *stacked], strict=True))
 
 
-def _rows_of(
-    scope: _Scope, eqn: jex.JaxprEqn, parts: list[_Deferred]
-) -> Callable[[dict[jex.Var, Array]], tuple[Array, Array]] | None:
-    """(row numbers, rows) of a table's gradient: rows added to zeros, then at most cast."""
-    if eqn.primitive.name == "convert_element_type" and parts[0].rows is not None:
-        inner, dtype = parts[0].rows, eqn.params["new_dtype"]
+def _form(scope: _Scope, eqn: jex.JaxprEqn, parts: list[_Deferred]) -> Rows | Product | None:
+    name = eqn.primitive.name
+    if name == "dot_general":
+        return _product(eqn, parts)
+    if name == "scatter-add":
+        return _rows(scope, eqn, parts)
+    form = parts[0].form if len(parts) == 1 else None
+    if isinstance(form, Rows) and name == "convert_element_type":
+        return form
+    if not isinstance(form, Product):
+        return None
+    if name == "convert_element_type":
+        return form
+    if name in ("copy", "copy_p", "neg", "reshape", "squeeze", "transpose"):
+        finish, operand = form.finish, eqn.invars[0]
+        assert isinstance(operand, jex.Var)
+        return Product(form.operands, lambda made: _apply(eqn, {operand: finish(made)})[0])
+    return None
 
-        def cast(env: dict[jex.Var, Array]) -> tuple[Array, Array]:
-            places, rows = inner(env)
-            return places, rows.astype(dtype)
 
-        return cast
-    if eqn.primitive.name != "scatter-add" or not _is_zeros(scope, eqn.invars[0]):
+def _product(eqn: jex.JaxprEqn, parts: list[_Deferred]) -> Product | None:
+    (left_contracted, right_contracted), (left_groups, right_groups) = eqn.params[
+        "dimension_numbers"
+    ]
+    out = eqn.outvars[0]
+    if any(_dtype(atom) != _dtype(out) for atom in eqn.invars):
+        return None  # an operand of another precision
+
+    def matrix(operand: Array, groups: tuple[int, ...], contracted: tuple[int, ...]) -> Array:
+        free = [axis for axis in range(operand.ndim) if axis not in (*groups, *contracted)]
+        sizes = [math.prod(operand.shape[axis] for axis in axes) for axes in (groups, contracted)]
+        return operand.transpose(*groups, *contracted, *free).reshape(*sizes, -1)
+
+    def operands(env: dict[jex.Var, Array]) -> tuple[Array, Array]:
+        left, right = (part.make(env) for part in parts)
+        return (
+            matrix(left, left_groups, left_contracted),
+            matrix(right, right_groups, right_contracted),
+        )
+
+    return Product(operands, lambda made: made.reshape(_shape(out)))
+
+
+def _stacked(form: Product, mapped: Callable[..., Any], rounds: int) -> Product:
+    """The same for a gradient that a loop makes in slices: its rounds are more groups."""
+
+    def operands(env: dict[jex.Var, Array]) -> tuple[Array, Array]:
+        left, right = mapped(form.operands, env)
+        return left.reshape(-1, *left.shape[2:]), right.reshape(-1, *right.shape[2:])
+
+    def finish(made: Array) -> Array:
+        return jax.vmap(form.finish)(made.reshape(rounds, -1, *made.shape[1:]))
+
+    return Product(operands, finish)
+
+
+def _rows(scope: _Scope, eqn: jex.JaxprEqn, parts: list[_Deferred]) -> Rows | None:
+    """Whole rows that are added to a table of zeros."""
+    if not _is_zeros(scope, eqn.invars[0]):
         return None
     numbers = eqn.params["dimension_numbers"]
-    table, updates = eqn.invars[0].aval, eqn.invars[2].aval
-    window = tuple(range(updates.ndim - (table.ndim - 1), updates.ndim))
+    table, updates = _shape(eqn.invars[0]), _shape(eqn.invars[2])
+    window = tuple(range(len(updates) - (len(table) - 1), len(updates)))
     whole_rows = (
         numbers.inserted_window_dims == (0,)
         and numbers.scatter_dims_to_operand_dims == (0,)
         and not numbers.operand_batching_dims
         and numbers.update_window_dims == window
-        and updates.shape[len(updates.shape) - len(window) :] == table.shape[1:]
+        and updates[len(updates) - len(window) :] == table[1:]
     )
     if not whole_rows:
         return None
 
-    def rows(env: dict[jex.Var, Array]) -> tuple[Array, Array]:
+    def entries(env: dict[jex.Var, Array]) -> tuple[Array, Array]:
         places, values = parts[1].make(env), parts[2].make(env)
-        return places.reshape(-1), values.reshape(-1, *table.shape[1:])
+        return places.reshape(-1), values.reshape(-1, *table[1:])
 
-    return rows
+    return Rows(entries)
 
 
 def _is_zeros(scope: _Scope, atom: jex.Var | jex.Literal) -> bool:
@@ -341,21 +427,25 @@ def _unwidened(scope: _Scope, atom: jex.Var | jex.Literal) -> jex.Var | jex.Lite
     eqn = scope.maker.get(atom) if isinstance(atom, jex.Var) else None
     if eqn is None or eqn.primitive.name != "convert_element_type":
         return atom
-    narrow, wide = eqn.invars[0].aval.dtype, eqn.params["new_dtype"]
+    narrow, wide = _dtype(eqn.invars[0]), eqn.params["new_dtype"]
     floats = jnp.issubdtype(narrow, jnp.floating) and jnp.issubdtype(wide, jnp.floating)
     return eqn.invars[0] if floats and jnp.promote_types(narrow, wide) == wide else atom
 
 
 def _tail(out: jex.Var | jex.Literal, item: _Deferred, order: dict[jex.Var, int]) -> Tail:
-    def make(*values: Array) -> Array:
-        return item.make(dict(zip(item.cut, values, strict=True)))
+    def of_values(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *values: function(dict(zip(item.cut, values, strict=True)))
 
-    def rows(*values: Array) -> tuple[Array, Array]:
-        assert item.rows is not None
-        return item.rows(dict(zip(item.cut, values, strict=True)))
-
+    make, form = of_values(item.make), item.form
+    shapes = [jax.ShapeDtypeStruct(_shape(var), _dtype(var)) for var in item.cut]
+    made = jax.eval_shape(make, *shapes)
+    if isinstance(form, Rows):
+        form = Rows(of_values(form.entries))
+        made = jax.eval_shape(form.entries, *shapes)[1]
+    if isinstance(form, Product):
+        form = Product(of_values(form.operands), form.finish)
     places = tuple(order[var] for var in item.cut)
-    return Tail(places, make, item.cut == (out,), None if item.rows is None else rows)
+    return Tail(places, make, made, item.cut == (out,), form)
 
 
 def _apply(eqn: jex.JaxprEqn, env: dict[jex.Var, Array]) -> list[Array]:
@@ -377,9 +467,7 @@ def _varying_vars(jaxpr: jex.Jaxpr, varies: Sequence[bool]) -> set[jex.Var]:
     return varying
 
 
-def _loop_varies(
-    jaxpr: jex.Jaxpr, varies: Sequence[bool], consts: int, carries: int
-) -> Sequence[bool]:
+def _loop_varies(jaxpr: jex.Jaxpr, varies: Sequence[bool], consts: int, carries: int) -> list[bool]:
     """`varies` of a loop body's inputs: a carry varies once any round has made it vary."""
     varies = list(varies)
     while True:
@@ -428,6 +516,13 @@ def _read(
     return names.get(atom, atom) if isinstance(atom, jex.Var) else atom
 
 
-def _bytes(aval: object) -> int:
-    shape, dtype = getattr(aval, "shape", ()), getattr(aval, "dtype", None)
-    return int(np.prod(shape, dtype=np.int64)) * getattr(dtype, "itemsize", 4)
+def _shape(atom: jex.Var | jex.Literal) -> tuple[int, ...]:
+    return getattr(atom.aval, "shape", ())
+
+
+def _dtype(atom: jex.Var | jex.Literal) -> np.dtype:
+    return getattr(atom.aval, "dtype", np.dtype(np.float32))
+
+
+def _bytes(atom: jex.Var | jex.Literal) -> int:
+    return int(np.prod(_shape(atom), dtype=np.int64)) * _dtype(atom).itemsize

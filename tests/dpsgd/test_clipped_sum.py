@@ -13,7 +13,7 @@ from helpers.layer_cases import BATCH, LAYERS, batch_for, loss_for, params_for
 from dpfa_jax.clipping.trees import CLIP_MARGIN
 from dpfa_jax.core import ArgumentError
 from dpfa_jax.dpsgd.clipped_sum import clipped_sum
-from dpfa_jax.dpsgd.deferral import defer
+from dpfa_jax.dpsgd.coverage import coverage
 
 
 def summed(batch, is_real, *, l2_clip_norm=1.0, micro_batch_size=4):
@@ -203,16 +203,8 @@ def test_large_gradients_are_made_late(name, path):
     params = params_for(name)
     # One example with more tokens than the parameters are wide, as in real models.
     example = jax.tree.map(lambda x: np.tile(x[:1], (1, 6, 1)[: x.ndim]), batch_for(name))
-    program = jax.make_jaxpr(
-        lambda *leaves: jax.tree.leaves(
-            jax.grad(lambda p: loss_for(name, jnp.float32)(p, example)[0])(
-                jax.tree.unflatten(jax.tree.structure(params), leaves)
-            )
-        )
-    )(*jax.tree.leaves(params))
-    split = defer(program, [True] * len(jax.tree.leaves(params)))
-    paths = [p[-1].key for p, _ in jax.tree_util.tree_leaves_with_path(params)]
-    kept = {name: tail.kept for name, tail in zip(paths, split.tails, strict=True)}
+    rows = coverage(loss_for(name, jnp.float32), params, example)
+    kept = {row.path: row.how == "in the backward pass" for row in rows}
     assert not kept[path]
     assert kept["bias"]
 
