@@ -105,6 +105,17 @@ class AttentionInputs(NamedTuple):
     noise: NoiseInputs | None = None
 
 
+class SoftmaxRows(NamedTuple):
+    """What turns a logit back into its softmax weight: exp(logit - maximum) / total.
+
+    Both are finite, also for a row that sees no key. exp(logit - lse) would round as coarsely as
+    the log-sum-exp itself, and all weights of a row alike.
+    """
+
+    maximum: Float[Array, "B T N"]
+    total: Float[Array, "B T N"]
+
+
 class AttentionOutputs(NamedTuple):
     """What a forward pass keeps.
 
@@ -116,12 +127,15 @@ class AttentionOutputs(NamedTuple):
         no key. None under `MemoryReadout`.
       weights: the softmax weights, where a backend found the matrix small enough to keep; as
         `unclipped`, never returned to a caller. Their layout is the backend's own.
+      rows: maximum and sum of each row, where a backend recomputes weights from them; as
+        `unclipped`, never returned to a caller.
     """
 
     output: Float[Array, "B T N H"]
     unclipped: Float[Array, "B T N H"] | None
     lse: Float[Array, "B T N"] | None
     weights: Float[Array, "..."] | None = None
+    rows: SoftmaxRows | None = None
 
 
 class AttentionGradients(NamedTuple):

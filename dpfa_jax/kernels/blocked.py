@@ -13,6 +13,7 @@ from dpfa_jax.kernels.base import (
     AttentionSpec,
     ExampleReadout,
     MemoryReadout,
+    SoftmaxRows,
 )
 
 
@@ -34,11 +35,11 @@ class Blocked:
             sums = memory_loop.sums(spec, spec.readout, inputs)
             released = epilogue.memory(spec.readout, sums, inputs.noise)
             return AttentionOutputs(released.astype(dtype), None, None)
-        normalised, lse, weights = softmax_loop.forward(spec, inputs)
+        normalised, *residuals = softmax_loop.forward(spec, inputs)
         if isinstance(spec.readout, ExampleReadout):
             released = epilogue.example(spec.readout, normalised, inputs.noise)
-            return AttentionOutputs(released.astype(dtype), normalised, lse, weights)
-        return AttentionOutputs(normalised.astype(dtype), None, lse, weights)
+            return AttentionOutputs(released.astype(dtype), normalised, *residuals)
+        return AttentionOutputs(normalised.astype(dtype), None, *residuals)
 
     def backward(
         self,
@@ -48,7 +49,7 @@ class Blocked:
         cotangent: Float[Array, "B T N H"],
         lse_cotangent: Float[Array, "B T N"] | None,
     ) -> AttentionGradients:
-        """Gradients of plain attention."""
+        """Gradients of plain attention; `outputs` may hold the log-sum-exp alone."""
         assert outputs.lse is not None
         if masks.hides(spec, inputs) or inputs.bias is not None:
             # A row that saw no key is the constant 0: a NaN that arrives there goes no further.
@@ -62,8 +63,13 @@ class Blocked:
             output_dot = jnp.sum(output.astype(dtype) * cotangent.astype(dtype), axis=-1)
             if lse_cotangent is not None:
                 output_dot = output_dot - lse_cotangent.astype(dtype)
+        known = outputs.rows if outputs.weights is None else outputs.weights
         query, key, value, bias = softmax_loop.backward(
-            spec, inputs, outputs.lse, outputs.weights, cotangent, output_dot
+            spec,
+            inputs,
+            _rows_of(outputs.lse) if known is None else known,
+            cotangent,
+            output_dot,
         )
         return AttentionGradients(
             query.astype(inputs.query.dtype),
@@ -71,6 +77,12 @@ class Blocked:
             value.astype(inputs.value.dtype),
             None if bias is None or inputs.bias is None else bias.astype(inputs.bias.dtype),
         )
+
+
+def _rows_of(lse: Float[Array, "B T N"]) -> SoftmaxRows:
+    """Rows of a backend that keeps the log-sum-exp only: maximum + log(total) is all they show."""
+    # An empty row has lse = -inf; against +inf every weight is exp(-inf) = 0.
+    return SoftmaxRows(jnp.where(jnp.isneginf(lse), jnp.inf, lse), jnp.ones_like(lse))
 
 
 BACKEND = Blocked()

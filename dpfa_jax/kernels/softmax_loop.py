@@ -8,13 +8,14 @@ Source: Rabe and Staats, "Self-attention Does Not Need O(n^2) Memory" (2021); Da
 
 import dataclasses
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from dpfa_jax.kernels import manual_axes, masks, tiles
-from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, group_size
+from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, SoftmaxRows, group_size
 
 # One block serves up to this many logits of a head: there a loop costs more than it saves.
 ONE_BLOCK = 512 * 512
@@ -162,14 +163,24 @@ def put(
     return jax.lax.dynamic_update_slice_in_dim(whole, part, start, axis=1)
 
 
+class SoftmaxResults(NamedTuple):
+    """Normalised output, log-sum-exp, and what the backward pass takes; all as accumulated.
+
+    `weights` where they are few enough to keep, else `rows`, of which they are made anew.
+    """
+
+    output: Float[Array, "B T N H"]
+    lse: Float[Array, "B T N"]
+    weights: Float[Array, "B K G T S"] | None
+    rows: SoftmaxRows | None
+
+
 # Gradients under way: query, bias (None where there is none), key, value.
 _Sums = tuple[jax.Array, jax.Array | None, jax.Array, jax.Array]
 
 
-def forward(
-    spec: AttentionSpec, inputs: AttentionInputs
-) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"], Float[Array, "B K G T S"] | None]:
-    """Normalised output, log-sum-exp, and the weights where they are few; all as accumulated."""
+def forward(spec: AttentionSpec, inputs: AttentionInputs) -> SoftmaxResults:
+    """Attention of one call, normalised."""
     problem = Problem(spec, inputs)
     value, is_shielded = _shield(spec, inputs)
     blocks = Blocks.of(problem.query_length, problem.key_length)
@@ -180,25 +191,24 @@ def forward(
     def unshielded(values: Float[Array, "B t K G h"]) -> Float[Array, "B t K G H"]:
         return tiles.unshielded(values) if is_shielded else values
 
-    def finish(softmax: tiles.Softmax) -> tuple[jax.Array, jax.Array]:
+    def finish(softmax: tiles.Softmax) -> tuple[jax.Array, jax.Array, SoftmaxRows]:
         return tiles.normalised(softmax._replace(values=unshielded(softmax.values)))
 
     if blocks.is_single:
-        weights = None
+        weights = rows = None
         if blocks.rows * blocks.keys <= KEPT_WEIGHTS and spec.logits_soft_cap is None:
             values, lse, weights = tiles.attend_keeping_weights(spec, tile_of(0, 0))
             output = unshielded(values)
         else:
-            output, lse = finish(tiles.attend(spec, tile_of(0, 0)))
-        return problem.by_head(output), problem.by_head(lse), weights
+            output, lse, rows = finish(tiles.attend(spec, tile_of(0, 0)))
+            rows = SoftmaxRows(*map(problem.by_head, rows))
+        return SoftmaxResults(problem.by_head(output), problem.by_head(lse), weights, rows)
 
     dtype = tiles.accumulator(inputs.query.dtype)
     batch, _, key_heads, groups, _ = problem.query.shape
     per_row = (batch, key_heads, groups, blocks.rows)
 
-    def query_block(
-        i: Int[Array, ""], done: tuple[jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array]:
+    def query_block(i: Int[Array, ""], done: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
         start, _ = problem.starts(blocks, i, 0)
         first, stop = masks.key_blocks(spec, start, blocks.rows, problem.key_length, blocks.keys)
         empty = tiles.Softmax(
@@ -214,32 +224,34 @@ def forward(
             lambda j, so_far: tiles.merge(so_far, tiles.attend(spec, tile_of(i, j))),
             empty,
         )
-        output, lse = finish(softmax)
-        return put(done[0], output, start), put(done[1], lse, start)
+        output, lse, rows = finish(softmax)
+        return tuple(
+            put(whole, part, start) for whole, part in zip(done, (output, lse, *rows), strict=True)
+        )
 
     length = problem.query_length
-    nothing = (
-        manual_axes.zeros(
-            (batch, length, key_heads, groups, problem.head_dim), dtype, problem.axes
-        ),
-        manual_axes.zeros((batch, length, key_heads, groups), dtype, problem.axes),
+    of_rows = (batch, length, key_heads, groups)
+    nothing = tuple(
+        manual_axes.zeros(shape, dtype, problem.axes)
+        for shape in ((*of_rows, problem.head_dim), of_rows, of_rows, of_rows)
     )
-    output, lse = jax.lax.fori_loop(0, blocks.num_rows, query_block, nothing)
-    return problem.by_head(output), problem.by_head(lse), None
+    done = jax.lax.fori_loop(0, blocks.num_rows, query_block, nothing)
+    output, lse, *rows = map(problem.by_head, done)
+    return SoftmaxResults(output, lse, None, SoftmaxRows(*rows))
 
 
 def backward(
     spec: AttentionSpec,
     inputs: AttentionInputs,
-    lse: Float[Array, "B T N"],
-    weights: Float[Array, "B K G T S"] | None,
+    known: Float[Array, "B K G T S"] | SoftmaxRows,
     cotangent: Float[Array, "B T N H"],
     output_dot: Float[Array, "B T N"] | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Gradients of query, key, value and bias in the accumulator's type.
 
-    `output_dot`: row-wise product of output and cotangent, less the cotangent of `lse`; may be
-    None where the whole matrix is one block.
+    `known`: the softmax weights, or the rows of which they are made anew. `output_dot`: row-wise
+    product of output and cotangent, less the cotangent of the log-sum-exp; may be None where the
+    whole matrix is one block.
     """
     problem = Problem(spec, inputs)
     query, key, value = problem.query, inputs.key, inputs.value
@@ -248,7 +260,9 @@ def backward(
         key, value = tiles.finite_or_zero(key), tiles.finite_or_zero(value)
         if not spec.is_causal or inputs.query_lengths is not None or inputs.mask is not None:
             query = tiles.finite_or_zero(query)
-    lse, cotangent = problem.by_group(lse), problem.by_group(cotangent)
+    cotangent = problem.by_group(cotangent)
+    if isinstance(known, SoftmaxRows):
+        known = SoftmaxRows(*map(problem.by_group, known))
     output_dot = None if output_dot is None else problem.by_group(output_dot)
     blocks = Blocks.of(problem.query_length, problem.key_length)
 
@@ -256,16 +270,17 @@ def backward(
         i: Int[Array, ""] | int, j: Int[Array, ""] | int
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         tile = problem.tile(blocks, query, key, value, i, j, count_rows_once=True)
-        if weights is not None:
-            return tiles.attend_backward(spec, tile, weights, None, cotangent, output_dot)
+        if not isinstance(known, SoftmaxRows):
+            return tiles.attend_backward(spec, tile, known, None, cotangent, output_dot)
         if blocks.is_single:
-            known = tiles.recomputed_weights(spec, tile, lse)
-            return tiles.attend_backward(spec, tile, *known, cotangent, output_dot)
+            weights = tiles.recomputed_weights(spec, tile, known)
+            return tiles.attend_backward(spec, tile, *weights, cotangent, output_dot)
         assert output_dot is not None
         row, _ = problem.starts(blocks, i, j)
-        known = tiles.recomputed_weights(spec, tile, cut(lse, row, blocks.rows))
+        rows = SoftmaxRows(*(cut(x, row, blocks.rows) for x in known))
+        weights = tiles.recomputed_weights(spec, tile, rows)
         of_rows = (cut(x, row, blocks.rows) for x in (cotangent, output_dot))
-        return tiles.attend_backward(spec, tile, *known, *of_rows)
+        return tiles.attend_backward(spec, tile, *weights, *of_rows)
 
     if blocks.is_single:
         d_query, d_key, d_value, d_biased = gradients_of(0, 0)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from dpfa_jax.kernels.base import AttentionSpec
+from dpfa_jax.kernels.base import AttentionSpec, SoftmaxRows
 
 
 class Tile(NamedTuple):
@@ -144,10 +144,10 @@ def attend_keeping_weights(
     """Output, log-sum-exp and weights of one rectangle that is the whole matrix."""
     maximum, weights_BKGTS = relative_weights(spec, tile)
     total = jnp.sum(weights_BKGTS, axis=-1)
-    # The largest logit has weight 1, so only the total of an empty row is below 1: it is 0.
-    weights_BKGTS = weights_BKGTS / jnp.maximum(total, 1.0)[..., None]
     is_empty = total == 0
-    lse = jnp.where(is_empty, -jnp.inf, maximum + jnp.log(jnp.maximum(total, 1.0)))
+    divisor = jnp.where(is_empty, 1.0, total)
+    weights_BKGTS = weights_BKGTS / divisor[..., None]
+    lse = jnp.where(is_empty, -jnp.inf, maximum + jnp.log(divisor))
     values = weighted_values(weights_BKGTS, tile.value)
     return values, jnp.moveaxis(lse, 3, 1), weights_BKGTS
 
@@ -170,24 +170,26 @@ def merge(one: Softmax, other: Softmax) -> Softmax:
 
 def normalised(
     softmax: Softmax,
-) -> tuple[Float[Array, "B t K G h"], Float[Array, "B t K G"]]:
-    """Output and log-sum-exp; a row without keys gives 0 and -inf."""
+) -> tuple[Float[Array, "B t K G h"], Float[Array, "B t K G"], SoftmaxRows]:
+    """Output, log-sum-exp and (B, t, K, G) rows; a row without keys gives 0 and -inf."""
     is_empty = softmax.total == 0
     total = jnp.where(is_empty, 1.0, softmax.total)
     safe = jnp.where(jnp.isneginf(softmax.maximum), 0.0, softmax.maximum)
     lse = jnp.where(is_empty, -jnp.inf, safe + jnp.log(total))
-    return softmax.values / _by_row(total), jnp.moveaxis(lse, 3, 1)
+    rows = SoftmaxRows(jnp.moveaxis(safe, 3, 1), jnp.moveaxis(total, 3, 1))
+    return softmax.values / _by_row(total), jnp.moveaxis(lse, 3, 1), rows
 
 
 def recomputed_weights(
-    spec: AttentionSpec, tile: Tile, lse: Float[Array, "B t K G"]
+    spec: AttentionSpec, tile: Tile, rows: SoftmaxRows
 ) -> tuple[Float[Array, "B K G t s"], Float[Array, "B K G t s"] | None]:
-    """Softmax weights of one rectangle from `lse`, and the cap's derivative where there is one."""
+    """Softmax weights of one rectangle from `rows`, and the cap's derivative where there is one.
+
+    `rows` are grouped, (B, t, K, G).
+    """
     raw_BKGTS = raw_logits(spec, tile)
-    lse_BKGT = jnp.moveaxis(lse, 1, 3)
-    # An empty row has lse = -inf; against +inf every weight is exp(-inf) = 0.
-    safe = jnp.where(jnp.isneginf(lse_BKGT), jnp.inf, lse_BKGT)
-    weights_BKGTS = jnp.exp(biased(raw_BKGTS, tile) - safe[..., None])
+    maximum, total = (jnp.moveaxis(x, 1, 3)[..., None] for x in rows)
+    weights_BKGTS = jnp.exp(biased(raw_BKGTS, tile) - maximum) / total
     if spec.logits_soft_cap is None:
         return weights_BKGTS, None
     ratio = raw_BKGTS / jnp.asarray(spec.logits_soft_cap, raw_BKGTS.dtype)
