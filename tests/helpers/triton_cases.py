@@ -1,5 +1,7 @@
 """Calls that exercise the Triton kernels, in interpret mode and on a GPU alike."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,11 +78,21 @@ def naive(spec, seen, query, key, value, bias):
     return jnp.einsum("bnts,bsnh->btnh", weights, value, precision=most)
 
 
-def check(backend, shape, dtype, options, seed=0):
-    """V6, V7, V8: outputs and gradients within twice the naive error of float64.
+class Case(NamedTuple):
+    """One call, what float64 makes of it, and what a textbook program does."""
 
-    `shape`: batch, rows, keys, heads, key heads, head size. Rows and keys that nobody sees hold
-    NaN, as do the cotangents of such rows.
+    spec: AttentionSpec
+    inputs: AttentionInputs
+    cotangent: jax.Array
+    seen: np.ndarray
+    naive: tuple[jax.Array | None, ...]
+    exact: tuple[np.ndarray | None, ...]
+
+
+def case(shape, dtype, options, seed=0):
+    """`shape`: batch, rows, keys, heads, key heads, head size.
+
+    Rows and keys that nobody sees hold NaN, as do the cotangents of such rows.
     """
     batch, rows, keys, heads, key_heads, size = shape
     rng = np.random.default_rng([seed, rows, keys])
@@ -106,22 +118,8 @@ def check(backend, shape, dtype, options, seed=0):
     scale = options.pop("scale", size**-0.5)
     spec = AttentionSpec(scale, is_causal, window, options.pop("cap", None))
     assert not options
-    seen = oracle.visibility(full, mask=mask, is_causal=is_causal, window=window, **lengths)
-    by_row = jnp.asarray(seen.any((1, 3)))[:, :, None, None]
-    by_key = jnp.asarray(seen.any((1, 2)))[:, :, None, None]
-    inputs = AttentionInputs(
-        jnp.where(by_row, query, jnp.nan).astype(dtype),
-        jnp.where(by_key, key, jnp.nan).astype(dtype),
-        jnp.where(by_key, value, jnp.nan).astype(dtype),
-        bias,
-        mask,
-        **lengths,
-    )
-    assert backend.cannot(spec, inputs, jax.default_backend()) is None
-    output, lse, *gradients = value_and_gradients(
-        backend, spec, inputs, jnp.where(by_row, cotangent, jnp.nan).astype(dtype)
-    )
-    hidden = {"mask": mask, "is_causal": is_causal, "window": window, **lengths}
+    hiding = {"mask": mask, "is_causal": is_causal, "window": window, **lengths}
+    seen = oracle.visibility(full, **hiding)
     exact = oracle.attention(
         query,
         key,
@@ -130,20 +128,42 @@ def check(backend, shape, dtype, options, seed=0):
         bias=bias,
         scale=scale,
         soft_cap=spec.logits_soft_cap,
-        **hidden,
+        **hiding,
     )
-    plain = quickly(
-        lambda ct, *x: (lambda y, pull: (y, *pull(ct)))(
-            *jax.vjp(lambda *z: naive(spec, jnp.asarray(seen), *z), *x)
-        )
+    exact = (*exact[:4], None if bias is None else oracle.reduced_like(exact[4], bias.shape))
+
+    def textbook(cotangent, *arrays):
+        output, pull = jax.vjp(lambda *x: naive(spec, jnp.asarray(seen), *x), *arrays)
+        return output, *pull(cotangent)
+
+    theirs = quickly(textbook)(cotangent, query, key, value, bias)
+    by_row, by_key = (jnp.asarray(seen.any(axes))[:, :, None, None] for axes in ((1, 3), (1, 2)))
+    spoil = lambda x, keep: jnp.where(keep, x, jnp.nan).astype(dtype)  # noqa: E731
+    inputs = AttentionInputs(
+        spoil(query, by_row), spoil(key, by_key), spoil(value, by_key), bias, mask, **lengths
     )
-    theirs = plain(cotangent, query, key, value, bias)
-    exact = [*exact[:4], None if bias is None else oracle.reduced_like(exact[4], bias.shape)]
+    return Case(spec, inputs, spoil(cotangent, by_row), seen, theirs, exact)
+
+
+def check(backend, shape, dtype, options, seed=0):
+    """V6, V7, V8: outputs and gradients within twice the naive error of float64."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        given = case(shape, dtype, options, seed)
+    # Made on the CPU, where nothing is rounded to tf32 and nothing is tuned; run where we are.
+    inputs, cotangent = jax.tree.map(np.asarray, (given.inputs, given.cotangent))
+    inputs, cotangent = jax.tree.map(jnp.asarray, (inputs, cotangent))
+    assert backend.cannot(given.spec, inputs, jax.default_backend()) is None
+    judge(given, value_and_gradients(backend, given.spec, inputs, cotangent), f"{shape} {dtype}")
+
+
+def judge(given, found, label):
+    """`found`: results of `value_and_gradients`."""
+    output, lse, *gradients = found
     names = ("output", "query", "key", "value", "bias")
-    for name, a, b, c in zip(names, (output, *gradients), theirs, exact, strict=True):
+    for name, a, b, c in zip(names, (output, *gradients), given.naive, given.exact, strict=True):
         if a is not None:
-            oracle.assert_within_budget([a], [b], [c], f"{name} {shape} {dtype}")
-    is_empty = ~seen.any(-1).swapaxes(1, 2)
+            oracle.assert_within_budget([(a, [b], c)], f"{name} {label}")
+    is_empty = ~given.seen.any(-1).swapaxes(1, 2)
     np.testing.assert_array_equal(np.isneginf(np.asarray(lse)), is_empty)
     assert not np.any(np.asarray(output, np.float32)[is_empty])
 

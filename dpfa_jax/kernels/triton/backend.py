@@ -18,11 +18,12 @@ from dpfa_jax.kernels.base import (
     AttentionSpec,
     ExampleReadout,
     MemoryReadout,
+    SoftmaxRows,
 )
 from dpfa_jax.kernels.triton import tiles
 from dpfa_jax.kernels.triton.backward import BackwardArrays, attention_backward
 from dpfa_jax.kernels.triton.forward import NoiseArrays, attention_forward
-from dpfa_jax.kernels.triton.logits import Arrays
+from dpfa_jax.kernels.triton.logits import Arrays, Base
 from dpfa_jax.kernels.triton.memory import memory_forward
 from dpfa_jax.noise import check_attention_ranges
 
@@ -113,7 +114,11 @@ class TritonBackend:
         else:
             results = run(None, dtype=dtype, keep_unclipped=False)
             output, unclipped = results.output, None
-        return AttentionOutputs(output, unclipped, jnp.swapaxes(results.lse, 1, 2))
+        rows = SoftmaxRows(jnp.swapaxes(results.maximum, 1, 2), jnp.swapaxes(results.total, 1, 2))
+        is_empty = rows.total == 0.0
+        rows = rows._replace(total=jnp.where(is_empty, 1.0, rows.total))
+        lse = jnp.where(is_empty, -jnp.inf, rows.maximum + jnp.log(rows.total))
+        return AttentionOutputs(output, unclipped, lse, rows=rows)
 
     def backward(
         self,
@@ -123,7 +128,7 @@ class TritonBackend:
         cotangent: Float[Array, "B T N H"],
         lse_cotangent: Float[Array, "B T N"] | None,
     ) -> AttentionGradients:
-        """Gradients of plain attention."""
+        """Gradients of plain attention; `outputs` may hold the log-sum-exp alone."""
         assert outputs.lse is not None
         is_empty = jnp.isneginf(outputs.lse)
         may_be_empty = any(x is not None for x in inputs[3:7]) or spec.local_window is not None
@@ -134,9 +139,14 @@ class TritonBackend:
         delta = jnp.sum(answer.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
         if lse_cotangent is not None:
             delta = delta - jnp.where(is_empty, 0.0, lse_cotangent.astype(jnp.float32))
-        lse = jnp.where(is_empty, jnp.inf, outputs.lse)
+        by_head = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
+        shift, factor = outputs.lse, None
+        if inputs.query.dtype == jnp.float32 and outputs.rows is not None:
+            # exp(logit - lse) would round as coarsely as the log-sum-exp, all of a row alike.
+            shift, factor = outputs.rows.maximum, by_head(1.0 / outputs.rows.total)
+        shift = jnp.where(is_empty, jnp.inf, shift * Base.of(inputs.query.dtype).unit)
         given = BackwardArrays(
-            cotangent.astype(inputs.query.dtype), jnp.swapaxes(lse, 1, 2), jnp.swapaxes(delta, 1, 2)
+            cotangent.astype(inputs.query.dtype), by_head(shift), by_head(delta), factor
         )
         return AttentionGradients(
             *attention_backward(

@@ -16,20 +16,23 @@ from jax.experimental.pallas import triton as plt
 from dpfa_jax.kernels.base import AttentionSpec
 from dpfa_jax.kernels.triton import logits, tiles
 from dpfa_jax.kernels.triton.launch import launch
-from dpfa_jax.kernels.triton.logits import LOG2_E, Arrays, Place
+from dpfa_jax.kernels.triton.logits import Arrays, Place
 from dpfa_jax.kernels.triton.tiles import KernelTiles, Scalar, Tiles
 
 
 class BackwardArrays(NamedTuple):
     """What the kernels read beside the inputs.
 
-    `cotangent` is zero in rows that saw no key; `lse` (B, N, T) is +inf there; `delta` (B, N, T)
-    is the row-wise product of output and cotangent, less the cotangent of `lse`.
+    `cotangent` is zero in rows that saw no key. The others are (B, N, T): weights are
+    power(logit - shift) * factor in the base of the call, and `shift` is +inf in such rows;
+    `factor` is None where it is 1; `delta` is the row-wise product of output and cotangent, less
+    the cotangent of the log-sum-exp.
     """
 
     cotangent: Any
-    lse: Any
+    shift: Any
     delta: Any
+    factor: Any = None
 
 
 class _Rows(NamedTuple):
@@ -37,8 +40,9 @@ class _Rows(NamedTuple):
 
     query: jax.Array
     cotangent: jax.Array
-    lse: jax.Array
+    shift: jax.Array
     delta: jax.Array
+    factor: jax.Array | None
 
 
 def _load_rows(
@@ -53,8 +57,9 @@ def _load_rows(
     return _Rows(
         logits.load_rows(arrays.query, batch, rows, head, is_row),
         logits.load_rows(given.cotangent, batch, rows, head, is_row),
-        logits.load_vector(given.lse, batch, head, rows, jnp.inf),
+        logits.load_vector(given.shift, batch, head, rows, jnp.inf),
         logits.load_vector(given.delta, batch, head, rows, 0.0),
+        None if given.factor is None else logits.load_vector(given.factor, batch, head, rows, 0.0),
     )
 
 
@@ -88,8 +93,12 @@ def _weights(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One tile: softmax weights, gradient of the biased logits, gradient of scale q.k."""
     along_rows = (None, slice(None)) if is_keys_first else (slice(None), None)
-    s, ratio = logits.base2(spec, arrays, place, row.query, key.key, is_keys_first=is_keys_first)
-    p = jnp.exp2(s - (row.lse * LOG2_E)[along_rows])
+    s, ratio = logits.tile_logits(
+        spec, arrays, place, row.query, key.key, is_keys_first=is_keys_first
+    )
+    p = logits.Base.of(row.query.dtype).power(s - row.shift[along_rows])
+    if row.factor is not None:
+        p = p * row.factor[along_rows]
     first, second = (key.value, row.cotangent) if is_keys_first else (row.cotangent, key.value)
     d_biased = p * (logits.dot(first, second, trans_b=True) - row.delta[along_rows])
     if is_edge:
@@ -104,7 +113,11 @@ def _weights(
 
 def _clean(arrays: tuple[Any, ...]) -> Any:
     """The same tuple without NaN and infinities: a weight of 0 must remove any bytes."""
-    return type(arrays)(*(logits.finite_or_zero(x) if x.ndim == 2 else x for x in arrays))
+    is_tile = [x is not None and x.ndim == 2 for x in arrays]
+    cleaned = (
+        logits.finite_or_zero(x) if tile else x for x, tile in zip(arrays, is_tile, strict=True)
+    )
+    return type(arrays)(*cleaned)
 
 
 def _queries_body(
@@ -139,7 +152,7 @@ def _queries_body(
         acc = lax.fori_loop(begin, end, functools.partial(step, is_edge=is_edge), acc)
     if arrays.query_lengths is not None:
         # In a tile that some rows see whole, the others multiply 0 by what may be NaN.
-        acc = jnp.where((row.lse == jnp.inf)[:, None], 0.0, acc)
+        acc = jnp.where((row.shift == jnp.inf)[:, None], 0.0, acc)
     logits.store_rows(d_query, batch, rows, head, acc, length)
 
 
@@ -161,9 +174,10 @@ def _keys_body(
     if limit is None and keys % tile.block_kv:
         limit = keys
     key = _load_keys(arrays, batch, kv_head, columns, limit)
-    is_masked = arrays.mask is not None
-    loops = tiles.query_loops(spec, key_begin, tile.block_kv, tile.block_q, length,
-                              is_masked=is_masked)  # fmt: skip
+    loops = tiles.query_loops(
+        spec, key_begin, tile.block_kv, tile.block_q, length, arrays.query_length(batch),
+        is_masked=arrays.mask is not None,
+    )  # fmt: skip
 
     def step(
         i: jax.Array, carry: tuple[jax.Array, jax.Array], *, head: Scalar, is_edge: bool

@@ -4,7 +4,6 @@ Source: Dao, "FlashAttention-2" (2023). Under `ExampleReadout` the epilogue clip
 """
 
 import functools
-import math
 from typing import Any, NamedTuple
 
 import jax
@@ -19,8 +18,6 @@ from dpfa_jax.kernels.triton.launch import launch
 from dpfa_jax.kernels.triton.logits import Arrays, Place
 from dpfa_jax.kernels.triton.noise import Stream, clip_rows, snapped
 from dpfa_jax.kernels.triton.tiles import Scalar, Tiles
-
-LN_2 = math.log(2.0)
 
 
 class NoiseArrays(NamedTuple):
@@ -39,17 +36,23 @@ class NoiseArrays(NamedTuple):
 
 
 class ForwardResults(NamedTuple):
-    """`output`, `unclipped` like query; `lse` (B, N, T) float32, natural logarithm."""
+    """`output`, `unclipped` like query; the others (B, N, T) float32.
+
+    A row's weights are exp(logit - maximum) / total; both are finite, and a row that sees no key
+    has total 0.
+    """
 
     output: jax.Array
-    lse: jax.Array
+    maximum: jax.Array
+    total: jax.Array
     unclipped: jax.Array | None
 
 
 def _body(
     operands: tuple[Arrays, NoiseArrays | None],
     output: Any,
-    lse: Any,
+    maximum: Any,
+    total_weight: Any,
     unclipped: Any = None,
     *,
     spec: AttentionSpec,
@@ -66,6 +69,7 @@ def _body(
     key_length, query_length = arrays.key_length(batch), arrays.query_length(batch)
     is_row = rows < length if length % tile.block_q else None
     query = logits.load_rows(arrays.query, batch, rows, head, is_row)
+    base = logits.Base.of(query.dtype)
 
     def step(j: jax.Array, carry: tuple[jax.Array, ...], *, is_edge: bool) -> tuple[jax.Array, ...]:
         acc, largest, total = carry
@@ -74,7 +78,7 @@ def _body(
         limit = keys if key_length is None else key_length
         is_key = columns < limit if is_edge else None
         key = logits.load_rows(arrays.key, batch, columns, kv_head, is_key)
-        s, _ = logits.base2(spec, arrays, place, query, key)
+        s, _ = logits.tile_logits(spec, arrays, place, query, key)
         value = logits.load_rows(arrays.value, batch, columns, kv_head, is_key)
         if is_edge:
             # Bytes of a key that a row does not see must not reach it, not even as 0 * NaN. A row
@@ -84,8 +88,8 @@ def _body(
             s = jnp.where(logits.visible(spec, arrays, place, key_length), s, -jnp.inf)
         previous = largest
         largest = jnp.maximum(previous, jnp.max(s, axis=1))
-        decay = jnp.exp2(previous - largest)
-        p = jnp.exp2(s - largest[:, None])
+        decay = base.power(previous - largest)
+        p = base.power(s - largest[:, None])
         total = total * decay + jnp.sum(p, axis=1)
         acc = acc * decay[:, None] + logits.dot(p.astype(value.dtype), value)
         return acc, largest, total
@@ -107,8 +111,9 @@ def _body(
         is_empty = is_empty | (rows >= query_length)
     safe = jnp.where(is_empty, 1.0, total)
     normalised = jnp.where(is_empty[:, None], 0.0, acc / safe[:, None])
-    found = jnp.where(is_empty, -jnp.inf, (largest + jnp.log2(safe)) * LN_2)
-    plt.store(lse.at[batch, head, rows], found, mask=rows < length)
+    total = jnp.where(is_empty, 0.0, total)
+    plt.store(maximum.at[batch, head, rows], largest * (1.0 / base.unit), mask=rows < length)
+    plt.store(total_weight.at[batch, head, rows], total, mask=rows < length)
     if unclipped is not None:
         logits.store_rows(unclipped, batch, rows, head, normalised, length)
     if noise is not None:
@@ -134,7 +139,7 @@ def attention_forward(
     batch, length, heads, _ = arrays.query.shape
     shapes = [
         jax.ShapeDtypeStruct(arrays.query.shape, dtype),
-        jax.ShapeDtypeStruct((batch, heads, length), jnp.float32),
+        *(jax.ShapeDtypeStruct((batch, heads, length), jnp.float32) for _ in range(2)),
     ]
     if keep_unclipped:
         shapes.append(jax.ShapeDtypeStruct(arrays.query.shape, arrays.query.dtype))
@@ -142,4 +147,5 @@ def attention_forward(
     results = launch(
         _body, (arrays, noise), shapes, grid, tile, name="forward", interpret=interpret, spec=spec
     )
-    return ForwardResults(results[0], results[1], results[2] if keep_unclipped else None)
+    unclipped = results[3] if keep_unclipped else None
+    return ForwardResults(results[0], results[1], results[2], unclipped)

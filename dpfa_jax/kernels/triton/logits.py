@@ -1,10 +1,12 @@
 """One tile of the logits: loads, products, bias, and what is hidden.
 
-Logits are in base 2 (times log2 e), so that a weight is one exp2. `is_keys_first` turns the tile
-over: keys along axis 0, as the gradient of keys and values wants them.
+Logits of 16-bit inputs are in base 2 (times log2 e), so that a weight is one exp2; those of float32
+are natural, which costs one rounding less. `is_keys_first` turns the tile over: keys along axis 0,
+as the gradient of keys and values wants them.
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,8 +19,20 @@ from dpfa_jax.kernels.triton import tiles
 from dpfa_jax.kernels.triton.tiles import Scalar
 
 LOG2_E = math.log2(math.e)
-# Start of a running maximum: finite, so that a row with no key yet gives exp2(-inf) = 0, no NaN.
+# Start of a running maximum: finite, so that a row with no key yet gives exp(-inf) = 0, no NaN.
 LOWEST = -1e38
+
+
+class Base(NamedTuple):
+    """Logits times `unit`; `power` turns them into weights."""
+
+    unit: float
+    power: Callable[[jax.Array], jax.Array]
+
+    @classmethod
+    def of(cls, dtype: Any) -> "Base":
+        """The base of calls in `dtype`."""
+        return cls(1.0, jnp.exp) if dtype == jnp.float32 else cls(LOG2_E, jnp.exp2)
 
 
 class Arrays(NamedTuple):
@@ -114,7 +128,7 @@ def marks(x: jax.Array) -> jax.Array:
     return jnp.where(jnp.max(odd, axis=1) > 0.0, jnp.nan, 0.0)
 
 
-def base2(
+def tile_logits(
     spec: AttentionSpec,
     arrays: Arrays,
     place: Place,
@@ -123,18 +137,19 @@ def base2(
     *,
     is_keys_first: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """scale q.k, capped and biased, times log2 e; and tanh(logits / cap) where there is a cap."""
+    """scale q.k, capped and biased, in their base; and tanh(logits / cap) where there is a cap."""
+    unit = Base.of(query.dtype).unit
     first, second = (key, query) if is_keys_first else (query, key)
     logits = dot(first, second, trans_b=True)
     ratio = None
     if spec.logits_soft_cap is None:
-        logits = logits * (spec.scale * LOG2_E)
+        logits = logits * (spec.scale * unit)
     else:
         ratio = jnp.tanh(logits * (spec.scale / spec.logits_soft_cap))
-        logits = ratio * (spec.logits_soft_cap * LOG2_E)
+        logits = ratio * (spec.logits_soft_cap * unit)
     if arrays.bias is not None:
         bias = load_per_pair(arrays.bias, place, is_keys_first=is_keys_first)
-        logits = logits + bias.astype(jnp.float32) * LOG2_E
+        logits = logits + bias.astype(jnp.float32) * unit
     return logits, ratio
 
 

@@ -41,7 +41,8 @@ def _body(
     key_length, query_length = arrays.key_length(batch), arrays.query_length(batch)
     is_row = rows < length if length % tile.block_q else None
     query = logits.load_rows(arrays.query, batch, rows, head, is_row)
-    bound = readout.logit_bound
+    base = logits.Base.of(query.dtype)
+    bound = readout.logit_bound * base.unit
 
     def step(j: jax.Array, carry: tuple[TwoFloat, TwoFloat]) -> tuple[TwoFloat, TwoFloat]:
         numerator, normaliser = carry
@@ -50,10 +51,10 @@ def _body(
         is_key = columns < keys
         key = logits.load_rows(arrays.key, batch, columns, kv_head, is_key)
         value = logits.load_rows(arrays.value, batch, columns, kv_head, is_key)
-        s, _ = logits.base2(spec, arrays, place, query, key)
+        s, _ = logits.tile_logits(spec, arrays, place, query, key)
         # A NaN logit counts as the smallest one.
-        s = jnp.where(s == s, jnp.minimum(s, bound * logits.LOG2_E), -jnp.inf)
-        weights = jnp.minimum(jnp.exp2(s - bound * logits.LOG2_E), 1.0)
+        s = jnp.where(s == s, jnp.minimum(s, bound), -jnp.inf)
+        weights = jnp.minimum(base.power(s - bound), 1.0)
         seen = logits.visible(spec, arrays, place, key_length)
         if query_length is not None:
             seen = seen & (rows < query_length)[:, None]

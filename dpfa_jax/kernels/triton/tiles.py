@@ -67,11 +67,11 @@ def kernel_tiles(head_size: int, itemsize: int) -> KernelTiles:
         )
     if head_size <= 64:
         return KernelTiles(
-            Tiles(128, 64, 4, 3), Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2)
+            Tiles(64, 64, 4, 3), Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(64, 32, 4, 2)
         )
     if head_size <= 128:
         return KernelTiles(
-            Tiles(128, 64, 8, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2), Tiles(64, 32, 8, 2)
+            Tiles(64, 64, 4, 2), Tiles(64, 64, 4, 2), Tiles(32, 64, 4, 2), Tiles(64, 32, 8, 2)
         )
     return KernelTiles(
         Tiles(64, 32, 8, 2), Tiles(64, 32, 8, 1), Tiles(32, 32, 8, 1), Tiles(32, 32, 8, 2)
@@ -133,17 +133,27 @@ def key_loops(
 
 
 def query_loops(
-    spec: AttentionSpec, key_begin: Scalar, keys: int, block_q: int, rows: int, *, is_masked: bool
+    spec: AttentionSpec,
+    key_begin: Scalar,
+    keys: int,
+    block_q: int,
+    rows: int,
+    query_length: Scalar | None,
+    *,
+    is_masked: bool,
 ) -> list[Steps]:
-    """Loops over query tiles that see keys [key_begin, key_begin + keys). Rows past the last are
-    no edge: their log-sum-exp gives them weight 0."""
+    """Loops over query tiles that see keys [key_begin, key_begin + keys).
+
+    Rows that do not exist are no edge: they have weight 0. A tile of such rows only is left out,
+    since its keys may be seen by nobody, and hold any bytes.
+    """
     right, left = right_reach(spec), left_reach(spec)
     first: Scalar = 0
     late: Scalar = 0
     if right is not None:
         first = _least(_most(0, key_begin - right), rows)
         late = _most(0, key_begin + keys - 1 - right)
-    last: Scalar = rows
+    last: Scalar = rows if query_length is None else _least(rows, query_length)
     every: Scalar = _cdiv(rows, block_q) * block_q
     if left is not None:
         last = _least(last, key_begin + keys + left)

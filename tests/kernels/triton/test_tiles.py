@@ -65,9 +65,9 @@ def test_key_loops(convert, is_masked):
 @pytest.mark.parametrize("convert", [int, np.int32])
 @pytest.mark.parametrize("is_masked", [False, True])
 def test_query_loops(convert, is_masked):
-    for spec, seen in itertools.islice(cases(), 0, None, 1 if convert is int else 5):
+    for spec, seen in itertools.islice(cases(), 0, None, 1 if convert is int else 11):
         rows, keys = seen.shape
-        for begin in range(0, keys, BLOCK_KV):
+        for begin, length in itertools.product(range(0, keys, BLOCK_KV), (None, 0, 9, rows)):
             tile = np.zeros((-(-rows // BLOCK_Q) * BLOCK_Q, keys), bool)
             tile[:rows] = seen
             part = tile[:, begin : begin + BLOCK_KV].reshape(
@@ -75,9 +75,15 @@ def test_query_loops(convert, is_masked):
             )
             whole = (part | ~(np.arange(len(tile)) < rows).reshape(-1, BLOCK_Q, 1)).all((1, 2))
             loops = tiles.query_loops(
-                spec, convert(begin), BLOCK_KV, BLOCK_Q, rows, is_masked=is_masked
-            )
+                spec, convert(begin), BLOCK_KV, BLOCK_Q, rows,
+                None if length is None else convert(length), is_masked=is_masked,
+            )  # fmt: skip
+            if length is not None:
+                part[np.arange(len(tile)).reshape(-1, BLOCK_Q) >= length] = False
             check(loops, part.any((1, 2)), whole)
+            # Tiles past the last row are left out: their keys may hold any bytes.
+            walked = [step.end for step in loops if step.begin < step.end]
+            assert length is None or all(end * BLOCK_Q < length + BLOCK_Q for end in walked)
 
 
 def test_a_skipped_or_unmasked_tile_is_caught():
