@@ -3,10 +3,12 @@
 from dpfa_jax.dpsgd.batches import poisson_batches, take_batch
 from dpfa_jax.dpsgd.coverage import Covered, coverage
 from dpfa_jax.dpsgd.noisy_sum import NoisySumState, noisy_sum
+from dpfa_jax.dpsgd.parameters import ClipGroups, per_layer_groups
 from dpfa_jax.dpsgd.plan import DPSGDPlan
 from dpfa_jax.dpsgd.step import DPState, DPStep, make_dp_step
 
 __all__ = [
+    "ClipGroups",
     "Covered",
     "DPSGDPlan",
     "DPState",
@@ -15,6 +17,7 @@ __all__ = [
     "coverage",
     "make_dp_step",
     "noisy_sum",
+    "per_layer_groups",
     "poisson_batches",
     "take_batch",
 ]

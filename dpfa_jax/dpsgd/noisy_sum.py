@@ -8,7 +8,7 @@ import optax
 from jaxtyping import Array, Int, Key, PyTree
 
 from dpfa_jax.core import ArgumentError
-from dpfa_jax.dpsgd.parameters import check_parameters, leaf_groups
+from dpfa_jax.dpsgd.parameters import check_parameters, check_untied, leaf_groups
 from dpfa_jax.dpsgd.plan import DPSGDPlan
 from dpfa_jax.noise import counters, fields, grid, hazards, keys
 
@@ -44,6 +44,7 @@ def noisy_sum(plan: DPSGDPlan) -> optax.GradientTransformationExtraArgs:
 
     def init(params: PyTree) -> NoisySumState:
         check_parameters(params, release.num_parameters)
+        check_untied(params)
         leaf_groups(params, plan.groups)
         return NoisySumState(jnp.zeros((), jnp.int32))
 

@@ -1,10 +1,13 @@
 """Which parameters a plan protects, and in which clip group each of them is."""
 
+import math
+from typing import Literal, NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import PyTree
 
-from dpfa_jax.core import ArgumentError, CoverageError
+from dpfa_jax.core import ArgumentError, CoverageError, checks
 
 # A clip group is a tuple of path prefixes: ("encoder/0", "embedding").
 Groups = tuple[tuple[str, ...], ...]
@@ -16,6 +19,52 @@ def leaf_paths(params: PyTree) -> tuple[str, ...]:
         jax.tree_util.keystr(path, simple=True, separator="/")
         for path, _ in jax.tree_util.tree_leaves_with_path(params)
     )
+
+
+class ClipGroups(NamedTuple):
+    """Clip groups with their clip norms, as a plan takes them.
+
+    Attributes:
+      groups: path prefixes of each group.
+      l2_clip_norms: C_l of each group; sum C_l^2 = C^2.
+    """
+
+    groups: Groups
+    l2_clip_norms: tuple[float, ...]
+
+
+def per_layer_groups(
+    params: PyTree,
+    l2_clip_norm: float,
+    *,
+    depth: int | None = None,
+    weights: Literal["equal", "size"] = "equal",
+) -> ClipGroups:
+    """Groups for per-layer clipping whose norms together allow an example as much as one flat C.
+
+    Args:
+      params: pytree of arrays or `jax.ShapeDtypeStruct`s.
+      l2_clip_norm: C, the norm that a whole example may reach.
+      depth: names of a path that make a layer: 2 puts "encoder/0/kernel" and "encoder/0/bias" into
+        "encoder/0". None: each parameter is a group of its own.
+      weights: "equal": C_l = C / sqrt(L). "size": C_l = C sqrt(d_l / d), d_l the group's numbers.
+
+    Errors: ArgumentError for a clip norm, depth or weights out of range.
+    Source: McMahan et al., "Learning differentially private recurrent language models" (2018), for
+    both ways to divide C.
+    """
+    checks.magnitude("l2_clip_norm", l2_clip_norm)
+    checks.choice("weights", weights, ("equal", "size"))
+    names = None if depth is None else checks.count("depth", depth)
+    sizes: dict[str, int] = {}
+    for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True):
+        layer = "/".join(path.split("/")[:names])
+        sizes[layer] = sizes.get(layer, 0) + math.prod(leaf.shape)
+    if not sizes:
+        raise ArgumentError("params", params, "holds no parameter", "Pass the model's parameters.")
+    shares = [1.0 if weights == "equal" else float(max(size, 1)) for size in sizes.values()]
+    norms = tuple(l2_clip_norm * math.sqrt(share / math.fsum(shares)) for share in shares)
+    return ClipGroups(tuple((layer,) for layer in sizes), norms)
 
 
 def leaf_groups(params: PyTree, groups: Groups | None) -> tuple[int, ...]:
@@ -83,6 +132,24 @@ def check_parameters(params: PyTree, num_parameters: int) -> None:
             f"the number of parameters is not the num_parameters = {num_parameters} of the release",
             f"Plan with num_parameters={found}, or pass the parameters that were planned for.",
         )
+
+
+def check_untied(params: PyTree) -> None:
+    """Refuses one array under two names: it would be clipped, noised and moved as two parameters.
+
+    Errors: ArgumentError naming both.
+    """
+    names: dict[int, str] = {}
+    for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True):
+        first = names.setdefault(id(leaf), path)
+        if first != path:
+            raise ArgumentError(
+                f"params[{path!r}]",
+                f"the array of params[{first!r}]",
+                "one array is given under two names",
+                "Tied weights must be ONE leaf that both layers read; if the two only start equal, "
+                "copy one: jnp.array(x, copy=True).",
+            )
 
 
 def _covers(prefix: str, path: str) -> bool:

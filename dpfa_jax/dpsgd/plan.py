@@ -4,13 +4,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Iterator
-from typing import Self
+from typing import Literal, Self
 
+import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from dpfa_jax.core import ArgumentError, checks
 from dpfa_jax.dpsgd import batches
-from dpfa_jax.dpsgd.parameters import Groups
+from dpfa_jax.dpsgd.parameters import Groups, per_layer_groups
 from dpfa_jax.release import GaussianRecord, TrainingRelease
 
 DEFAULT_MICRO_BATCH_SIZE = 64
@@ -28,7 +30,6 @@ class DPSGDPlan:
       micro_batch_size: examples that go forward and backward at a time; divides the capacity.
       groups: clip groups, one for each of `release.l2_clip_norms`, each a tuple of path prefixes
         ("encoder/0", "embedding"). Every parameter must be in exactly one. None: one flat group.
-
       per_example_bytes: memory for per-example gradients held at a time; a speed setting only.
 
     Errors: ArgumentError for combinations that contradict each other.
@@ -78,7 +79,9 @@ class DPSGDPlan:
         expected_batch_size: int,
         steps: int,
         l2_clip_norm: float | tuple[float, ...],
-        num_parameters: int,
+        num_parameters: int | None = None,
+        params: PyTree | None = None,
+        clipping: Literal["flat", "per_layer"] = "flat",
         micro_batch_size: int = DEFAULT_MICRO_BATCH_SIZE,
         truncated_batch_size: int | None = None,
         groups: Groups | None = None,
@@ -91,6 +94,15 @@ class DPSGDPlan:
         The capacity is rounded up to a multiple of the micro-batch, and a micro-batch larger than
         the capacity is cut to it. Takes the time of one noise calibration (seconds).
 
+        Args:
+          num_parameters: how many numbers a step releases; counted in `params` where None.
+          params: the parameters, or their shapes; needed for per-layer clipping.
+          clipping: "flat": an example's whole gradient is clipped to `l2_clip_norm`, or that of
+            each of `groups`. "per_layer": each parameter's is clipped, all together to
+            `l2_clip_norm` (`per_layer_groups` gives other divisions, to be passed as `groups`).
+
+        The other arguments are those of the plan and of `TrainingRelease`.
+
         Errors: ArgumentError as the constructor's, and for a budget that no noise can meet.
         """
         from dpfa_jax import accounting  # pulls in dp_accounting: only where epsilon is asked for
@@ -98,6 +110,11 @@ class DPSGDPlan:
         checks.positive("epsilon", epsilon)
         checks.count("steps", steps)
         checks.count("micro_batch_size", micro_batch_size)
+        checks.choice("clipping", clipping, ("flat", "per_layer"))
+        if num_parameters is None:
+            num_parameters = _number_of(params)
+        if clipping == "per_layer":
+            groups, l2_clip_norm = _per_layer(params, l2_clip_norm, groups)
         release = TrainingRelease(
             l2_clip_norm=l2_clip_norm,
             noise_multiplier=1.0,
@@ -184,3 +201,28 @@ class DPSGDPlan:
                 f"{len(groups)} groups for {len(norms)} clip norms",
                 "Give release.l2_clip_norm one number for each group.",
             )
+
+
+def _number_of(params: PyTree | None) -> int:
+    if params is None:
+        raise ArgumentError(
+            "num_parameters", None, "params is None too", "Pass params, or how many numbers it has."
+        )
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params))
+
+
+def _per_layer(
+    params: PyTree | None, l2_clip_norm: float | tuple[float, ...], groups: Groups | None
+) -> tuple[Groups, tuple[float, ...]]:
+    if params is None:
+        raise ArgumentError(
+            "params", None, "per-layer clipping must know the parameters", "Pass params=params."
+        )
+    if groups is not None or isinstance(l2_clip_norm, tuple):
+        raise ArgumentError(
+            "clipping",
+            "per_layer",
+            "groups or several clip norms are given too",
+            'Pass one l2_clip_norm and no groups, or groups and clipping="flat".',
+        )
+    return per_layer_groups(params, l2_clip_norm)

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Int, Key, PyTree
 from dpfa_jax.core import ArgumentError, BudgetExceededError
 from dpfa_jax.dpsgd.clipped_sum import PerExampleLoss, clipped_sum
 from dpfa_jax.dpsgd.noisy_sum import TRAINING_LAYER, NoisySumState, check_noise_key, noisy_sum
-from dpfa_jax.dpsgd.parameters import check_parameters, leaf_groups
+from dpfa_jax.dpsgd.parameters import check_parameters, check_untied, leaf_groups
 from dpfa_jax.dpsgd.plan import DPSGDPlan
 from dpfa_jax.noise import hazards
 
@@ -78,6 +78,7 @@ def make_dp_step(
 
     def init(params: PyTree) -> DPState:
         check_parameters(params, release.num_parameters)
+        check_untied(params)
         leaf_groups(params, plan.groups)
         return DPState(np.zeros((), np.int32), params, optimizer.init(params))
 
