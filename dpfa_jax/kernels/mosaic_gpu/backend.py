@@ -81,13 +81,10 @@ class MosaicGpuBackend:
 
     Attributes:
       interpret: parameters of the Mosaic GPU simulator (tests on a CPU); None on a GPU.
-      example_release: whether `ExampleReadout` is served. Off until `test_a_billion_draws` has
-        passed on a device; the tests turn it on.
     """
 
     name: str = "mosaic_gpu"
     interpret: Any = None
-    example_release: bool = False
 
     def cannot(self, spec: AttentionSpec, inputs: AttentionInputs, platform: str) -> str | None:
         """None if the kernels serve the call on `platform`, else why not."""
@@ -108,8 +105,6 @@ class MosaicGpuBackend:
             return "a mask array is not served (causal, local window and lengths are)"
         if isinstance(spec.readout, MemoryReadout):
             return "the memory readout is not served by these kernels"
-        if isinstance(spec.readout, ExampleReadout) and not self.example_release:
-            return "the noise made in the kernel has not passed its test of a billion draws yet"
         if isinstance(spec.readout, ExampleReadout) and spec.readout.clip != "row":
             return (
                 f"clip={spec.readout.clip!r} needs the norm of the whole example; 'row' is served"
@@ -143,7 +138,9 @@ class MosaicGpuBackend:
             stddevs, grids = (
                 jnp.broadcast_to(jnp.asarray(x, jnp.float32), (batch, len(x))) for x in per_head
             )
-            arrays = arrays._replace(**inputs.noise._asdict(), stddevs=stddevs, grids=grids)
+            ones = jnp.ones((batch,), jnp.uint32)
+            noise = inputs.noise._asdict()
+            arrays = arrays._replace(**noise, stddevs=stddevs, grids=grids, ones=ones)
         head_size = inputs.query.shape[3]
         tile = forward_tiles(spec, -(-head_size // 64) * 64, inputs.key.shape[1])
         present = [x is not None for x in arrays]

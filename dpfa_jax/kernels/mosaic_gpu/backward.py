@@ -102,11 +102,6 @@ class _Ring:
     def free(self, name: str, count: Any) -> None:
         plgpu.barrier_arrive(self._barriers[name + "_free"].at[self.slot(count)])
 
-    def free_previous(self, name: str, count: Any) -> None:
-        @pl.when(count > 0)
-        def _():
-            self.free(name, count - 1)
-
     def await_free(self, name: str, count: Any) -> None:
         @pl.when(count >= self._stages)
         def _():
@@ -178,9 +173,7 @@ def _key_value_body(
                                 spec, shape, step * block_q, key_begin, key_length, None,
                                 transposed=True,
                             )  # fmt: skip
-                        # The product for dK of the step before ran under these two.
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                        ring.free_previous("query", done)
                         p, slope = _weights(spec, s, lse2, 1, seen)
                         _multiply(dv_acc, p.astype(dtype), do_shared, spare)
                         dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
@@ -191,12 +184,12 @@ def _key_value_body(
                     _multiply(dk_acc, ds.astype(dtype), q_shared, spare)
                     plgpu.wgmma_wait(1)
                     ring.free("cotangent", done)
+                    plgpu.wgmma_wait(0)
+                    ring.free("query", done)
 
                 _run_steps(steps, spec, body)
 
             pl.loop(0, group)(one_head)
-            plgpu.wgmma_wait(0)
-            ring.free_previous("query", group * count)
             return dk_acc[...], dv_acc[...]
 
         acc = plgpu.ACC((block_kv, head_size), jnp.float32)
@@ -282,9 +275,7 @@ def _query_body(arrays, dq_out, shared, barriers, *, spec, tile, keys, group, si
                     seen = None
                     if masked:
                         seen = visible(spec, shape, row_begin, step * block_kv, key_length, None)
-                    # The product for dQ of the step before ran under these two.
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                    ring.free_previous("key", done)
                     p, slope = _weights(spec, s, lse2, 0, seen)
                     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
                     ring.free("value", done)
@@ -293,10 +284,10 @@ def _query_body(arrays, dq_out, shared, barriers, *, spec, tile, keys, group, si
                 acc = plgpu.ACC(shape, jnp.float32)
                 ds = pl.run_scoped(gradient, acc, acc)
                 _multiply(dq_acc, ds.astype(dtype), k_shared, spare)
+                plgpu.wgmma_wait(0)
+                ring.free("key", done)
 
             _run_steps(steps, spec, body)
-            plgpu.wgmma_wait(0)
-            ring.free_previous("key", steps.end - steps.begin)
             return dq_acc[...]
 
         dq = pl.run_scoped(accumulate, plgpu.ACC((block_q, head_size), jnp.float32))

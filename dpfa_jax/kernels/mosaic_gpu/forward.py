@@ -35,8 +35,9 @@ LOWEST = -1e38
 class ForwardArrays(NamedTuple):
     """Operands of the kernel; absent ones are None.
 
-    `stddevs`, `grids`: (B, N) float32. `key_words`: (B, 2), `batch_index`, `head_start`: (B,)
-    uint32. Every operand has the batch axis, so that a vmapped axis can be folded into it.
+    `stddevs`, `grids`: (B, N) float32. `key_words`: (B, 2), `batch_index`, `head_start`, `ones`
+    (all 1, see `noise.tile_normals`): (B,) uint32. Every operand has the batch axis, so that a
+    vmapped axis can be folded into it.
     """
 
     query: Any
@@ -49,6 +50,7 @@ class ForwardArrays(NamedTuple):
     head_start: Any = None
     stddevs: Any = None
     grids: Any = None
+    ones: Any = None
 
 
 class ForwardResults(NamedTuple):
@@ -84,7 +86,6 @@ def _body(
         key_length = jnp.clip(arrays.key_lengths[batch], 0, keys)
     query_length = None if arrays.query_lengths is None else arrays.query_lengths[batch]
     steps = tiles.key_steps(spec, program_begin, tile.rows, block_kv, key_length, query_length)
-    count = steps.end - steps.begin
 
     def slot_of(step):
         return lax.rem(jnp.int32(step - steps.begin), jnp.int32(stages))
@@ -93,26 +94,10 @@ def _body(
         plgpu.barrier_arrive(barriers["turn"])
         plgpu.barrier_wait(barriers["turn"])
 
-    chunks = COMPUTE_WARPGROUPS * head_size // tile.noise_columns
-
-    def noise_chunks(begin, end):
-        stream = _stream(arrays, batch, head)
-        columns = tile.noise_columns
-
-        # Few columns at a time: whoever makes noise owns few registers.
-        @pl.loop(begin, end)
-        def _(chunk):
-            part = lax.div(jnp.int32(chunk), jnp.int32(chunks // COMPUTE_WARPGROUPS))
-            column = (chunk - part * (chunks // COMPUTE_WARPGROUPS)) * columns
-            shared["noise"].at[chunk][...] = _normals(
-                stream, program_begin + part * block_q, column, (block_q, columns), simulate
-            )
-
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def compute():
         if not simulate:
-            registers = 216 if tile.noise_warpgroup else 224 if tile.noise_producer else 232
-            plgpu.set_max_registers(registers, action="increase")
+            plgpu.set_max_registers(216 if tile.noise_warpgroup else 232, action="increase")
         row_begin = program_begin + warpgroup * block_q
         rows = pl.ds(row_begin, block_q)
         q_shared = shared["query"].at[warpgroup]
@@ -126,23 +111,28 @@ def _body(
 
         pl.when(warpgroup == 1)(take_turns)
 
-        def query_times_keys(step, acc_ref):
-            slot = slot_of(step)
-            plgpu.barrier_wait(barriers["key"].at[slot])
-            plgpu.wgmma(acc_ref, q_shared, shared["key"].at[slot].T)
+        def await_keys(step):
+            # Before the accumulator exists: only then are its zeros left out.
+            plgpu.barrier_wait(barriers["key"].at[slot_of(step)])
 
-        def first_logits(step, _):
+        def query_times_keys(step, acc_ref):
+            plgpu.wgmma(acc_ref, q_shared, shared["key"].at[slot_of(step)].T)
+
+        def logits_of(step, _):
             def product(acc_ref):
                 query_times_keys(step, acc_ref)
                 take_turns()
                 return acc_ref[...]
 
+            await_keys(step)
             s = pl.run_scoped(product, plgpu.ACC((block_q, block_kv), jnp.float32))
             plgpu.barrier_arrive(barriers["key_free"].at[slot_of(step)])
             return s
 
         def step_body(step, carry, masked: bool, is_last: bool):
             s, acc, largest, total = carry
+            if not tile.ahead:
+                s = logits_of(step, None)
             slot = slot_of(step)
             v_shared = shared["value"].at[slot]
             factor = spec.scale
@@ -169,36 +159,42 @@ def _body(
             plgpu.barrier_wait(barriers["value"].at[slot])
             plgpu.barrier_wait(barriers["turn"])
 
-            # The next logits are begun right behind these values, so the tensor cores do not idle
-            # while this warpgroup learns that the values are done.
+            is_alone = is_last or not tile.ahead
             if simulate:  # the simulator has no wgmma with an operand in registers
                 acc += jnp.dot(
                     p_stored.astype(jnp.float32),
                     v_shared[...].astype(jnp.float32),
                     preferred_element_type=jnp.float32,
                 )
-                if not is_last:
-                    s = first_logits(step + 1, None)
-            elif is_last:
+                if not is_alone:
+                    s = logits_of(step + 1, None)
+            elif is_alone:
                 acc = pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, p_stored, v_shared))(
                     plgpu.ACC.init(acc)
                 )
-            else:
+            else:  # begun together: no wait between them, and the rescaling hides behind the first
+                await_keys(step + 1)
 
-                def products(refs):
-                    acc_ref, s_ref = refs
-                    plgpu.wgmma(acc_ref, p_stored, v_shared)
+                def both(s_ref):
                     query_times_keys(step + 1, s_ref)
-                    take_turns()
 
-                acc, s = pl.run_state(products)((plgpu.ACC.init(acc), plgpu.ACC.init(zeros)))
+                    def weighted_values(acc_ref):
+                        plgpu.wgmma(acc_ref, p_stored, v_shared)
+                        take_turns()
+
+                    acc_done = pl.run_state(weighted_values)(plgpu.ACC.init(acc))
+                    return s_ref[...], acc_done
+
+                s, acc = pl.run_scoped(both, plgpu.ACC((block_q, block_kv), jnp.float32))
                 plgpu.barrier_arrive(barriers["key_free"].at[slot_of(step + 1)])
             plgpu.barrier_arrive(barriers["value_free"].at[slot])
             return s, acc, largest, total
 
         zeros = plgpu.layout_cast(jnp.zeros((block_q, block_kv), jnp.float32), WGMMA)
         last = tiles.most(steps.begin, steps.end - 1)
-        s = _loop(steps.begin, tiles.least(steps.begin + 1, steps.end), first_logits, zeros)
+        s = zeros
+        if tile.ahead:
+            s = _loop(steps.begin, tiles.least(steps.begin + 1, steps.end), logits_of, zeros)
         carry = (s, acc, largest, total)
         body = functools.partial(step_body, is_last=False)
         masked = functools.partial(body, masked=True)
@@ -236,13 +232,12 @@ def _body(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(out_shared, out_rows)
         plgpu.copy_smem_to_gmem(lse_shared, results.lse.at[batch, head, rows])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the writes end with the kernel
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def produce():
         if not simulate:
-            registers = 24 if tile.noise_warpgroup else 56 if tile.noise_producer else 40
-            plgpu.set_max_registers(registers, action="decrease")
+            plgpu.set_max_registers(24 if tile.noise_warpgroup else 40, action="decrease")
         kv_head = lax.div(head, jnp.int32(group))
 
         @pl.loop(steps.begin, steps.end)
@@ -261,15 +256,6 @@ def _body(
 
             load("key", arrays.key)
             load("value", arrays.value)
-            if tile.noise_producer:
-                done = step - steps.begin
-                noise_chunks(lax.div(done * chunks, count), lax.div((done + 1) * chunks, count))
-
-        if tile.noise_producer:
-            # A program without keys has made none yet.
-            noise_chunks(jnp.where(count > 0, chunks, 0), chunks)
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(barriers["noise"])
 
         @pl.loop(jnp.maximum(steps.begin, steps.end - stages), steps.end)
         def _(step):  # leave no arrival unseen
@@ -282,7 +268,18 @@ def _body(
         def make_noise():
             if not simulate:
                 plgpu.set_max_registers(56, action="decrease")
-            noise_chunks(0, chunks)
+            stream, columns = _stream(arrays, batch, head), tile.noise_columns
+            chunks = head_size // columns
+
+            # Few columns at a time: this warpgroup owns few registers.
+            @pl.loop(0, COMPUTE_WARPGROUPS * chunks)
+            def _(chunk):
+                part = lax.div(chunk, jnp.int32(chunks))
+                shared["noise"].at[chunk][...] = _normals(
+                    stream, program_begin + part * block_q, (chunk - part * chunks) * columns,
+                    (block_q, columns), simulate,
+                )  # fmt: skip
+
             plgpu.commit_smem()
             plgpu.barrier_arrive(barriers["noise"])
 
@@ -295,10 +292,11 @@ def _loop(begin, end, body, carry):
 
 
 def _stream(arrays, batch, head):
-    """Key words and the upper counter word of one batch row and head, read once."""
+    """The numbers that the noise of one batch row and head shares, read once."""
     key_words = (arrays.key_words[batch, 0], arrays.key_words[batch, 1])
     global_head = arrays.head_start[batch] + lax.convert_element_type(head, jnp.uint32)
-    return (*key_words, (arrays.batch_index[batch] << 12) | global_head)
+    high = (arrays.batch_index[batch] << 12) | global_head
+    return (*key_words, high, arrays.ones[batch])
 
 
 def _normals(stream, row_begin, column_begin, shape, simulate):
@@ -313,7 +311,7 @@ def _release(
 ):
     """Clips each row, adds the noise, snaps."""
     acc = clip_rows(acc, spec.readout.l2_clip_norm)
-    if tile.noise_warpgroup or tile.noise_producer:
+    if tile.noise_warpgroup:
         plgpu.barrier_wait(barriers["noise"])
         chunks = acc.shape[1] // tile.noise_columns
         noise = jnp.concatenate(
@@ -387,7 +385,7 @@ def attention_forward(
         "value_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=tile.stages),
         "turn": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
     }
-    if tile.noise_warpgroup or tile.noise_producer:
+    if tile.noise_warpgroup:
         chunks = COMPUTE_WARPGROUPS * head_size // tile.noise_columns
         shared["noise"] = tiled_shared((chunks, tile.block_q, tile.noise_columns), jnp.float32)
         barriers["noise"] = plgpu.Barrier()

@@ -76,7 +76,7 @@ def _interleave(even: jax.Array, odd: jax.Array, *, simulate: bool) -> jax.Array
 
 
 def tile_normals(
-    stream: tuple[jax.Array, jax.Array, jax.Array],
+    stream: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
     row_begin: jax.Array,
     column_begin: jax.Array,
     shape: tuple[int, int],
@@ -85,16 +85,21 @@ def tile_normals(
 ) -> jax.Array:
     """Standard normals of R rows and C columns of one head; `column_begin` is even.
 
-    `stream`: two key words and the upper counter word, batch << 12 | head. The counters are those
-    of `noise.counters.attention_counter`.
+    `stream`: two key words, the upper counter word, batch << 12 | head, and a one that the compiler
+    cannot know. The counters are those of `noise.counters.attention_counter`.
     """
     rows, columns = shape
     half = (rows, columns // 2)
     row = row_begin + plgpu.broadcasted_iota(jnp.uint32, half, 0, layout=_PAIRS)
     pair = (column_begin >> 1) + plgpu.broadcasted_iota(jnp.uint32, half, 1, layout=_PAIRS)
     low = (row << 9) | pair
-    key0, key1, high = stream
-    cosine, sine = normal_pair(*threefry2x32(key0, key1, jnp.full_like(low, high), low))
-    # The approximate logarithm may come out above 0 where u is within 2^-22 of 1: radius 0.
-    cosine, sine = (jnp.where(z == z, z, 0.0) for z in (cosine, sine))
+    key0, key1, high, one = stream
+
+    def add(x: jax.Array, y: jax.Array) -> jax.Array:
+        # One multiply-add: rotations and exclusive ors fill the integer pipe already, and the
+        # multiplier's has room. Plain additions would all go to the integer pipe.
+        return y * one + x
+
+    words = threefry2x32(key0, key1, jnp.full_like(low, high), low, add=add)
+    cosine, sine = normal_pair(*words)
     return _interleave(cosine, sine, simulate=simulate)

@@ -25,14 +25,17 @@ class ForwardTiles:
       block_q: query rows of one compute warpgroup; a program owns two such blocks.
       block_kv: keys of one step.
       stages: key and value tiles in flight.
-      noise_warpgroup: a spare warpgroup makes the noise during the key loop (else: the epilogue).
+      ahead: the next step's logits are begun together with a step's weighted values. Needs
+        registers for the weights of one step beside the logits of the next.
+      noise_warpgroup: a spare warpgroup makes the noise during the key loop (else: the epilogue),
+      noise_columns: so many columns at a time.
     """
 
     block_q: int = 64
     block_kv: int = 128
     stages: int = 2
+    ahead: bool = True
     noise_warpgroup: bool = False
-    noise_producer: bool = False
     noise_columns: int = 16
 
     def __post_init__(self) -> None:
@@ -48,7 +51,7 @@ class ForwardTiles:
         """Shared memory of one program, for 16-bit inputs."""
         q = self.rows * head_size * 2
         kv = self.stages * self.block_kv * head_size * 4
-        noise = self.rows * head_size * 4 if self.noise_warpgroup or self.noise_producer else 0
+        noise = self.rows * head_size * 4 if self.noise_warpgroup else 0
         return q + kv + noise + self.rows * 4
 
 
@@ -57,9 +60,9 @@ def forward_tiles(spec: AttentionSpec, head_size: int, keys: int) -> ForwardTile
     is_noisy = not isinstance(spec.readout, Plain)
     is_dense = right_reach(spec) is None and left_reach(spec) is None
     if head_size == 64 and keys >= 1024 and is_dense and not is_noisy:
-        return ForwardTiles(block_kv=256)
+        return ForwardTiles(block_kv=256, ahead=False)
     for candidate in (
-        ForwardTiles(noise_producer=is_noisy),
+        ForwardTiles(noise_warpgroup=is_noisy),
         ForwardTiles(),
         ForwardTiles(block_kv=64),
     ):

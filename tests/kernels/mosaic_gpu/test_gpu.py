@@ -14,10 +14,11 @@ from dpfa_jax.attention import core
 from dpfa_jax.kernels import epilogue
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, ExampleReadout, NoiseInputs
 from dpfa_jax.kernels.mosaic_gpu.backend import MosaicGpuBackend
+from dpfa_jax.kernels.mosaic_gpu.tiles import ForwardTiles
 from dpfa_jax.noise.fields import attention_noise
 
 pytestmark = pytest.mark.gpu
-BACKEND = MosaicGpuBackend(example_release=True)
+BACKEND = MosaicGpuBackend()
 
 CASES = {
     "full, GQA": ((2, 512, 512, 4, 2, 64), {}, jnp.bfloat16),
@@ -204,8 +205,18 @@ def test_same_bits_each_time_and_under_vmap():
         assert np.array_equal(one, np.asarray(three.astype(jnp.float32)).reshape(one.shape))
 
 
-def test_noise_of_many_programs():
+@pytest.mark.parametrize(
+    "tile",
+    [
+        ForwardTiles(noise_warpgroup=True),
+        ForwardTiles(noise_warpgroup=True, noise_columns=8),
+        ForwardTiles(),
+    ],
+    ids=["warpgroup", "warpgroup, 8 columns", "epilogue"],
+)
+def test_noise_of_many_programs(tile, monkeypatch):
     """V10: every element of a grid that outnumbers the processors many times, under eight keys."""
+    monkeypatch.setattr("dpfa_jax.kernels.mosaic_gpu.backend.forward_tiles", lambda *_: tile)
     batch, rows, heads, size, steps = 8, 1024, 32, 128, 16
     readout = ExampleReadout(1.0, (1.0,) * heads, (1.0 / steps,) * heads)
     zeros = jnp.zeros((batch, rows, heads, size), jnp.bfloat16)

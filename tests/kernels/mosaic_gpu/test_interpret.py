@@ -15,7 +15,7 @@ from dpfa_jax.kernels import epilogue
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, ExampleReadout, NoiseInputs
 from dpfa_jax.kernels.mosaic_gpu import backend
 
-BACKEND = backend.MosaicGpuBackend(interpret=plgpu.InterpretGPUParams(), example_release=True)
+BACKEND = backend.MosaicGpuBackend(interpret=plgpu.InterpretGPUParams())
 
 
 def draw(*shape, seed=0, dtype=jnp.bfloat16):
