@@ -16,6 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from concurrent import futures
 from typing import Any
 
 import jax
@@ -96,14 +97,24 @@ def implementations(
     }
 
 
-def measure(
-    function: Callable[..., Any], sets: list[tuple[Any, ...]], seconds: float
-) -> tuple[float, float, int]:
-    """Median milliseconds a call, range over the repetitions, bytes of a call beside its inputs."""
+def compiled(function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> tuple[Any, int]:
+    """A program that calls once for each set, and the bytes of one call beside its inputs."""
     once = jax.jit(function)
-    one = once.lower(*sets[0]).compile().memory_analysis()
-    peak = 0 if one is None else one.temp_size_in_bytes + one.output_size_in_bytes
-    together = jax.jit(lambda sets: [once(*x) for x in sets])
+
+    def together(sets: list[tuple[Any, ...]]) -> list[Any]:
+        return [once(*x) for x in sets]
+
+    program = jax.jit(together).lower(sets).compile()
+    found = program.memory_analysis()
+    if found is None:
+        return program, 0
+    return program, found.temp_size_in_bytes + found.output_size_in_bytes // len(sets)
+
+
+def measure(
+    together: Callable[..., Any], sets: list[tuple[Any, ...]], seconds: float
+) -> tuple[float, float]:
+    """Median milliseconds a call and the range over the repetitions."""
     jax.block_until_ready(together(sets))
     start = time.perf_counter()
     jax.block_until_ready(together(sets))
@@ -115,7 +126,7 @@ def measure(
             result = together(sets)
         jax.block_until_ready(result)
         times.append((time.perf_counter() - start) / calls / len(sets) * 1e3)
-    return statistics.median(times), max(times) - min(times), peak
+    return statistics.median(times), max(times) - min(times)
 
 
 def measure_torch(
@@ -185,15 +196,24 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                 break
             sets = inputs(shape, INPUT_SETS)
             keys = list(jax.random.split(new_noise_key(), INPUT_SETS))
+            programs = {}
+            for direction in ("forward", "forward_backward"):
+                for name, (function, is_noisy) in implementations(shape, mask == "causal").items():
+                    given = [(*x, k) for x, k in zip(sets, keys, strict=True)] if is_noisy else sets
+                    if direction == "forward_backward":
+                        if is_noisy or name == "cudnn_posthoc":
+                            continue  # its backward pass is the plain one after the clip's
+                        function = forward_and_backward(function)
+                    programs[direction, name] = (function, given)
+            with futures.ThreadPoolExecutor() as pool:
+                built = pool.map(lambda x: compiled(*x), programs.values())
+                ready = dict(zip(programs, built, strict=True))
             for direction in ("forward", "forward_backward"):
                 found: dict[str, tuple[float, float, int] | None] = {}
-                for name, (function, is_noisy) in implementations(shape, mask == "causal").items():
-                    if direction == "forward_backward":
-                        if name == "cudnn_posthoc":
-                            continue
-                        function = forward_and_backward(function)
-                    given = [(*x, k) for x, k in zip(sets, keys, strict=True)] if is_noisy else sets
-                    found[name] = measure(function, given, arguments.seconds)
+                for (which, name), (program, peak) in ready.items():
+                    if which == direction:
+                        given = programs[which, name][1]
+                        found[name] = (*measure(program, given, arguments.seconds), peak)
                 found["torch_sdpa"] = measure_torch(
                     shape, mask == "causal", direction == "forward_backward", arguments.seconds
                 )
