@@ -11,6 +11,7 @@ COMMANDS = {
     "predict": ("dpfa_jax.cli.predict", "classify texts with a trained model"),
     "plan": ("dpfa_jax.cli.plan", "epsilon against noise, batch and epochs, before you train"),
     "account": ("dpfa_jax.cli.account", "verify a ledger and say what it has spent"),
+    "bench": ("dpfa_jax.cli.bench", "time attention or training against peers, on this machine"),
     "doctor": ("dpfa_jax.cli.doctor", "check this machine: devices, versions, self-test"),
 }
 DONE, FAILED, BAD_INPUT, INTERRUPTED = 0, 1, 2, 130

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from helpers.tiny_run import write_csv
 
+import dpfa_jax
 from dpfa_jax.accounting import Budget, LedgerFile
 from dpfa_jax.cli import attention_check, main
 from dpfa_jax.cli.train import parse
@@ -32,7 +33,7 @@ def ledger(tmp_path_factory):
 def test_help_and_version(capsys):
     assert main(["--help"]) == 0
     text = capsys.readouterr().out
-    assert all(name in text for name in ("train", "predict", "plan", "account", "doctor"))
+    assert all(name in text for name in ("train", "predict", "plan", "account", "bench", "doctor"))
     assert main(["--version"]) == 0 and capsys.readouterr().out.startswith("dpfa ")
     assert main([]) == 2
     assert main(["train", "--help"]) == 0
@@ -273,3 +274,22 @@ def test_predict_prints_json_and_text(tmp_path, capsys, monkeypatch):
     assert answers[0]["class"] == "yes" and answers[0]["probabilities"]["no"] == 0.25
     assert main(["predict", "--model", "x", "three"]) == 0
     assert "75.0 %" in capsys.readouterr().out
+
+
+def test_bench_names_its_benchmarks(capsys):
+    assert main(["bench", "--help"]) == 0
+    assert "attention" in capsys.readouterr().out
+    assert main(["bench"]) == 2
+    assert main(["bench", "nothing"]) == 2
+    assert "'nothing'" in capsys.readouterr().err
+
+
+def test_bench_is_said_to_need_a_checkout(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(dpfa_jax, "__file__", str(tmp_path / "dpfa_jax" / "__init__.py"))
+    assert main(["bench", "train"]) == 2
+    assert "clone of the repository" in capsys.readouterr().err
+
+
+def test_bench_runs_the_script_with_its_arguments(capsys):
+    assert main(["bench", "train", "--help"]) == 0
+    assert "--limit-seconds" in capsys.readouterr().out
