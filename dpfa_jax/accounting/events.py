@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dpfa_jax.accounting.ledger import NonPrivateRecord, Record
 from dpfa_jax.core import UnsupportedEventError, checks
-from dpfa_jax.release import GaussianRecord, Sampling
+from dpfa_jax.release import GaussianRecord
 
 if TYPE_CHECKING:
     import dp_accounting
@@ -39,13 +39,8 @@ def charged_count(record: GaussianRecord, count: int) -> int:
     """
     require_supported(record)
     if record.sampling is not None and record.sampling.scheme == "shuffled":
-        return -(-count // steps_per_epoch(record.sampling))
+        return -(-count // record.sampling.steps_per_epoch)
     return count
-
-
-def steps_per_epoch(sampling: Sampling) -> int:
-    """The fewest steps in which a shuffled loader can pass over all examples once."""
-    return sampling.dataset_size // sampling.expected_batch_size
 
 
 def is_amplified(record: GaussianRecord) -> bool:

@@ -109,18 +109,31 @@ def as_record(release: Release | Record) -> Record:
 def record(ledger: Ledger, release: Release | Record, count: int = 1) -> Ledger:
     """A new ledger with `count` answers of `release` added. `ledger` itself never changes.
 
-    Charge before releasing: call this (or `LedgerFile.charge`) first, then draw the noise.
+    Charge before releasing: call this (or `LedgerFile.charge`) first, then draw the noise. The
+    steps of a shuffled loader are rounded up to whole epochs (see `whole_epochs`).
 
     Errors: UnsupportedEventError where unit or relation differ from the ledger's; ArgumentError.
     """
-    checks.count("count", count)
     new = as_record(release)
+    count = whole_epochs(new, checks.count("count", count))
     entries = list(ledger.entries)
     for index, entry in enumerate(entries):
         if entry.record == new:
             entries[index] = Entry(new, entry.count + count)
             return Ledger(tuple(entries))
     return Ledger((*entries, Entry(new, count)))
+
+
+def whole_epochs(charge: Record, count: int) -> int:
+    """`count`, for a shuffled loader rounded up to whole epochs.
+
+    Nobody can tell whether two charges belong to one shuffle: in two, an example may be met twice
+    within one epoch's number of steps. So each charge pays for epochs of its own.
+    """
+    sampling = charge.sampling if isinstance(charge, GaussianRecord) else None
+    if sampling is None or sampling.scheme != "shuffled":
+        return count
+    return -(-count // sampling.steps_per_epoch) * sampling.steps_per_epoch
 
 
 def _check_composes(first: Record, second: Record) -> None:

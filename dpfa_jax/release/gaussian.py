@@ -56,6 +56,11 @@ class Sampling:
         """Chance that one example is drawn in one step."""
         return self.expected_batch_size / self.dataset_size
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """The fewest steps in which a shuffled loader can pass over all examples once."""
+        return self.dataset_size // self.expected_batch_size
+
 
 @dataclasses.dataclass(frozen=True)
 class GaussianRecord:

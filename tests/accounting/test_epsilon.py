@@ -7,7 +7,16 @@ import numpy as np
 import pytest
 from scipy import integrate, optimize, stats
 
-from dpfa_jax.accounting import Ledger, NonPrivateRecord, calibrate, dp_event, epsilon, record
+from dpfa_jax.accounting import (
+    Budget,
+    Ledger,
+    LedgerFile,
+    NonPrivateRecord,
+    calibrate,
+    dp_event,
+    epsilon,
+    record,
+)
 from dpfa_jax.accounting.losses import composed_epsilon, gaussian_delta_at, gaussian_epsilon
 from dpfa_jax.accounting.renyi import ORDERS, renyi_curve
 from dpfa_jax.core import ArgumentError, BudgetExceededError, UnsupportedEventError
@@ -99,11 +108,42 @@ def test_shuffled_is_charged_by_epochs_and_full_by_steps():
     assert [dp_event(shuffled, count).count for count in (1, 2, 3, 5)] == [1, 1, 2, 3]
     full = training(2.0, 10, 4, sampling="full").record()
     assert dp_event(full, 5).count == 5
-    # Charging one by one costs what charging at once costs.
+    at_once = record(Ledger(), shuffled, 6)
+    assert (
+        record(Ledger(), shuffled, 5)
+        == at_once
+        == record(record(Ledger(), shuffled, 3), shuffled, 2)
+    )
+
+
+def test_separate_shuffles_never_share_an_epoch():
+    """k charges of less than an epoch: an example may be met k times, so k epochs are due.
+
+    Negative control: the sum of the steps, rounded up once, is worth fewer and is found too low.
+    """
+    release = training(2.0, 1000, 100, sampling="shuffled")
+    truth = epsilon(record(Ledger(), training(2.0, 1000, 100, sampling="full"), 7), DELTA)
     ledger = Ledger()
-    for _ in range(5):
-        ledger = record(ledger, shuffled)
-    assert epsilon(ledger, 1e-2) == epsilon(record(Ledger(), shuffled, 5), 1e-2)
+    for _ in range(7):
+        ledger = record(ledger, release, 3)
+    assert epsilon(ledger, DELTA) == pytest.approx(truth, rel=1e-12)
+    assert dp_event(release.record(), 7 * 3).count == 3
+    assert epsilon(record(Ledger(), release, 7 * 3), DELTA) < 0.8 * truth
+
+
+def test_a_budget_counts_separate_shuffles_as_they_are_charged(tmp_path):
+    """One epoch fits: a second charge within it is refused, in memory and on disk."""
+    release = training(2.0, 1000, 100, sampling="shuffled")
+    budget = Budget(epsilon(record(Ledger(), release, 10), DELTA) * 1.001, DELTA)
+    budget.require(Ledger(), release.record(), 10)
+    with pytest.raises(BudgetExceededError):
+        budget.require(Ledger(), release.record(), 11)
+    path = tmp_path / "ledger.jsonl"
+    with LedgerFile.create(path, budget=budget) as file:
+        assert file.charge(release, 3).total_count == 10
+        with pytest.raises(BudgetExceededError):
+            file.charge(release)
+    assert LedgerFile.open(path).ledger.total_count == 10
 
 
 def test_v18_events_mean_the_same_to_dp_accounting():
