@@ -32,7 +32,8 @@ class LedgerFile:
     * The chain detects damage and mistakes. It has no secret key: whoever can write the file can
       write another valid one.
     * Processes may share one file: each charge reads what the others appended, under an exclusive
-      lock. `with` holds the lock throughout, so that nobody else charges meanwhile. Each process
+      lock. `with` holds the lock throughout, so that nobody else, also no other thread, charges
+      meanwhile: they wait for `lock_timeout_seconds` and are refused. Each process
       opens the file itself: an object inherited over fork shares lock and position with its
       parent, and is refused.
 
@@ -113,7 +114,7 @@ class LedgerFile:
           path: the file.
           expect_head: the head at some earlier moment; refused where the chain does not hold it.
           read_only: never writes, also not to drop a torn line; `charge` is refused.
-          lock_timeout_seconds: how long to wait for another process.
+          lock_timeout_seconds: how long to wait for another process or thread.
 
         Errors: LedgerError.
         """
@@ -128,16 +129,24 @@ class LedgerFile:
                     f"path = {name!r}: no complete header line. If creating it was interrupted, "
                     "nothing was ever charged to it: delete it and create it again."
                 )
-            if expect_head is not None and expect_head not in file._heads:
-                raise LedgerError(
-                    f"path = {name!r}: its chain does not hold expect_head = {expect_head!r}. "
-                    "Charges made after that moment are missing: the file was rolled back or "
-                    "belongs to another run. Restore it from a copy."
-                )
+            if expect_head is not None:
+                file.require_head(expect_head)
         except BaseException:
             file.close()
             raise
         return file
+
+    def require_head(self, head: str) -> None:
+        """Refuse a file whose chain never had `head`.
+
+        Errors: LedgerError.
+        """
+        if head not in self._heads:
+            raise LedgerError(
+                f"path = {self.path!r}: its chain does not hold expect_head = {head!r}. "
+                "Charges made after that moment are missing: the file was rolled back or "
+                "belongs to another run. Restore it from a copy."
+            )
 
     def charge(self, release: Release | Record, count: int = 1) -> Ledger:
         """Charge `count` answers of `release`, durably, BEFORE they are released.
@@ -192,7 +201,7 @@ class LedgerFile:
                 f"path = {self.path!r}: opened before a fork, whose processes share one lock. "
                 "Open it again in this process. Nothing was charged."
             )
-        with self._threads:
+        with self._alone_among_threads():
             if self._descriptor < 0:
                 raise LedgerError(f"path = {self.path!r}: closed. Open it again.")
             if self._broken:
@@ -206,6 +215,19 @@ class LedgerFile:
             with exclusive(self._descriptor, self.path, self._timeout_seconds):
                 self._read_new_lines()
                 yield
+
+    @contextlib.contextmanager
+    def _alone_among_threads(self) -> Iterator[None]:
+        if not self._threads.acquire(timeout=self._timeout_seconds):
+            raise LedgerError(
+                f"path = {self.path!r}: another thread has held the ledger for "
+                f"{self._timeout_seconds:g} s. Charge from the thread that is inside `with`, or "
+                "leave `with` first. Nothing was charged."
+            )
+        try:
+            yield
+        finally:
+            self._threads.release()
 
     def _read_new_lines(self) -> None:
         *lines, fragment = storage.read_from(self._descriptor, self._end, self.path).split(b"\n")

@@ -53,15 +53,15 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
             _start(job, folder)
         step_fn = make_dp_step(job.classifier.per_example_loss, job.optimizer, job.plan)
         course = Course(LoopState(step_fn.init(job.params), job.params))
-        with LedgerFile.open(folder.ledger, lock_timeout_seconds=_LOCK_SECONDS):
-            # Under the lock: nobody else is at work here, so what looks left over is.
-            checkpoints = Checkpoints(folder.checkpoints)
-            stack.callback(checkpoints.close)
-            head = _restore(course, checkpoints)
-        # Refused where the ledger lacks the charges that paid for the checkpoint's steps.
+        # One lock from here to the end: nobody else is at work here, so what looks left over is.
         ledger_file = stack.enter_context(
-            LedgerFile.open(folder.ledger, expect_head=head, lock_timeout_seconds=_LOCK_SECONDS)
+            LedgerFile.open(folder.ledger, lock_timeout_seconds=_LOCK_SECONDS)
         )
+        checkpoints = Checkpoints(folder.checkpoints)
+        stack.callback(checkpoints.close)
+        head = _restore(course, checkpoints)
+        if head is not None:  # the ledger must hold the charges that paid for these steps
+            ledger_file.require_head(head)
         _require_model(job, folder, course, ledger_file)
         stop = stack.enter_context(stop_requests())
         stack.enter_context(shown)

@@ -7,6 +7,7 @@ import os
 import random
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -258,6 +259,18 @@ def test_a_held_ledger_is_not_shared(path):
         with pytest.raises(LedgerError, match="another process"):
             LedgerFile.open(path, lock_timeout_seconds=0.05)
     LedgerFile.open(path).close()
+
+
+def test_another_thread_waits_for_a_held_ledger_and_is_refused(path):
+    """It ends with an error, never waits forever; after `with`, threads charge again."""
+    with LedgerFile.create(path, lock_timeout_seconds=0.05) as file, ThreadPoolExecutor(1) as pool:
+        with pytest.raises(LedgerError, match="another thread"):
+            pool.submit(file.charge, STEP).result(timeout=30)
+        assert file.charge(STEP).total_count == 1
+    file = LedgerFile.open(path)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: file.charge(STEP), range(20)))
+    assert file.ledger.total_count == 21
 
 
 @pytest.mark.parametrize("name", ["write", "fsync"])
