@@ -28,7 +28,7 @@ def attend(
     if isinstance(spec.readout, MemoryReadout):
         return _memory(backend, spec, inputs), None
     if isinstance(spec.readout, Plain) and backend.name == "reference":
-        outputs = backend.forward(spec, inputs)
+        outputs = backend.forward(spec, inputs)  # its own derivative, by JAX, in either mode
         return outputs.output, outputs.lse
     return _softmax(backend, spec, inputs)
 
@@ -37,7 +37,7 @@ def attend(
 def _differentiable_softmax(
     backend: Backend, spec: AttentionSpec, inputs: AttentionInputs
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"] | None]:
-    outputs = backend.forward(spec, inputs)
+    outputs = backend.forward(spec, inputs, residuals=False)
     return outputs.output, outputs.lse
 
 
@@ -75,7 +75,7 @@ _softmax = jax.jit(_differentiable_softmax, static_argnums=(0, 1))
 def _underivable_memory(
     backend: Backend, spec: AttentionSpec, inputs: AttentionInputs
 ) -> Float[Array, "B T N H"]:
-    return backend.forward(spec, inputs).output
+    return backend.forward(spec, inputs, residuals=False).output
 
 
 @_underivable_memory.defjvp

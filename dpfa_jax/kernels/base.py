@@ -159,8 +159,13 @@ class Backend(Protocol):
         """
         ...
 
-    def forward(self, spec: AttentionSpec, inputs: AttentionInputs) -> AttentionOutputs:
-        """The readout and its residuals."""
+    def forward(
+        self, spec: AttentionSpec, inputs: AttentionInputs, *, residuals: bool = True
+    ) -> AttentionOutputs:
+        """The readout and its residuals; only `output` and `lse` are due without `residuals`.
+
+        A kernel then writes nothing else. XLA drops what nobody reads by itself.
+        """
         ...
 
     def backward(

@@ -11,7 +11,6 @@ from dpfa_jax.kernels.base import (
     AttentionInputs,
     AttentionOutputs,
     AttentionSpec,
-    ExampleReadout,
     MemoryReadout,
     SoftmaxRows,
 )
@@ -28,18 +27,15 @@ class Blocked:
         del spec, inputs, platform
         return None
 
-    def forward(self, spec: AttentionSpec, inputs: AttentionInputs) -> AttentionOutputs:
-        """The readout and its residuals."""
-        dtype = inputs.query.dtype
+    def forward(
+        self, spec: AttentionSpec, inputs: AttentionInputs, *, residuals: bool = True
+    ) -> AttentionOutputs:
+        """The readout and its residuals; XLA drops those that nobody reads."""
+        del residuals
         if isinstance(spec.readout, MemoryReadout):
             sums = memory_loop.sums(spec, spec.readout, inputs)
-            released = epilogue.memory(spec.readout, sums, inputs.noise)
-            return AttentionOutputs(released.astype(dtype), None, None)
-        normalised, *residuals = softmax_loop.forward(spec, inputs)
-        if isinstance(spec.readout, ExampleReadout):
-            released = epilogue.example(spec.readout, normalised, inputs.noise)
-            return AttentionOutputs(released.astype(dtype), normalised, *residuals)
-        return AttentionOutputs(normalised.astype(dtype), None, *residuals)
+            return epilogue.of_memory(spec.readout, inputs, sums)
+        return epilogue.of_softmax(spec, inputs, *softmax_loop.forward(spec, inputs))
 
     def backward(
         self,

@@ -11,7 +11,15 @@ from jaxtyping import Array, Float
 from dpfa_jax.clipping.rows import clip_rows
 from dpfa_jax.core import ArgumentError
 from dpfa_jax.kernels import compensated
-from dpfa_jax.kernels.base import ExampleReadout, MemoryReadout, NoiseInputs
+from dpfa_jax.kernels.base import (
+    AttentionInputs,
+    AttentionOutputs,
+    AttentionSpec,
+    ExampleReadout,
+    MemoryReadout,
+    NoiseInputs,
+    SoftmaxRows,
+)
 from dpfa_jax.kernels.compensated import TwoFloat
 from dpfa_jax.noise import attention_noise, snap
 
@@ -35,6 +43,28 @@ def clip_cotangent(
     """The cotangent pulled back through `clipped` at `normalised`, in float32."""
     _, pull_back = jax.vjp(lambda x: clipped(readout, x), normalised.astype(jnp.float32))
     return pull_back(cotangent.astype(jnp.float32))[0]
+
+
+def of_softmax(
+    spec: AttentionSpec,
+    inputs: AttentionInputs,
+    normalised: Float[Array, "B T N H"],
+    lse: Float[Array, "B T N"],
+    weights: Float[Array, "..."] | None = None,
+    rows: SoftmaxRows | None = None,
+) -> AttentionOutputs:
+    """What a backend returns for a normalised output: the readout, and what it keeps beside it."""
+    dtype = inputs.query.dtype
+    if isinstance(spec.readout, ExampleReadout):
+        released = example(spec.readout, normalised, inputs.noise)
+        return AttentionOutputs(released.astype(dtype), normalised, lse, weights, rows)
+    return AttentionOutputs(normalised.astype(dtype), None, lse, weights, rows)
+
+
+def of_memory(readout: MemoryReadout, inputs: AttentionInputs, sums: TwoFloat) -> AttentionOutputs:
+    """What a backend returns for a private memory: the noised answer alone."""
+    released = memory(readout, sums, inputs.noise)
+    return AttentionOutputs(released.astype(inputs.query.dtype), None, None)
 
 
 def example(

@@ -17,7 +17,6 @@ from dpfa_jax.kernels.base import (
     AttentionInputs,
     AttentionOutputs,
     AttentionSpec,
-    ExampleReadout,
     MemoryReadout,
     group_size,
 )
@@ -81,18 +80,15 @@ class Reference:
         del spec, inputs, platform
         return None
 
-    def forward(self, spec: AttentionSpec, inputs: AttentionInputs) -> AttentionOutputs:
-        """The readout and its residuals."""
-        dtype = inputs.query.dtype
+    def forward(
+        self, spec: AttentionSpec, inputs: AttentionInputs, *, residuals: bool = True
+    ) -> AttentionOutputs:
+        """The readout and its residuals; XLA drops those that nobody reads."""
+        del residuals
         if isinstance(spec.readout, MemoryReadout):
             sums = memory_sums(spec, spec.readout, inputs)
-            released = epilogue.memory(spec.readout, sums, inputs.noise)
-            return AttentionOutputs(released.astype(dtype), None, None)
-        normalised, lse = softmax_attention(spec, inputs)
-        if isinstance(spec.readout, ExampleReadout):
-            released = epilogue.example(spec.readout, normalised, inputs.noise)
-            return AttentionOutputs(released.astype(dtype), normalised, lse)
-        return AttentionOutputs(normalised.astype(dtype), None, lse)
+            return epilogue.of_memory(spec.readout, inputs, sums)
+        return epilogue.of_softmax(spec, inputs, *softmax_attention(spec, inputs))
 
     def backward(
         self,

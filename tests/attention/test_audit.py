@@ -133,11 +133,11 @@ def test_the_size_of_an_answer_shows_no_more_than_claimed(monkeypatch):
     assert bound <= claimed
     forward = Blocked.forward
 
-    def scaled_by_the_live_keys(self, spec, inputs):
+    def scaled_by_the_live_keys(self, spec, inputs, **options):
         share = jnp.mean(inputs.mask)
         stddevs = tuple(share * s for s in spec.readout.noise_stddevs)
         readout = dataclasses.replace(spec.readout, noise_stddevs=stddevs)
-        return forward(self, dataclasses.replace(spec, readout=readout), inputs)
+        return forward(self, dataclasses.replace(spec, readout=readout), inputs, **options)
 
     monkeypatch.setattr(Blocked, "forward", scaled_by_the_live_keys)
     bound, claimed = size_bound(20_000, 40)

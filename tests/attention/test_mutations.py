@@ -58,11 +58,11 @@ def noise_scale_from_the_values(original):
 
 
 def noise_scale_from_the_live_keys(original):
-    def build(self, spec, inputs):
+    def build(self, spec, inputs, **options):
         share = 1.0 if inputs.mask is None else jnp.mean(inputs.mask)
         stddevs = tuple(share * s for s in spec.readout.noise_stddevs)
         readout = dataclasses.replace(spec.readout, noise_stddevs=stddevs)
-        return original(self, dataclasses.replace(spec, readout=readout), inputs)
+        return original(self, dataclasses.replace(spec, readout=readout), inputs, **options)
 
     return build
 
