@@ -19,7 +19,8 @@ def snap(x: Float32[Array, "..."], grid: float | Float32[Array, "..."]) -> Float
     grid = jnp.asarray(grid, jnp.float32)
     multiples = x * (1.0 / grid)
     # Beyond 2^23 a float32 is a whole number; below, adding 2^23 leaves no bit for a fraction.
-    # (lax.round has no lowering in Triton kernels.)
+    # (lax.round has no lowering in Triton kernels.) XLA cancels (x + c) - c where c is a constant
+    # of the compilation; the select, whose value depends on x, keeps it from doing so.
     shift = jnp.where(multiples < 0.0, jnp.float32(-(2.0**23)), jnp.float32(2.0**23))
     rounded = (multiples + shift) - shift
     return jnp.where(jnp.abs(multiples) < jnp.float32(2.0**23), rounded, multiples) * grid

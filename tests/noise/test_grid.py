@@ -28,6 +28,17 @@ def test_values_are_the_nearest_multiples():
     assert np.isnan(special_values[2])
 
 
+def test_no_compiler_takes_the_rounding_away():
+    """V12: also where the sign is known. With one constant shift, the compiled program is x."""
+    x = jnp.asarray(np.random.default_rng(1).uniform(-99, 99, 4096), jnp.float32)
+    for known in (jnp.abs, jnp.square, lambda x: -jnp.exp(x / 50), lambda x: jnp.clip(x, 1.0, 9.0)):
+        y = np.asarray(jax.jit(lambda x, known=known: snap(known(x), 0.25))(x), np.float64)
+        assert (y / 0.25 == np.round(y / 0.25)).all()
+    shift = np.float32(2.0**23)
+    cancelled = np.asarray(jax.jit(lambda x: (x + shift) - shift)(jnp.abs(x)))
+    assert (cancelled == np.abs(np.asarray(x))).all()
+
+
 def test_grid_is_the_power_of_two_nearest_a_sixteenth():
     """V12: the grid that the releases declare, for noise of any size."""
     for stddev in (1e-4, 0.7, 1.0, 23.0, 1e6):
