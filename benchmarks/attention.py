@@ -190,7 +190,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     began = time.perf_counter()
     for shape in SHAPES[: arguments.shapes]:
         batch, length, heads, kv_heads, size = shape
-        for mask in ("full", "causal"):
+        for mask in arguments.masks:
             if time.perf_counter() - began > arguments.limit_seconds:
                 print("time limit: the rest is left out", file=sys.stderr)
                 break
@@ -241,6 +241,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", help="JSON file to write")
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="the first so many shapes")
+    parser.add_argument("--masks", nargs="+", default=["full", "causal"])
     parser.add_argument("--seconds", type=float, default=0.3, help="of timing, for each figure")
     parser.add_argument(
         "--limit-seconds", type=float, default=math.inf, help="start no shape after"

@@ -36,7 +36,7 @@ class ForwardTiles:
     stages: int = 2
     ahead: bool = True
     noise_warpgroup: bool = False
-    noise_columns: int = 16
+    noise_columns: int = 8
 
     def __post_init__(self) -> None:
         if self.block_q % WARPGROUP_ROWS or self.block_kv % 64 or self.stages < 2:
