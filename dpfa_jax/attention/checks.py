@@ -11,7 +11,7 @@ from dpfa_jax.core import ArgumentError
 from dpfa_jax.core import checks as host
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, Readout
 
-IMPLEMENTATIONS = ("mosaic_gpu", "blocked", "reference")
+IMPLEMENTATIONS = ("mosaic_gpu", "triton", "blocked", "reference")
 _FLOATS = ("float32", "bfloat16", "float16", "float64")
 
 

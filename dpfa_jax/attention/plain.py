@@ -81,9 +81,9 @@ def dot_product_attention(
       query_seq_lengths: (B,) ints; rows from there on give 0.
       key_value_seq_lengths: (B,) ints; keys from there on take no part.
       local_window_size: (left, right) or one int for both: row t sees keys t - left .. t + right.
-      implementation: None (the first backend that can), "mosaic_gpu", "blocked" or "reference";
-        jax.nn's "xla" means "blocked". "reference" needs O(T S) memory and alone has forward-mode
-        and higher derivatives.
+      implementation: None (the first backend that can), "mosaic_gpu", "triton", "blocked" or
+        "reference"; jax.nn's "xla" means "blocked". "reference" needs O(T S) memory and alone has
+        forward-mode and higher derivatives.
       return_residual: also return the log-sum-exp of each row's logits, without gradient.
       logits_soft_cap: c: scale q.k becomes c tanh(scale q.k / c), before bias and mask.
 

@@ -8,6 +8,7 @@ from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, Backend, stati
 # Name -> (module that holds BACKEND, platform it is for); tried in this order, imported when tried.
 BACKENDS: dict[str, tuple[str, str | None]] = {
     "mosaic_gpu": ("dpfa_jax.kernels.mosaic_gpu.backend", "gpu"),
+    "triton": ("dpfa_jax.kernels.triton.backend", "gpu"),
     "blocked": ("dpfa_jax.kernels.blocked", None),
     "reference": ("dpfa_jax.kernels.reference", None),
 }

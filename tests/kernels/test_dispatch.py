@@ -52,7 +52,9 @@ def test_a_forced_backend_gives_its_own_reason(monkeypatch):
 
 def test_an_unknown_name_is_refused():
     """V23."""
-    with pytest.raises(ArgumentError, match=r"implementation = 'flash'.*mosaic_gpu, blocked"):
+    with pytest.raises(
+        ArgumentError, match=r"implementation = 'flash'.*mosaic_gpu, triton, blocked"
+    ):
         dispatch.choose(SPEC, INPUTS, "flash")
 
 
