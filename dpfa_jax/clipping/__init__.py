@@ -3,6 +3,7 @@
 from dpfa_jax.clipping.rows import clip_rows, clip_rows_stored
 from dpfa_jax.clipping.trees import (
     TableRows,
+    centred_count,
     clip_scales,
     clipped_rows_sum,
     squared_norms,
@@ -12,6 +13,7 @@ from dpfa_jax.clipping.trees import (
 
 __all__ = [
     "TableRows",
+    "centred_count",
     "clip_rows",
     "clip_rows_stored",
     "clip_scales",

@@ -65,7 +65,9 @@ def table_rows(
     return TableRows(places, values.reshape(rows.shape), size)
 
 
-def squared_norms(gradient: PerExample, l2_clip_norm: float) -> Float32[Array, " batch"]:
+def squared_norms(
+    gradient: PerExample, l2_clip_norm: float | Float32[Array, ""]
+) -> Float32[Array, " batch"]:
     """Squared norms in units of the clip norm, so that no bound makes them over- or underflow."""
     values = gradient.values if isinstance(gradient, TableRows) else gradient
     rows = values.reshape(values.shape[0], -1).astype(jnp.float32)
@@ -84,6 +86,15 @@ def clip_scales(
     norms = jnp.sqrt(_sum_in_runs(jnp.stack(squares, axis=1)))
     scales = jnp.minimum(1.0, (1.0 - CLIP_MARGIN) / jnp.maximum(norms, 0.5))
     return jnp.where(is_real & jnp.isfinite(norms), scales, 0.0)
+
+
+def centred_count(scales: Float32[Array, " batch"]) -> Float32[Array, ""]:
+    """+1/2 for each example that `clip_scales` leaves as it is, -1/2 for each that it clips.
+
+    Zero for an example that it leaves out. Exact for up to 2^24 examples. It is NOT private.
+    """
+    halves = jnp.where(scales < 1.0, -0.5, 0.5)
+    return jnp.sum(jnp.where(scales > 0.0, halves, 0.0), dtype=jnp.float32)
 
 
 def weighted_sum(gradient: PerExample, scales: Float32[Array, " batch"]) -> Float32[Array, "..."]:

@@ -12,8 +12,8 @@ has the norm that is promised, because norms are taken of the very numbers that 
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,17 +27,33 @@ from dpfa_jax.dpsgd.parameters import leaf_paths
 PerExampleLoss = Callable[[PyTree, PyTree], Float[Array, " batch"]]
 
 
+# A clip norm: the plan's, or one that follows what was released.
+ClipNorm = float | Float32[Array, ""]
+
+
+class ClippedSum(NamedTuple):
+    """What a batch adds up to. NOT private: noise is due.
+
+    Attributes:
+      gradients: float32 sums of clipped gradients, shaped like the parameters.
+      centred_counts: for each clip group, unclipped examples minus clipped ones, halved.
+    """
+
+    gradients: PyTree
+    centred_counts: Float32[Array, " groups"]
+
+
 def clipped_sum(
     loss_fn: PerExampleLoss,
     params: PyTree,
     batch: PyTree,
     is_real: Bool[Array, " batch"],
     *,
-    l2_clip_norms: tuple[float, ...],
+    l2_clip_norms: Sequence[ClipNorm],
     leaf_groups: tuple[int, ...],
     micro_batch_size: int,
     per_example_bytes: int,
-) -> PyTree:
+) -> ClippedSum:
     """Sum over the real examples of their clipped parameter gradients.
 
     Args:
@@ -50,9 +66,8 @@ def clipped_sum(
       micro_batch_size: examples that go forward and backward at a time.
       per_example_bytes: memory for the per-example gradients that are held at a time.
 
-    Returns: float32 sums, shaped like `params`. They are NOT private: noise is due. An example
-    whose loss is not finite counts as zero, and so does one in each group where its gradient is
-    not.
+    Returns: the sums. An example whose loss is not finite counts as zero, and so does one in each
+    group where its gradient is not.
     Errors: ArgumentError for a loss that is not one number an example, for axes that disagree, and
     for gradients that cannot be kept within `per_example_bytes`, by name.
     """
@@ -71,14 +86,19 @@ def clipped_sum(
         memory = _check_memory(gradients, real.shape[0], per_example_bytes)
         counts = real & jnp.isfinite(losses)
         sums: dict[int, Array] = {}
+        unclipped = []
         for l2_clip_norm, members in groups:
             parts = [gradients[i] for i in members]
-            found = _clipped_group(parts, counts, l2_clip_norm, memory)
+            *found, count = _clipped_group(parts, counts, l2_clip_norm, memory)
             sums.update(zip(members, found, strict=True))
-        return [sums[i] for i in range(len(leaves))]
+            unclipped.append(count)
+        return [*(sums[i] for i in range(len(leaves))), jnp.stack(unclipped)]
+
+    def result(sums: list[Array]) -> ClippedSum:
+        return ClippedSum(jax.tree.unflatten(structure, sums[:-1]), sums[-1])
 
     if is_real.shape[0] == micro_batch_size:
-        return jax.tree.unflatten(structure, sum_of(batch, is_real))
+        return result(sum_of(batch, is_real))
 
     # Micro-batch j takes rows j, j + rows/micro, ...: where the batch is sharded over devices, each
     # micro-batch then has rows on all of them, and no row moves.
@@ -89,8 +109,8 @@ def clipped_sum(
         return [t + s for t, s in zip(total, sum_of(*micro), strict=True)], None
 
     micro_batches = jax.tree.map(interleaved, (batch, is_real))
-    sums = jax.lax.scan(add, [_zeros_like(leaf) for leaf in leaves], micro_batches)[0]
-    return jax.tree.unflatten(structure, sums)
+    zeros = [*map(_zeros_like, leaves), jnp.stack([_zeros_like(is_real[0])] * len(groups))]
+    return result(jax.lax.scan(add, zeros, micro_batches)[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,9 +182,9 @@ def _gradients(
 
 
 def _clipped_group(
-    parts: list[_Gradient], counts: Bool[Array, " micro"], l2_clip_norm: float, memory: int
+    parts: list[_Gradient], counts: Bool[Array, " micro"], l2_clip_norm: ClipNorm, memory: int
 ) -> list[Float32[Array, "..."]]:
-    """Clipped sums of one group, its gradients made within `memory` bytes."""
+    """Clipped sums of one group, its gradients made within `memory` bytes; last its count."""
     together = sum(part.tail.example_bytes for part in parts if not part.tail.kept)
     if together <= memory:
         clipped = functools.partial(_clipped, l2_clip_norm=l2_clip_norm)
@@ -173,25 +193,26 @@ def _clipped_group(
     scales = trees.clip_scales(norms, counts)
     sums: list[Array] = []
     for part in parts:
-        sums += _added(_weighted, [part], scales, memory // part.tail.example_bytes)
-    return sums
+        sums += _added(_weighted, [part], scales, memory // part.tail.example_bytes)[:-1]
+    return [*sums, trees.centred_count(scales)]
 
 
 def _clipped(
-    parts: list[_Gradient], counts: Bool[Array, " chunk"], *, l2_clip_norm: float
+    parts: list[_Gradient], counts: Bool[Array, " chunk"], *, l2_clip_norm: ClipNorm
 ) -> list[Float32[Array, "..."]]:
     made = [part.made() for part in parts]
     scales = trees.clip_scales([trees.squared_norms(one, l2_clip_norm) for one in made], counts)
-    return [trees.weighted_sum(one, scales) for one in made]
+    return [*(trees.weighted_sum(one, scales) for one in made), trees.centred_count(scales)]
 
 
 def _weighted(
     parts: list[_Gradient], scales: Float32[Array, " chunk"]
 ) -> list[Float32[Array, "..."]]:
-    return [trees.weighted_sum(part.made(), scales) for part in parts]
+    sums = [trees.weighted_sum(part.made(), scales) for part in parts]
+    return [*sums, trees.centred_count(scales)]
 
 
-def _measured(part: _Gradient, l2_clip_norm: float, most: int) -> Float32[Array, " micro"]:
+def _measured(part: _Gradient, l2_clip_norm: ClipNorm, most: int) -> Float32[Array, " micro"]:
     """Squared norms of one parameter's gradients, `most` examples at a time."""
 
     size = _largest_divisor(part.rows, most)
@@ -220,7 +241,7 @@ def _added(
         held = [part.holding(own, size) for part, own in zip(parts, values, strict=True)]
         return [t + s for t, s in zip(total, sums_of(held, these), strict=True)], None
 
-    zeros = [_zeros_like(part.parameter) for part in parts]
+    zeros = [*(_zeros_like(part.parameter) for part in parts), _zeros_like(per_row[0])]
     chunks = [part.chunks(most) for part in parts], per_row.reshape(-1, size)
     return jax.lax.scan(add, zeros, chunks)[0]
 
@@ -230,7 +251,7 @@ def _largest_divisor(rows: int, most: int) -> int:
 
 
 def _zeros_like(leaf: Array) -> Float32[Array, "..."]:
-    """Zeros of a parameter's own kind (varying over shards or not), as its sum will be."""
+    """Zeros of the leaf's own kind (varying over shards or not), as its sum will be."""
     return jnp.where(leaf == leaf, 0.0, 0.0).astype(jnp.float32)
 
 

@@ -90,7 +90,7 @@ def make_dp_step(
         is_real: Bool[Array, " capacity"],
         noise_key: Key[Array, ""],
     ) -> tuple[PyTree, PyTree]:
-        sums = clipped_sum(
+        total = clipped_sum(
             loss_fn,
             params,
             batch,
@@ -101,7 +101,8 @@ def make_dp_step(
             per_example_bytes=plan.per_example_bytes,
         )
         if axis_name is not None:
-            sums = jax.lax.psum(sums, axis_name)
+            total = jax.lax.psum(total, axis_name)
+        sums = total.gradients
         means, _ = noise.update(sums, NoisySumState(step_number), params, noise_key=noise_key)
         updates, opt_state = optimizer.update(means, opt_state, params)
         return optax.apply_updates(params, updates), opt_state

@@ -12,8 +12,12 @@ from helpers.layer_cases import BATCH, LAYERS, batch_for, loss_for, params_for
 
 from dpfa_jax.clipping.trees import CLIP_MARGIN
 from dpfa_jax.core import ArgumentError
-from dpfa_jax.dpsgd.clipped_sum import clipped_sum
+from dpfa_jax.dpsgd import clipped_sum as module
 from dpfa_jax.dpsgd.coverage import coverage
+
+
+def clipped_sum(*arguments, **named):
+    return module.clipped_sum(*arguments, **named).gradients
 
 
 def summed(batch, is_real, *, l2_clip_norm=1.0, micro_batch_size=4):
@@ -282,3 +286,49 @@ def test_bad_examples_leave_the_groups_they_spoil():
     )
     assert found["a"] == 1.0  # sqrt(4 a) has slope 1; the third one's is NaN
     assert found["b"] == 6.0  # the second one's loss is NaN
+
+
+@pytest.mark.parametrize("micro_batch_size", [12, 4])
+@pytest.mark.parametrize("per_example_bytes", [2**20, 80], ids=["one pass", "two passes"])
+def test_counts_of_unclipped_examples(micro_batch_size, per_example_bytes):
+    """+1/2 an unclipped, -1/2 a clipped, 0 a padded or non-finite example, group by group.
+
+    The clip norms are traced: an adaptive plan's follow what was released.
+    """
+    batch, real = batch_of(12), np.arange(12) < 9
+    batch["y"][4] = np.nan
+    groups = (0, 1, 0)  # 80 bytes hold the kernel's gradient, but not the group's
+    rows = clipped_by_hand(params_of(), batch, np.ones(12), 1e6, np.float64)
+    members = [0, *range(5, 25)], [*range(1, 5)]
+    norms = np.stack([np.linalg.norm(rows[:, own], axis=1) for own in members])
+    norms[:, 4] = np.nan
+    bounds = np.float32([np.sort(n[real & np.isfinite(n)])[3] * 1.01 for n in norms])
+
+    @jax.jit
+    def run(bounds):
+        return module.clipped_sum(
+            loss_fn,
+            params_of(),
+            batch,
+            jnp.asarray(real),
+            l2_clip_norms=tuple(bounds),
+            leaf_groups=groups,
+            micro_batch_size=micro_batch_size,
+            per_example_bytes=per_example_bytes,
+        )
+
+    found = run(bounds)
+    np.testing.assert_array_equal(found.centred_counts, [0.5 * (4 - 4)] * 2)
+    np.testing.assert_array_equal(run(0.0 * bounds + 1e6).centred_counts, [4.0, 4.0])
+    np.testing.assert_array_equal(run(0.0 * bounds + 1e-6).centred_counts, [-4.0, -4.0])
+    fixed = clipped_sum(
+        loss_fn,
+        params_of(),
+        batch,
+        jnp.asarray(real),
+        l2_clip_norms=tuple(float(bound) for bound in bounds),
+        leaf_groups=groups,
+        micro_batch_size=micro_batch_size,
+        per_example_bytes=2**20,
+    )
+    np.testing.assert_allclose(flat(found.gradients), flat(fixed), rtol=1e-5, atol=1e-6)
