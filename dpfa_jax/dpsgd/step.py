@@ -50,7 +50,9 @@ def make_dp_step(
 
     Args:
       loss_fn: (params, batch) -> losses of shape (B,). It is called with one example at a time, so
-        no example can touch another's gradient; a batch-coupled layer sees a batch of one.
+        no example can touch another's gradient; a batch-coupled layer sees a batch of one. Arrays
+        that a `jax.tree_util.Partial` holds (frozen weights) are arguments of the compiled step;
+        arrays that a plain function closes over are compiled into it as constants.
       optimizer: receives the noised mean gradient, float32.
       plan: what is promised. Charge it before stepping (`charge`); a step does not charge.
       axis_name: inside `shard_map`: the mesh axes over which the batch is split. Clipped sums are
@@ -62,7 +64,7 @@ def make_dp_step(
     the new state and nothing else: no loss, norm, clip fraction or batch size, which are private.
     It never skips: an empty batch gives pure noise, a NaN example counts as zero. Parameters that
     one leaf shares between layers (tied embeddings) are clipped and noised once, as that leaf;
-    frozen ones stay out of `params`: close over them. Called outside jit, it refuses a noise key
+    frozen ones stay out of `params`. Called outside jit, it refuses a noise key
     that has served the same step number, and steps beyond the plan.
 
     Errors: ArgumentError for params, batch, mask or key that do not fit the plan; CoverageError for
@@ -75,6 +77,8 @@ def make_dp_step(
         )
     release, noise = plan.release, noisy_sum(plan)
     generator = release.record().generator
+    is_partial = isinstance(loss_fn, jax.tree_util.Partial)
+    held, held_structure = jax.tree.flatten(loss_fn) if is_partial else ([], None)
 
     def init(params: PyTree) -> DPState:
         check_parameters(params, release.num_parameters)
@@ -89,9 +93,10 @@ def make_dp_step(
         batch: PyTree,
         is_real: Bool[Array, " capacity"],
         noise_key: Key[Array, ""],
+        held: list[Array],
     ) -> tuple[PyTree, PyTree]:
         total = clipped_sum(
-            loss_fn,
+            jax.tree.unflatten(held_structure, held) if is_partial else loss_fn,
             params,
             batch,
             is_real,
@@ -129,7 +134,7 @@ def make_dp_step(
             uses = () if traced else (step_number, TRAINING_LAYER)
             noise_key = hazards.guard(noise_key, step_number, uses=uses)
         params, opt_state = jitted(
-            step_number, state.params, state.opt_state, batch, is_real, noise_key
+            step_number, state.params, state.opt_state, batch, is_real, noise_key, held
         )
         following = step_number + 1
         if not isinstance(following, jax.core.Tracer):
