@@ -25,6 +25,8 @@ import numpy as np
 from jax.extend import core as jex
 from jaxtyping import Array
 
+from dpfa_jax.clipping import trees
+
 # A gradient stays in the head where its cut would be this many times larger than itself: biases,
 # norm scales and low-rank factors are small, the inputs they come from are not.
 KEEP_RATIO = 16
@@ -54,6 +56,8 @@ _CHEAP = _PRODUCTS | {
     "transpose",
 }
 
+# Additions whose order a GPU may choose anew in every run.
+_UNORDERED = {"scatter-add", "conv_general_dilated"}
 _NAMES = jex.DebugInfo("deferral", "gradient of one example", None, None)
 
 Make = Callable[[dict[jex.Var, Array]], Array]
@@ -93,6 +97,7 @@ class Tail:
         the parameter's dtype where a narrower one holds the same numbers.
       made: shape and dtype of what is made; of the rows where the form is `Rows`.
       kept: whether the head makes the gradient itself.
+      repeatable: whether making it twice gives the same bits on every device.
       form: what more is known of it, as functions of the same values.
     """
 
@@ -100,6 +105,7 @@ class Tail:
     make: Callable[..., Array]
     made: jax.ShapeDtypeStruct
     kept: bool
+    repeatable: bool
     form: Rows | Product | None
 
     @property
@@ -153,12 +159,14 @@ class _Deferred:
     Attributes:
       cost: bytes of the cut, per example.
       product: whether a product lies between the cut and the value.
+      repeatable: whether making it twice gives the same bits.
       make, form: as `Tail`, of an environment that holds the cut.
     """
 
     cut: tuple[jex.Var, ...]
     cost: int
     product: bool
+    repeatable: bool
     make: Make
     form: Rows | Product | None = None
 
@@ -179,7 +187,7 @@ class _Scope:
     def cheapest(self, atom: jex.Var | jex.Literal, *, product_allowed: bool) -> _Deferred:
         if isinstance(atom, jex.Literal):
             constant = atom.val
-            return _Deferred((), 0, False, lambda env: constant)
+            return _Deferred((), 0, False, True, lambda env: constant)
         key = (atom, product_allowed)
         if key not in self._known:
             self._known[key] = self._cheapest(atom, product_allowed)
@@ -187,11 +195,14 @@ class _Scope:
 
     def _cheapest(self, var: jex.Var, product_allowed: bool) -> _Deferred:
         size = _bytes(var) if self.varies(var) else 0
-        kept = _Deferred((var,), size, False, lambda env: env[var])
+        kept = _Deferred((var,), size, False, True, lambda env: env[var])
         eqn = self.maker.get(var)
-        if eqn is None or size == 0:
+        if eqn is None:
             return kept
         name = eqn.primitive.name
+        if size == 0:  # the same for all examples: kept once, unless it is a mere constant
+            constant = name == "broadcast_in_dim" and isinstance(eqn.invars[0], jex.Literal)
+            return self._through(eqn, False) if constant else kept
         found = None
         if name in _CHEAP and (product_allowed or name not in _PRODUCTS):
             found = self._through(eqn, product_allowed and name not in _PRODUCTS)
@@ -205,13 +216,39 @@ class _Scope:
         parts = [self.cheapest(atom, product_allowed=product_allowed) for atom in eqn.invars]
         cut = tuple(dict.fromkeys(var for part in parts for var in part.cut))
 
-        def make(env: dict[jex.Var, Array]) -> Array:
-            inputs = zip(eqn.invars, [part.make(env) for part in parts], strict=True)
-            return _apply(eqn, {a: v for a, v in inputs if isinstance(a, jex.Var)})[0]
+        def applied(env: dict[jex.Var, Array]) -> Array:
+            return _apply_to(eqn, [part.make(env) for part in parts])
 
+        name = eqn.primitive.name
+        onto = self._onto(eqn, parts) if name in ("add", "add_any") else None
+        repeatable = onto is not None or (
+            name not in _UNORDERED and all(part.repeatable for part in parts)
+        )
         cost = sum(_bytes(var) for var in cut if self.varies(var))
-        product = eqn.primitive.name in _PRODUCTS or any(part.product for part in parts)
-        return _Deferred(cut, cost, product, make, _form(self, eqn, parts))
+        product = name in _PRODUCTS or any(part.product for part in parts)
+        form = _form(self, eqn, parts)
+        return _Deferred(cut, cost, product, repeatable, onto or applied, form)
+
+    def _onto(self, eqn: jex.JaxprEqn, parts: list[_Deferred]) -> Make | None:
+        """A table's rows are added to the other gradient of that table (a tied head) in place."""
+        shape = _shape(eqn.outvars[0])
+        if any(_shape(atom) != shape for atom in eqn.invars):
+            return None
+        forms = [part.form for part in parts]
+        if isinstance(forms[0], Rows) == isinstance(forms[1], Rows):
+            return None
+        table, other = parts if isinstance(forms[0], Rows) else parts[::-1]
+        assert isinstance(table.form, Rows)
+        entries = table.form.entries
+
+        def make(env: dict[jex.Var, Array]) -> Array:
+            # Each place once: the order of additions in one place is not left to the device.
+            places, rows = (x[None] for x in entries(env))
+            found = trees.table_rows(places, rows, shape[0])
+            base = other.make(env)
+            return base.at[found.places[0]].add(found.values[0].astype(base.dtype), mode="drop")
+
+        return make
 
     def _out_of(self, eqn: jex.JaxprEqn, place: int) -> _Deferred | None:
         """A value made inside a loop or a recomputed block: the cut leaves it, the product stays
@@ -243,7 +280,8 @@ class _Scope:
                 if body.loops
                 else Product(functools.partial(mapped, form.operands), form.finish)
             )
-        return _Deferred(cut, cost, inner.product, functools.partial(mapped, inner.make), form)
+        make = functools.partial(mapped, inner.make)
+        return _Deferred(cut, cost, inner.product, inner.repeatable, make, form)
 
     def add_variable(self, var: jex.Var, varies: bool) -> None:
         if varies:
@@ -389,7 +427,8 @@ def _stacked(form: Product, mapped: Callable[..., Any], rounds: int) -> Product:
 
 def _rows(scope: _Scope, eqn: jex.JaxprEqn, parts: list[_Deferred]) -> Rows | None:
     """Whole rows that are added to a table of zeros."""
-    if not _is_zeros(scope, eqn.invars[0]):
+    drops = (jax.lax.GatherScatterMode.FILL_OR_DROP, jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
+    if not _is_zeros(scope, eqn.invars[0]) or eqn.params["mode"] not in drops:
         return None
     numbers = eqn.params["dimension_numbers"]
     table, updates = _shape(eqn.invars[0]), _shape(eqn.invars[2])
@@ -445,7 +484,8 @@ def _tail(out: jex.Var | jex.Literal, item: _Deferred, order: dict[jex.Var, int]
     if isinstance(form, Product):
         form = Product(of_values(form.operands), form.finish)
     places = tuple(order[var] for var in item.cut)
-    return Tail(places, make, made, item.cut == (out,), form)
+    kept = item.cut == (out,)
+    return Tail(places, make, made, kept, item.repeatable or isinstance(form, Rows), form)
 
 
 def _apply(eqn: jex.JaxprEqn, env: dict[jex.Var, Array]) -> list[Array]:
@@ -453,6 +493,12 @@ def _apply(eqn: jex.JaxprEqn, env: dict[jex.Var, Array]) -> list[Array]:
     used = list(dict.fromkeys(atom for atom in eqn.invars if isinstance(atom, jex.Var)))
     program = jex.Jaxpr((), used, eqn.outvars, [eqn], eqn.effects, _NAMES)
     return jex.jaxpr_as_fun(jex.ClosedJaxpr(program, ()))(*[env[var] for var in used])
+
+
+def _apply_to(eqn: jex.JaxprEqn, values: list[Array]) -> Array:
+    """The one output of an equation at these inputs."""
+    inputs = zip(eqn.invars, values, strict=True)
+    return _apply(eqn, {atom: value for atom, value in inputs if isinstance(atom, jex.Var)})[0]
 
 
 def _value(env: dict[jex.Var, Array], atom: jex.Var | jex.Literal) -> Array:
