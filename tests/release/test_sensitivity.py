@@ -211,8 +211,8 @@ def test_v1_random_starts_alone_respect_the_bound(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_v1_many_restarts(name):
-    """V1, long: 100 random restarts of 2000 steps."""
-    assert 0.999 <= attack(CASES[name], seed=2, restarts=100, steps=2000) <= 1.0 + RTOL
+    """V1, long: 24 random restarts of 2000 steps."""
+    assert 0.999 <= attack(CASES[name], seed=2, restarts=24, steps=2000) <= 1.0 + RTOL
 
 
 def joint_head_clip_case():
