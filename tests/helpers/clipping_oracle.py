@@ -69,9 +69,7 @@ def check_clipped_sum(loss_fn, params, batch, *, micro_batch_size, invariant="")
         micro_batch_size=micro_batch_size,
         per_example_bytes=2**24,
     )
-    found = jax.jit(whole, compiler_options=QUICKLY_COMPILED)(
-        loss_fn, params, batch, real
-    ).gradients
+    summed = jax.jit(whole, compiler_options=QUICKLY_COMPILED)(loss_fn, params, batch, real)
     size = np.sqrt(sum(np.sum(leaf**2) for leaf in exact.values()))
     for path, leaf in summed.gradients.items():
         error = np.linalg.norm(np.asarray(leaf, np.float64) - exact[path])
