@@ -114,7 +114,7 @@ def test_shard_map_of_gradient_lowers():
         sharded = jax.shard_map(gradient, in_specs=(split,) * 3, out_specs=split)
         traced = jax.jit(sharded).trace(*inputs[:3])
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
-    assert "dpfa_triton_backward_keys" in text
+    assert "dpfa_triton_backward_queries" in text
 
 
 def test_the_warning_of_the_end_of_pallas_triton_is_silent():
