@@ -44,9 +44,8 @@ def table_rows(
 ) -> TableRows:
     """The gradient of a lookup: rows of one example that meet in a place are added there.
 
-    Negative places count from the end; places outside the table count for nothing.
+    Places outside 0 .. size - 1 count for nothing.
     """
-    places = jnp.where(places < 0, places + size, places)
     places = jnp.where((places < 0) | (places >= size), size, places)
     same = places[:, :, None] == places[:, None, :]
     entries = places.shape[1]

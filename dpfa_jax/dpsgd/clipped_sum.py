@@ -21,7 +21,8 @@ from jaxtyping import Array, Bool, Float, Float32, PyTree
 
 from dpfa_jax.clipping import trees
 from dpfa_jax.core import ArgumentError
-from dpfa_jax.dpsgd.deferral import Rows, Split, Tail, defer
+from dpfa_jax.dpsgd.deferral import Split, Tail, defer
+from dpfa_jax.dpsgd.forms import Rows
 from dpfa_jax.dpsgd.parameters import leaf_paths
 
 PerExampleLoss = Callable[[PyTree, PyTree], Float[Array, " batch"]]
@@ -189,6 +190,7 @@ def _clipped_group(
     if together <= memory:
         clipped = functools.partial(_clipped, l2_clip_norm=l2_clip_norm)
         return _added(clipped, parts, counts, memory // max(together, 1))
+    _check_repeatable(parts, together, memory)
     norms = [_measured(part, l2_clip_norm, memory // part.tail.example_bytes) for part in parts]
     scales = trees.clip_scales(norms, counts)
     sums: list[Array] = []
@@ -277,6 +279,20 @@ def _check_memory(gradients: list[_Gradient], rows: int, allowed: int) -> int:
             f"Raise per_example_bytes to {allowed - left + largest.tail.example_bytes} or more.",
         )
     return left
+
+
+def _check_repeatable(parts: list[_Gradient], needed: int, memory: int) -> None:
+    """What is made once for the norm and once for the sum must be the same both times."""
+    for part in parts:
+        if not part.tail.repeatable:
+            raise ArgumentError(
+                "per_example_bytes",
+                memory,
+                f"the gradients of one example in the group of {part.path!r} need {needed} bytes; "
+                "made one after another, they would be made twice, and this one is added up in an "
+                "order that a GPU may change",
+                f"Raise it by {needed - memory} bytes, or give {part.path!r} a clip group.",
+            )
 
 
 def split_gradient(loss_fn: PerExampleLoss, params: PyTree, example: PyTree) -> Split:

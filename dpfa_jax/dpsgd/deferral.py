@@ -15,23 +15,32 @@ declared by layers.
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.extend import core as jex
 from jaxtyping import Array
 
 from dpfa_jax.clipping import trees
+from dpfa_jax.dpsgd.equations import (
+    apply,
+    apply_to,
+    bytes_of,
+    dtype_of,
+    inlined,
+    loop_varies,
+    shape_of,
+    value_of,
+    varying_vars,
+)
+from dpfa_jax.dpsgd.forms import Product, Rows, form_of, stacked
 
 # A gradient stays in the head where its cut would be this many times larger than itself: biases,
 # norm scales and low-rank factors are small, the inputs they come from are not.
 KEEP_RATIO = 16
 
-_CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
 _PRODUCTS = {"dot_general", "scatter-add", "conv_general_dilated"}
 _CHEAP = _PRODUCTS | {
     "add",
@@ -58,33 +67,8 @@ _CHEAP = _PRODUCTS | {
 
 # Additions whose order a GPU may choose anew in every run.
 _UNORDERED = {"scatter-add", "conv_general_dilated"}
-_NAMES = jex.DebugInfo("deferral", "gradient of one example", None, None)
 
 Make = Callable[[dict[jex.Var, Array]], Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Rows:
-    """A gradient that is a sum of rows at some places of an otherwise zero table: an embedding.
-
-    Attributes:
-      entries: values of the cut -> (row numbers (entries,), rows (entries, ...)).
-    """
-
-    entries: Callable[..., tuple[Array, Array]]
-
-
-@dataclasses.dataclass(frozen=True)
-class Product:
-    """A gradient that is a matrix product, or one for each of G groups, put in another shape.
-
-    Attributes:
-      operands: values of the cut -> (left (G, T, I), right (G, T, O)).
-      finish: (G, I, O) -> the gradient. Linear, and it keeps norms.
-    """
-
-    operands: Callable[..., tuple[Array, Array]]
-    finish: Callable[[Array], Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,7 +120,7 @@ def defer(program: jex.ClosedJaxpr, varies: Sequence[bool]) -> Split:
       program: as `jax.make_jaxpr` gives it.
       varies: for each input, whether it differs from example to example.
     """
-    jaxpr = _inlined(program.jaxpr)
+    jaxpr = inlined(program.jaxpr)
     scope = _Scope(jaxpr, program.consts, varies)
     outs = [_unwidened(scope, out) for out in jaxpr.outvars]
     deferred = [scope.cheapest(out, product_allowed=True) for out in outs]
@@ -177,7 +161,7 @@ class _Scope:
     def __init__(self, jaxpr: jex.Jaxpr, consts: Sequence[Array], varies: Sequence[bool]) -> None:
         self.jaxpr, self.consts = jaxpr, consts
         self.maker = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
-        self._varying = _varying_vars(jaxpr, varies)
+        self._varying = varying_vars(jaxpr, varies)
         self._known: dict[tuple[jex.Var, bool], _Deferred] = {}
         self._bodies: dict[int, _Body] = {}
 
@@ -194,7 +178,7 @@ class _Scope:
         return self._known[key]
 
     def _cheapest(self, var: jex.Var, product_allowed: bool) -> _Deferred:
-        size = _bytes(var) if self.varies(var) else 0
+        size = bytes_of(var) if self.varies(var) else 0
         kept = _Deferred((var,), size, False, True, lambda env: env[var])
         eqn = self.maker.get(var)
         if eqn is None:
@@ -217,22 +201,22 @@ class _Scope:
         cut = tuple(dict.fromkeys(var for part in parts for var in part.cut))
 
         def applied(env: dict[jex.Var, Array]) -> Array:
-            return _apply_to(eqn, [part.make(env) for part in parts])
+            return apply_to(eqn, [part.make(env) for part in parts])
 
         name = eqn.primitive.name
         onto = self._onto(eqn, parts) if name in ("add", "add_any") else None
         repeatable = onto is not None or (
             name not in _UNORDERED and all(part.repeatable for part in parts)
         )
-        cost = sum(_bytes(var) for var in cut if self.varies(var))
+        cost = sum(bytes_of(var) for var in cut if self.varies(var))
         product = name in _PRODUCTS or any(part.product for part in parts)
-        form = _form(self, eqn, parts)
+        form = form_of(eqn, parts, self.maker)
         return _Deferred(cut, cost, product, repeatable, onto or applied, form)
 
     def _onto(self, eqn: jex.JaxprEqn, parts: list[_Deferred]) -> Make | None:
         """A table's rows are added to the other gradient of that table (a tied head) in place."""
-        shape = _shape(eqn.outvars[0])
-        if any(_shape(atom) != shape for atom in eqn.invars):
+        shape = shape_of(eqn.outvars[0])
+        if any(shape_of(atom) != shape for atom in eqn.invars):
             return None
         forms = [part.form for part in parts]
         if isinstance(forms[0], Rows) == isinstance(forms[1], Rows):
@@ -272,11 +256,11 @@ class _Scope:
             return jax.vmap(of_values, in_axes=axes, axis_size=eqn.params["length"])(*values)
 
         cut = tuple(dict.fromkeys(var for var, _ in outer))
-        cost = sum(_bytes(var) for var in cut if self.varies(var))
+        cost = sum(bytes_of(var) for var in cut if self.varies(var))
         form = inner.form if isinstance(inner.form, Product) else None
         if form is not None:
             form = (
-                _stacked(form, mapped, eqn.params["length"])
+                stacked(form, mapped, eqn.params["length"])
                 if body.loops
                 else Product(functools.partial(mapped, form.operands), form.finish)
             )
@@ -294,10 +278,10 @@ class _Scope:
         for eqn in self._needed(wanted):
             body = self._bodies.get(id(eqn))
             if body is not None and body.emitted:
-                env.update(body.run([_value(env, atom) for atom in eqn.invars]))
+                env.update(body.run([value_of(env, atom) for atom in eqn.invars]))
             else:
-                env.update(zip(eqn.outvars, _apply(eqn, env), strict=True))
-        return [_value(env, atom) for atom in wanted]
+                env.update(zip(eqn.outvars, apply(eqn, env), strict=True))
+        return [value_of(env, atom) for atom in wanted]
 
     def _needed(self, wanted: Sequence[jex.Var | jex.Literal]) -> list[jex.JaxprEqn]:
         used = {atom for atom in wanted if isinstance(atom, jex.Var)}
@@ -322,16 +306,16 @@ class _Body:
         self.parent, self.eqn = parent, eqn
         self.loops = eqn.primitive.name == "scan"
         inner = eqn.params["jaxpr"]
-        self.jaxpr = _inlined(getattr(inner, "jaxpr", inner))
+        self.jaxpr = inlined(getattr(inner, "jaxpr", inner))
         varies = [isinstance(atom, jex.Var) and parent.varies(atom) for atom in eqn.invars]
         self.carries = self.consts = 0
         if self.loops:
             ins = zip(eqn.invars, self.jaxpr.invars, strict=True)
             outs = zip(eqn.outvars, self.jaxpr.outvars, strict=True)
-            self.carries = sum(_shape(out) == _shape(within) for out, within in outs)
-            whole = sum(_shape(atom) == _shape(var) for atom, var in ins)
+            self.carries = sum(shape_of(out) == shape_of(within) for out, within in outs)
+            whole = sum(shape_of(atom) == shape_of(var) for atom, var in ins)
             self.consts = whole - self.carries
-            varies = _loop_varies(self.jaxpr, varies, self.consts, self.carries)
+            varies = loop_varies(self.jaxpr, varies, self.consts, self.carries)
         self.scope = _Scope(self.jaxpr, getattr(inner, "consts", ()), varies)
         self.emitted: dict[jex.Var, jex.Var] = {}
 
@@ -345,8 +329,8 @@ class _Body:
             if isinstance(atom, jex.Var) and not carried:
                 return atom, self.loops and place >= self.consts + self.carries
         if var not in self.emitted:
-            shape = (self.eqn.params["length"], *_shape(var)) if self.loops else _shape(var)
-            self.emitted[var] = jex.Var(jax.core.ShapedArray(shape, _dtype(var)))
+            shape = (self.eqn.params["length"], *shape_of(var)) if self.loops else shape_of(var)
+            self.emitted[var] = jex.Var(jax.core.ShapedArray(shape, dtype_of(var)))
             self.parent.add_variable(self.emitted[var], self.scope.varies(var))
         return self.emitted[var], self.loops
 
@@ -369,104 +353,12 @@ class _Body:
         return dict(zip(names, [*carry, *stacked], strict=True))
 
 
-def _form(scope: _Scope, eqn: jex.JaxprEqn, parts: list[_Deferred]) -> Rows | Product | None:
-    name = eqn.primitive.name
-    if name == "dot_general":
-        return _product(eqn, parts)
-    if name == "scatter-add":
-        return _rows(scope, eqn, parts)
-    form = parts[0].form if len(parts) == 1 else None
-    if isinstance(form, Rows) and name == "convert_element_type":
-        return form
-    if not isinstance(form, Product):
-        return None
-    if name == "convert_element_type":
-        return form
-    if name in ("copy", "copy_p", "neg", "reshape", "squeeze", "transpose"):
-        finish, operand = form.finish, eqn.invars[0]
-        assert isinstance(operand, jex.Var)
-        return Product(form.operands, lambda made: _apply(eqn, {operand: finish(made)})[0])
-    return None
-
-
-def _product(eqn: jex.JaxprEqn, parts: list[_Deferred]) -> Product | None:
-    (left_contracted, right_contracted), (left_groups, right_groups) = eqn.params[
-        "dimension_numbers"
-    ]
-    out = eqn.outvars[0]
-    if any(_dtype(atom) != _dtype(out) for atom in eqn.invars):
-        return None  # an operand of another precision
-
-    def matrix(operand: Array, groups: tuple[int, ...], contracted: tuple[int, ...]) -> Array:
-        free = [axis for axis in range(operand.ndim) if axis not in (*groups, *contracted)]
-        sizes = [math.prod(operand.shape[axis] for axis in axes) for axes in (groups, contracted)]
-        return operand.transpose(*groups, *contracted, *free).reshape(*sizes, -1)
-
-    def operands(env: dict[jex.Var, Array]) -> tuple[Array, Array]:
-        left, right = (part.make(env) for part in parts)
-        return (
-            matrix(left, left_groups, left_contracted),
-            matrix(right, right_groups, right_contracted),
-        )
-
-    return Product(operands, lambda made: made.reshape(_shape(out)))
-
-
-def _stacked(form: Product, mapped: Callable[..., Any], rounds: int) -> Product:
-    """The same for a gradient that a loop makes in slices: its rounds are more groups."""
-
-    def operands(env: dict[jex.Var, Array]) -> tuple[Array, Array]:
-        left, right = mapped(form.operands, env)
-        return left.reshape(-1, *left.shape[2:]), right.reshape(-1, *right.shape[2:])
-
-    def finish(made: Array) -> Array:
-        return jax.vmap(form.finish)(made.reshape(rounds, -1, *made.shape[1:]))
-
-    return Product(operands, finish)
-
-
-def _rows(scope: _Scope, eqn: jex.JaxprEqn, parts: list[_Deferred]) -> Rows | None:
-    """Whole rows that are added to a table of zeros."""
-    drops = (jax.lax.GatherScatterMode.FILL_OR_DROP, jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
-    if not _is_zeros(scope, eqn.invars[0]) or eqn.params["mode"] not in drops:
-        return None
-    numbers = eqn.params["dimension_numbers"]
-    table, updates = _shape(eqn.invars[0]), _shape(eqn.invars[2])
-    window = tuple(range(len(updates) - (len(table) - 1), len(updates)))
-    whole_rows = (
-        numbers.inserted_window_dims == (0,)
-        and numbers.scatter_dims_to_operand_dims == (0,)
-        and not numbers.operand_batching_dims
-        and numbers.update_window_dims == window
-        and updates[len(updates) - len(window) :] == table[1:]
-    )
-    if not whole_rows:
-        return None
-
-    def entries(env: dict[jex.Var, Array]) -> tuple[Array, Array]:
-        places, values = parts[1].make(env), parts[2].make(env)
-        return places.reshape(-1), values.reshape(-1, *table[1:])
-
-    return Rows(entries)
-
-
-def _is_zeros(scope: _Scope, atom: jex.Var | jex.Literal) -> bool:
-    if isinstance(atom, jex.Literal):
-        return bool(np.all(np.asarray(atom.val) == 0))
-    eqn = scope.maker.get(atom)
-    return (
-        eqn is not None
-        and eqn.primitive.name == "broadcast_in_dim"
-        and _is_zeros(scope, eqn.invars[0])
-    )
-
-
 def _unwidened(scope: _Scope, atom: jex.Var | jex.Literal) -> jex.Var | jex.Literal:
     """What `atom` was before a cast that lost nothing, so that its memory is that of fewer bits."""
     eqn = scope.maker.get(atom) if isinstance(atom, jex.Var) else None
     if eqn is None or eqn.primitive.name != "convert_element_type":
         return atom
-    narrow, wide = _dtype(eqn.invars[0]), eqn.params["new_dtype"]
+    narrow, wide = dtype_of(eqn.invars[0]), eqn.params["new_dtype"]
     floats = jnp.issubdtype(narrow, jnp.floating) and jnp.issubdtype(wide, jnp.floating)
     return eqn.invars[0] if floats and jnp.promote_types(narrow, wide) == wide else atom
 
@@ -476,7 +368,7 @@ def _tail(out: jex.Var | jex.Literal, item: _Deferred, order: dict[jex.Var, int]
         return lambda *values: function(dict(zip(item.cut, values, strict=True)))
 
     make, form = of_values(item.make), item.form
-    shapes = [jax.ShapeDtypeStruct(_shape(var), _dtype(var)) for var in item.cut]
+    shapes = [jax.ShapeDtypeStruct(shape_of(var), dtype_of(var)) for var in item.cut]
     made = jax.eval_shape(make, *shapes)
     if isinstance(form, Rows):
         form = Rows(of_values(form.entries))
@@ -486,89 +378,3 @@ def _tail(out: jex.Var | jex.Literal, item: _Deferred, order: dict[jex.Var, int]
     places = tuple(order[var] for var in item.cut)
     kept = item.cut == (out,)
     return Tail(places, make, made, kept, item.repeatable or isinstance(form, Rows), form)
-
-
-def _apply(eqn: jex.JaxprEqn, env: dict[jex.Var, Array]) -> list[Array]:
-    """The outputs of one equation, as the program that consists of it."""
-    used = list(dict.fromkeys(atom for atom in eqn.invars if isinstance(atom, jex.Var)))
-    program = jex.Jaxpr((), used, eqn.outvars, [eqn], eqn.effects, _NAMES)
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(program, ()))(*[env[var] for var in used])
-
-
-def _apply_to(eqn: jex.JaxprEqn, values: list[Array]) -> Array:
-    """The one output of an equation at these inputs."""
-    inputs = zip(eqn.invars, values, strict=True)
-    return _apply(eqn, {atom: value for atom, value in inputs if isinstance(atom, jex.Var)})[0]
-
-
-def _value(env: dict[jex.Var, Array], atom: jex.Var | jex.Literal) -> Array:
-    return atom.val if isinstance(atom, jex.Literal) else env[atom]
-
-
-def _varying_vars(jaxpr: jex.Jaxpr, varies: Sequence[bool]) -> set[jex.Var]:
-    varying = {var for var, does in zip(jaxpr.invars, varies, strict=True) if does}
-    for eqn in jaxpr.eqns:
-        if any(isinstance(atom, jex.Var) and atom in varying for atom in eqn.invars):
-            varying.update(eqn.outvars)
-    return varying
-
-
-def _loop_varies(jaxpr: jex.Jaxpr, varies: Sequence[bool], consts: int, carries: int) -> list[bool]:
-    """`varies` of a loop body's inputs: a carry varies once any round has made it vary."""
-    varies = list(varies)
-    while True:
-        varying = _varying_vars(jaxpr, varies)
-        for place in range(carries):
-            out = jaxpr.outvars[place]
-            if isinstance(out, jex.Var) and out in varying and not varies[consts + place]:
-                varies[consts + place] = True
-                break
-        else:
-            return varies
-
-
-def _inlined(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
-    """`jaxpr` with the calls of jitted functions replaced by what they call."""
-    if not any(eqn.primitive.name in _CALLS for eqn in jaxpr.eqns):
-        return jaxpr
-    eqns: list[jex.JaxprEqn] = []
-    names: dict[jex.Var, jex.Var | jex.Literal] = {}
-    _inline(jaxpr, names, eqns)
-    return jaxpr.replace(eqns=eqns, outvars=[_read(names, out) for out in jaxpr.outvars])
-
-
-def _inline(
-    jaxpr: jex.Jaxpr, names: dict[jex.Var, jex.Var | jex.Literal], eqns: list[jex.JaxprEqn]
-) -> None:
-    for eqn in jaxpr.eqns:
-        invars = [_read(names, atom) for atom in eqn.invars]
-        inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
-        if not isinstance(inner, jex.ClosedJaxpr) or inner.consts:
-            fresh = [jex.Var(out.aval) for out in eqn.outvars]
-            names.update(zip(eqn.outvars, fresh, strict=True))
-            eqns.append(eqn.replace(invars=invars, outvars=fresh))
-            continue
-        within: dict[jex.Var, jex.Var | jex.Literal] = dict(
-            zip(inner.jaxpr.invars, invars, strict=True)
-        )
-        _inline(inner.jaxpr, within, eqns)
-        results = [_read(within, out) for out in inner.jaxpr.outvars]
-        names.update(zip(eqn.outvars, results, strict=True))
-
-
-def _read(
-    names: dict[jex.Var, jex.Var | jex.Literal], atom: jex.Var | jex.Literal
-) -> jex.Var | jex.Literal:
-    return names.get(atom, atom) if isinstance(atom, jex.Var) else atom
-
-
-def _shape(atom: jex.Var | jex.Literal) -> tuple[int, ...]:
-    return getattr(atom.aval, "shape", ())
-
-
-def _dtype(atom: jex.Var | jex.Literal) -> np.dtype:
-    return getattr(atom.aval, "dtype", np.dtype(np.float32))
-
-
-def _bytes(atom: jex.Var | jex.Literal) -> int:
-    return int(np.prod(_shape(atom), dtype=np.int64)) * _dtype(atom).itemsize

@@ -332,3 +332,25 @@ def test_counts_of_unclipped_examples(micro_batch_size, per_example_bytes):
         per_example_bytes=2**20,
     )
     np.testing.assert_allclose(flat(found.gradients), flat(fixed), rtol=1e-5, atol=1e-6)
+
+
+def test_a_sum_without_an_order_is_not_made_twice():
+    """A gradient that a device may add up in another order must be made once, or not at all."""
+    params, batch = params_for("convolution"), batch_for("convolution")
+    call = functools.partial(
+        clipped_sum,
+        loss_for("convolution", jnp.float32),
+        params,
+        batch,
+        np.ones(BATCH, bool),
+        l2_clip_norms=(1.0,),
+        leaf_groups=(0, 0),
+        micro_batch_size=1,
+    )
+    rows = coverage(loss_for("convolution", jnp.float32), params, batch)
+    late = {row.path: row.example_bytes for row in rows if row.how == "late"}
+    assert "kernel" in late
+    call(per_example_bytes=sum(row.example_bytes for row in rows))
+    if len(late) > 1:
+        with pytest.raises(ArgumentError, match="'kernel' need"):
+            call(per_example_bytes=max(late.values()))
