@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from dpfa_jax.accounting.guarantee import ACCOUNTANTS, epsilon
-from dpfa_jax.accounting.ledger import Ledger, Record, record, whole_epochs
+from dpfa_jax.accounting.ledger import Ledger, Record, record, whole_turns
 from dpfa_jax.accounting.search import largest_within
 from dpfa_jax.core import ArgumentError, BudgetExceededError, checks
 from dpfa_jax.release import GaussianRecord
@@ -44,7 +44,7 @@ class Budget:
         present = ledger.count_of(charge)
         others = Ledger(tuple(entry for entry in ledger.entries if entry.record != charge))
         room = largest_count(self, others, charge) - present
-        if whole_epochs(charge, count) > room:
+        if whole_turns(charge, count) > room:
             raise BudgetExceededError(
                 f"{count} answers would pass the budget (epsilon = {self.epsilon:g}, "
                 f"delta = {self.delta:g}); {max(room, 0)} more of this kind fit. "

@@ -33,14 +33,13 @@ def charged_count(record: GaussianRecord, count: int) -> int:
     """How many times one unit takes part in `count` answers, at most, before amplification.
 
     Shuffled: each example once an epoch, and an epoch has at least floor(n / batch) steps, whether
-    a last short batch is kept or dropped. Otherwise every answer counts.
+    a last short batch is kept or dropped. Cyclic Poisson batches: once a cycle. Otherwise every
+    answer counts.
 
     Errors: UnsupportedEventError for sampling that does not go with the relation.
     """
     require_supported(record)
-    if record.sampling is not None and record.sampling.scheme == "shuffled":
-        return -(-count // record.sampling.steps_per_epoch)
-    return count
+    return count if record.sampling is None else -(-count // record.sampling.steps_per_turn)
 
 
 def is_amplified(record: GaussianRecord) -> bool:

@@ -110,12 +110,13 @@ def record(ledger: Ledger, release: Release | Record, count: int = 1) -> Ledger:
     """A new ledger with `count` answers of `release` added. `ledger` itself never changes.
 
     Charge before releasing: call this (or `LedgerFile.charge`) first, then draw the noise. The
-    steps of a shuffled loader are rounded up to whole epochs (see `whole_epochs`).
+    steps of a shuffled loader are rounded up to whole epochs, those of cyclic batches to whole
+    cycles (see `whole_turns`).
 
     Errors: UnsupportedEventError where unit or relation differ from the ledger's; ArgumentError.
     """
     new = as_record(release)
-    count = whole_epochs(new, checks.count("count", count))
+    count = whole_turns(new, checks.count("count", count))
     entries = list(ledger.entries)
     for index, entry in enumerate(entries):
         if entry.record == new:
@@ -124,16 +125,15 @@ def record(ledger: Ledger, release: Release | Record, count: int = 1) -> Ledger:
     return Ledger((*entries, Entry(new, count)))
 
 
-def whole_epochs(charge: Record, count: int) -> int:
-    """`count`, for a shuffled loader rounded up to whole epochs.
+def whole_turns(charge: Record, count: int) -> int:
+    """`count`, for a shuffled loader rounded up to whole epochs, for cyclic batches to cycles.
 
     Nobody can tell whether two charges belong to one shuffle: in two, an example may be met twice
     within one epoch's number of steps. So each charge pays for epochs of its own.
     """
     sampling = charge.sampling if isinstance(charge, GaussianRecord) else None
-    if sampling is None or sampling.scheme != "shuffled":
-        return count
-    return -(-count // sampling.steps_per_epoch) * sampling.steps_per_epoch
+    turn = 1 if sampling is None else sampling.steps_per_turn
+    return -(-count // turn) * turn
 
 
 def _check_composes(first: Record, second: Record) -> None:

@@ -82,7 +82,7 @@ def _answer_losses(
 
     assert record.sampling is not None
     return privacy_loss_distribution.from_truncated_subsampled_gaussian_mechanism(
-        dataset_size=record.sampling.dataset_size,
+        dataset_size=record.sampling.group_size,
         sampling_probability=record.sampling.probability,
         truncated_batch_size=record.sampling.truncated_batch_size,
         noise_multiplier=record.noise_multiplier,

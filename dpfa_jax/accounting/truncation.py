@@ -1,9 +1,10 @@
 """How often a Poisson batch is cut to its capacity, seen from one example.
 
-Whether the n - 1 other examples fill the batch does not depend on the example. Where they do, the
-example, if drawn, stays with probability cap / (others + 1) and pushes out a uniformly drawn other.
-The subset of others, given that it has cap members, is uniform whatever their number was, so the
-step is a Poisson-sampled one with probability q' and a shift of up to twice the clip norm.
+n is the number of examples that the step may draw. Whether the n - 1 others fill the batch does not
+depend on the example. Where they do, the example, if drawn, stays with probability
+cap / (others + 1) and pushes out a uniformly drawn other. The subset of others, given that it has
+cap members, is uniform whatever their number was, so the step is a Poisson-sampled one with
+probability q' and a shift of up to twice the clip norm.
 dp_accounting's TruncatedSubsampledGaussianDpEvent splits in the same way (arXiv 2508.15089, 2025).
 """
 
@@ -37,7 +38,7 @@ def batch_truncation(sampling: Sampling) -> BatchTruncation:
     """Exact binomial tails: p = P(Bin(n-1, q) >= cap), joint = (cap / n) P(Bin(n, q) > cap)."""
     from scipy import special
 
-    size, capacity = sampling.dataset_size, sampling.truncated_batch_size
+    size, capacity = sampling.group_size, sampling.truncated_batch_size
     if capacity >= size:
         return BatchTruncation(0.0, 0.0)
     chance = sampling.probability

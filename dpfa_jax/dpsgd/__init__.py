@@ -1,11 +1,12 @@
 """DP-SGD: one plan that couples sampling, clipping, noise and release; the step that keeps it."""
 
 from dpfa_jax.dpsgd.batches import poisson_batches, take_batch
+from dpfa_jax.dpsgd.correlated_noise import banded_strategy
 from dpfa_jax.dpsgd.coverage import Covered, coverage
 from dpfa_jax.dpsgd.noisy_sum import NoisySumState, noisy_sum
 from dpfa_jax.dpsgd.parameters import ClipGroups, per_layer_groups
 from dpfa_jax.dpsgd.plan import DPSGDPlan
-from dpfa_jax.dpsgd.step import DPState, DPStep, make_dp_step
+from dpfa_jax.dpsgd.step import DPState, DPStep, make_dp_step, restarted
 
 __all__ = [
     "ClipGroups",
@@ -14,10 +15,12 @@ __all__ = [
     "DPState",
     "DPStep",
     "NoisySumState",
+    "banded_strategy",
     "coverage",
     "make_dp_step",
     "noisy_sum",
     "per_layer_groups",
     "poisson_batches",
+    "restarted",
     "take_batch",
 ]

@@ -13,12 +13,15 @@ PADDING = -1
 
 
 def poisson_batches(
-    sampling: Sampling, rng: np.random.Generator, steps: int
+    sampling: Sampling, rng: np.random.Generator, steps: int, *, first_step: int = 0
 ) -> Iterator[np.ndarray]:
     """`steps` batches of example indices, shape (capacity,), padded with -1.
 
     Every example enters each batch independently with `sampling.probability`; a batch beyond the
-    capacity is cut to a uniformly random subset. Who is in a batch is secret: draw `rng` from the
+    capacity is cut to a uniformly random subset. Cyclic batches (b = `sampling.cycle_length` > 1)
+    of step t, counted from `first_step` on, hold only examples i with i mod b = t mod b: nobody
+    takes part twice within b steps, also where batches are drawn in several calls. The last n mod b
+    examples are then never drawn. Who is in a batch is secret: draw `rng` from the
     operating system's entropy (`np.random.default_rng()`), and publish neither seed nor indices.
 
     Errors: ArgumentError for another sampling scheme or an `rng` that is no numpy Generator.
@@ -39,20 +42,23 @@ def poisson_batches(
             "Pass np.random.default_rng(), which takes its seed from the operating system.",
         )
     checks.count("steps", steps, minimum=0)
-    return _batches(sampling, rng, steps)
+    checks.count("first_step", first_step, minimum=0)
+    return _batches(sampling, rng, range(first_step, first_step + steps))
 
 
-def _batches(sampling: Sampling, rng: np.random.Generator, steps: int) -> Iterator[np.ndarray]:
+def _batches(sampling: Sampling, rng: np.random.Generator, steps: range) -> Iterator[np.ndarray]:
     from jax_privacy import batch_selection  # heavy: only where batches are drawn
 
     strategy = batch_selection.CyclicPoissonSampling(
         sampling_prob=sampling.probability,
-        iterations=steps,
+        iterations=len(steps),
         truncated_batch_size=sampling.truncated_batch_size,
     )
-    for drawn in strategy.batch_iterator(sampling.dataset_size, rng=rng):
+    cycle = sampling.cycle_length
+    drawn_places = strategy.batch_iterator(sampling.group_size, rng=rng)
+    for step, drawn in zip(steps, drawn_places, strict=True):
         indices = np.full(sampling.truncated_batch_size, PADDING, dtype=np.int64)
-        indices[: len(drawn)] = drawn
+        indices[: len(drawn)] = drawn.astype(np.int64) * cycle + step % cycle
         yield indices
 
 

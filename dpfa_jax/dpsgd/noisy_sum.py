@@ -1,13 +1,17 @@
 """Noise on the sum of clipped gradients, once: an optax transformation that stands on its own."""
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
-from jaxtyping import Array, Int, Key, PyTree
+from jaxtyping import Array, Float32, Int, Key, PyTree
 
 from dpfa_jax.core import ArgumentError
+from dpfa_jax.dpsgd import adaptive_clipping
+from dpfa_jax.dpsgd.correlated_noise import correlated, empty_memory
 from dpfa_jax.dpsgd.parameters import check_parameters, check_untied, leaf_groups
 from dpfa_jax.dpsgd.plan import DPSGDPlan
 from dpfa_jax.noise import counters, fields, grid, hazards, keys
@@ -17,36 +21,50 @@ TRAINING_LAYER = 2**32 - 1
 
 
 class NoisySumState(NamedTuple):
-    """How many sums have been noised; it enters the noise counters, so it must not repeat."""
+    """What the noise of the next sum depends on, beside its key.
+
+    Attributes:
+      step: how many sums have been noised; it enters the noise counters, so it must not repeat.
+      l2_clip_norms: the groups' clip norms now, where the plan adapts them; else ().
+      noise_memory: past noise, where the plan correlates it; else (). SECRET, as the keys are.
+    """
 
     step: Int[Array, ""]
+    l2_clip_norms: Float32[Array, " groups"] | tuple[()] = ()
+    noise_memory: PyTree = ()
 
 
 def noisy_sum(plan: DPSGDPlan) -> optax.GradientTransformationExtraArgs:
     """Sum of clipped gradients -> noised, snapped, divided by the EXPECTED batch size.
 
-    `update(sum_of_clipped, state, params=None, *, noise_key)` returns float32 means that are
-    released: sum + s_l z on the public grid of clip group l, over the expected batch size. The
-    noise of an element depends on (noise_key, state.step, leaf, global element index) alone, not
-    on shards or devices. The whole batch's sum is due: noise comes after every all-reduce.
+    `update(sum_of_clipped, state, params=None, *, noise_key, centred_counts=None)` returns float32
+    means that are released: sum + s_l z on the public grid of clip group l, over the expected batch
+    size. The noise of an element depends on (noise_key, state.step, leaf, global element index)
+    alone, not on shards or devices. The whole batch's sum is due: noise comes after every
+    all-reduce.
+
+    A plan with adaptive clipping takes the groups' centred counts too, notes them with their own
+    noise, and its next state holds the next clip norms; the sum must have been clipped to those of
+    the state given. A plan with correlated noise keeps past noise in its state.
 
     A noise key may serve several steps of one run as long as the step numbers differ. A state
     restored from before a release, with the key of that release, would repeat its noise: charge
     again and take the new key.
 
-    Errors: ArgumentError for a key of the wrong kind or a wrong number of parameters;
-    CoverageError for a parameter under no clip group; KeyReuseError as `noise.guard`.
+    Errors: ArgumentError for a key of the wrong kind, a wrong number of parameters, or counts that
+    are missing; CoverageError for a parameter under no clip group; KeyReuseError as `noise.guard`.
     Source: Abadi et al. (2016), algorithm 1.
     """
     release = plan.release
-    stddevs, grids = release.noise_stddevs, release.grids
     generator = release.record().generator
+    is_adaptive = release.adaptive_clipping is not None
+    is_correlated = len(release.noise_strategy) > 1
 
     def init(params: PyTree) -> NoisySumState:
         check_parameters(params, release.num_parameters)
         check_untied(params)
         leaf_groups(params, plan.groups)
-        return NoisySumState(jnp.zeros((), jnp.int32))
+        return first_state(plan, params)
 
     def update(
         updates: PyTree,
@@ -54,24 +72,56 @@ def noisy_sum(plan: DPSGDPlan) -> optax.GradientTransformationExtraArgs:
         params: PyTree | None = None,
         *,
         noise_key: Key[Array, ""] | None = None,
+        centred_counts: Float32[Array, " groups"] | None = None,
         **extra_args: object,
     ) -> tuple[PyTree, NoisySumState]:
         del params, extra_args
         check_noise_key(noise_key, generator)
         assert noise_key is not None  # refused above, by name
         check_parameters(updates, release.num_parameters)
+        _check_counts(centred_counts, plan)
+        _check_state(state, plan, len(jax.tree.leaves(updates)))
         leaves, structure = jax.tree.flatten(updates)
-        noise_key = hazards.guard(noise_key, *leaves, uses=(state.step, TRAINING_LAYER))
+        witnesses = [*leaves, *jax.tree.leaves((state.l2_clip_norms, state.noise_memory))]
+        noise_key = hazards.guard(
+            noise_key, *witnesses, centred_counts, uses=(state.step, TRAINING_LAYER)
+        )
         step_key = _bound_to(noise_key, state.step)
+        stddevs, grids = _noise_of(plan, state)
         owners = leaf_groups(updates, plan.groups)
-        means = []
+        past = iter(jax.tree.leaves(state.noise_memory))
+        means, memory = [], []
         for index, (leaf, group) in enumerate(zip(leaves, owners, strict=True)):
-            noise = stddevs[group] * fields.parameter_noise(step_key, index, leaf.shape)
-            released = grid.snap(leaf.astype(jnp.float32) + noise, grids[group])
+            if is_correlated:
+                noise = stddevs[group] * fields.parameter_noise(step_key, index, leaf.shape)
+                noise, kept = correlated(noise, next(past), state.step, release.noise_strategy)
+                released = grid.snap(leaf.astype(jnp.float32) + noise, grids[group])
+                memory.append(kept)
+            else:
+                released = _noised(leaf, step_key, index, stddevs[group], grids[group])
             means.append(released / release.expected_batch_size)
-        return jax.tree.unflatten(structure, means), NoisySumState(state.step + 1)
+        following = NoisySumState(state.step + 1)
+        if is_correlated:
+            following = following._replace(noise_memory=jax.tree.unflatten(structure, memory))
+        if is_adaptive:
+            assert centred_counts is not None  # refused above, by name
+            counts = adaptive_clipping.released_counts(
+                release, centred_counts, step_key, len(leaves)
+            )
+            moved = adaptive_clipping.moved(release, jnp.asarray(state.l2_clip_norms), counts)
+            following = following._replace(l2_clip_norms=moved)
+        return jax.tree.unflatten(structure, means), following
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def first_state(plan: DPSGDPlan, params: PyTree) -> NoisySumState:
+    """The state before the first sum."""
+    memory = empty_memory(params, plan.release.noise_strategy)
+    first = NoisySumState(jnp.zeros((), jnp.int32), noise_memory=memory)
+    if plan.release.adaptive_clipping is None:
+        return first
+    return first._replace(l2_clip_norms=jnp.asarray(plan.release.l2_clip_norms, jnp.float32))
 
 
 def check_noise_key(noise_key: object, generator_name: str) -> None:
@@ -81,6 +131,59 @@ def check_noise_key(noise_key: object, generator_name: str) -> None:
     if shape != ():
         raise ArgumentError(
             "noise_key", f"<keys of shape {shape}>", "not a single key", "Pass one key a step."
+        )
+
+
+# A standard deviation or grid: the release's, or that of the clip norms at hand.
+_Number = float | Float32[Array, ""]
+
+
+def _noised(
+    total: Array, step_key: Key[Array, ""], index: int, stddev: _Number, cell: _Number
+) -> Float32[Array, "..."]:
+    """One leaf's sum with independent noise, on its grid."""
+    noise = stddev * fields.parameter_noise(step_key, index, total.shape)
+    return grid.snap(total.astype(jnp.float32) + noise, cell)
+
+
+def _noise_of(plan: DPSGDPlan, state: NoisySumState) -> tuple[Sequence[_Number], Sequence[_Number]]:
+    """Standard deviation and grid of each group's sum in this step."""
+    if plan.release.adaptive_clipping is None:
+        return plan.release.noise_stddevs, plan.release.grids
+    stddevs, grids = adaptive_clipping.noise_for(plan.release, jnp.asarray(state.l2_clip_norms))
+    return tuple(stddevs), tuple(grids)
+
+
+def _check_counts(centred_counts: Array | None, plan: DPSGDPlan) -> None:
+    groups = len(plan.release.l2_clip_norms)
+    shape = getattr(centred_counts, "shape", None)
+    if plan.release.adaptive_clipping is not None and shape != (groups,):
+        raise ArgumentError(
+            "centred_counts",
+            shape,
+            f"adaptive clipping needs one count for each of {groups} clip groups",
+            "Pass unclipped examples minus clipped ones, halved, or use make_dp_step.",
+        )
+
+
+def _check_state(state: NoisySumState, plan: DPSGDPlan, leaves: int) -> None:
+    adapts = plan.release.adaptive_clipping is not None
+    wanted = (len(plan.release.l2_clip_norms),) if adapts else (0,)
+    found = np.shape(state.l2_clip_norms)
+    if found != wanted:
+        raise ArgumentError(
+            "state.l2_clip_norms",
+            found,
+            f"not of the shape {wanted} that the plan keeps",
+            "Pass the state that this plan's init, or its last step, gave.",
+        )
+    wanted_leaves = leaves if len(plan.release.noise_strategy) > 1 else 0
+    if len(jax.tree.leaves(state.noise_memory)) != wanted_leaves:
+        raise ArgumentError(
+            "state.noise_memory",
+            jax.tree.map(jnp.shape, state.noise_memory),
+            f"not the past noise of {wanted_leaves} parameters that the plan keeps",
+            "Pass the state that this plan's init, or its last step, gave.",
         )
 
 

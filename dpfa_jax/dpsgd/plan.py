@@ -12,8 +12,9 @@ from jaxtyping import PyTree
 
 from dpfa_jax.core import ArgumentError, checks
 from dpfa_jax.dpsgd import batches
+from dpfa_jax.dpsgd.correlated_noise import banded_strategy
 from dpfa_jax.dpsgd.parameters import Groups, per_layer_groups
-from dpfa_jax.release import GaussianRecord, TrainingRelease
+from dpfa_jax.release import AdaptiveClipping, GaussianRecord, TrainingRelease
 
 DEFAULT_MICRO_BATCH_SIZE = 64
 DEFAULT_PER_EXAMPLE_BYTES = 2**30
@@ -87,6 +88,8 @@ class DPSGDPlan:
         groups: Groups | None = None,
         per_example_bytes: int = DEFAULT_PER_EXAMPLE_BYTES,
         noise_shares: tuple[float, ...] | None = None,
+        adaptive_clipping: AdaptiveClipping | None = None,
+        noise_bands: int = 1,
         insecure_test_noise: bool = False,
     ) -> Self:
         """The plan with the least noise that keeps `steps` steps within (epsilon, delta).
@@ -100,6 +103,7 @@ class DPSGDPlan:
           clipping: "flat": an example's whole gradient is clipped to `l2_clip_norm`, or that of
             each of `groups`. "per_layer": each parameter's is clipped, all together to
             `l2_clip_norm` (`per_layer_groups` gives other divisions, to be passed as `groups`).
+          noise_bands: over how many steps noise is correlated (`banded_strategy`); 1: independent.
 
         The other arguments are those of the plan and of `TrainingRelease`.
 
@@ -123,6 +127,8 @@ class DPSGDPlan:
             num_parameters=num_parameters,
             truncated_batch_size=truncated_batch_size,
             noise_shares=noise_shares,
+            adaptive_clipping=adaptive_clipping,
+            noise_strategy=banded_strategy(steps, noise_bands),
             insecure_test_noise=insecure_test_noise,
         )
         capacity = release.batches().truncated_batch_size
@@ -152,7 +158,7 @@ class DPSGDPlan:
         return self.release.record()
 
     def index_batches(
-        self, rng: np.random.Generator, steps: int | None = None
+        self, rng: np.random.Generator, steps: int | None = None, *, first_step: int | None = None
     ) -> Iterator[np.ndarray]:
         """Example indices of each batch, shape (capacity,), -1 for padding.
 
@@ -160,15 +166,29 @@ class DPSGDPlan:
           rng: `np.random.default_rng()`: who is in a batch is secret, so its seed is too.
           steps: how many batches; all of the plan's where None. After a resumption ask for the
             remaining ones with a fresh generator: draws are independent from step to step.
+          first_step: number of steps already charged. Due with correlated noise where `steps` is
+            given: which group of examples a step draws from goes by its number.
 
-        Errors: ArgumentError for an rng that is no Generator, or more steps than planned.
+        Errors: ArgumentError for an rng that is no Generator, more steps than planned, or a first
+        step that is missing.
         """
         steps = self.steps if steps is None else checks.count("steps", steps, minimum=0)
         if steps > self.steps:
             raise ArgumentError(
                 "steps", steps, f"more than the plan's {self.steps}", "Plan for more steps."
             )
-        return batches.poisson_batches(self.release.batches(), rng, steps)
+        sampling = self.release.batches()
+        if first_step is None:
+            if sampling.cycle_length > 1 and steps < self.steps:
+                raise ArgumentError(
+                    "first_step",
+                    None,
+                    f"these {steps} steps begin somewhere in a cycle of {sampling.cycle_length}",
+                    "Pass the number of steps charged before them.",
+                )
+            first_step = 0
+        checks.count("first_step", first_step, minimum=0)
+        return batches.poisson_batches(sampling, rng, steps, first_step=first_step)
 
     def _check_groups(self) -> None:
         norms, groups = self.release.l2_clip_norms, self.groups

@@ -7,28 +7,35 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Bool, Int, Key, PyTree
+from jaxtyping import Array, Bool, Float32, Int, Key, PyTree
 
 from dpfa_jax.core import ArgumentError, BudgetExceededError
 from dpfa_jax.dpsgd.clipped_sum import PerExampleLoss, clipped_sum
 from dpfa_jax.dpsgd.noisy_sum import TRAINING_LAYER, NoisySumState, check_noise_key, noisy_sum
-from dpfa_jax.dpsgd.parameters import check_parameters, check_untied, leaf_groups
+from dpfa_jax.dpsgd.parameters import check_parameters, leaf_groups
 from dpfa_jax.dpsgd.plan import DPSGDPlan
 from dpfa_jax.noise import hazards
 
+_ClipNorms = Float32[Array, " groups"] | tuple[()]
+
 
 class DPState(NamedTuple):
-    """What a step takes and returns; all of it has been released, nothing of it is secret.
+    """What a step takes and returns. All of it but `noise_memory` has been released.
 
     Attributes:
       step: number of steps taken. It enters the noise counters: never set it back with old keys.
       params: trainable parameters, nothing else.
       opt_state: the optimizer's state, computed from released gradients only.
+      l2_clip_norms: the clip groups' norms now, where the plan adapts them; else ().
+      noise_memory: the noise of the last steps, where the plan correlates it; else (). SECRET:
+        whoever has it can take the noise out of what was released. `restarted` wipes it.
     """
 
     step: Int[Array | np.ndarray, ""]
     params: PyTree
     opt_state: PyTree
+    l2_clip_norms: _ClipNorms = ()
+    noise_memory: PyTree = ()
 
 
 class DPStep(NamedTuple):
@@ -36,6 +43,16 @@ class DPStep(NamedTuple):
 
     init: Callable[[PyTree], DPState]
     step: Callable[[DPState, PyTree, Bool[Array, " capacity"], Key[Array, ""]], DPState]
+
+
+def restarted(state: DPState) -> DPState:
+    """`state` with its noise memory wiped: what a run goes on from that lost steps, or was copied.
+
+    Two continuations of one state share its past noise, and together tell more than was charged.
+    After a crash the lost steps count as one continuation: charge whole cycles again, restart, and
+    draw new batches. Where noise is independent this changes nothing.
+    """
+    return state._replace(noise_memory=jax.tree.map(jnp.zeros_like, state.noise_memory))
 
 
 def make_dp_step(
@@ -76,43 +93,47 @@ def make_dp_step(
             "optimizer", optimizer, "not an optax transformation", "Pass e.g. optax.adam(1e-3)."
         )
     release, noise = plan.release, noisy_sum(plan)
+    is_adaptive = release.adaptive_clipping is not None
     generator = release.record().generator
     is_partial = isinstance(loss_fn, jax.tree_util.Partial)
     held, held_structure = jax.tree.flatten(loss_fn) if is_partial else ([], None)
 
     def init(params: PyTree) -> DPState:
-        check_parameters(params, release.num_parameters)
-        check_untied(params)
-        leaf_groups(params, plan.groups)
-        return DPState(np.zeros((), np.int32), params, optimizer.init(params))
+        first = noise.init(params)
+        return DPState(np.zeros((), np.int32), params, optimizer.init(params), *first[1:])
 
     def updated(
         step_number: Int[Array, ""],
         params: PyTree,
         opt_state: PyTree,
+        l2_clip_norms: _ClipNorms,
+        noise_memory: PyTree,
         batch: PyTree,
         is_real: Bool[Array, " capacity"],
         noise_key: Key[Array, ""],
         held: list[Array],
-    ) -> tuple[PyTree, PyTree]:
+    ) -> tuple[PyTree, PyTree, _ClipNorms, PyTree]:
+        before = NoisySumState(step_number, l2_clip_norms, noise_memory)
         total = clipped_sum(
             jax.tree.unflatten(held_structure, held) if is_partial else loss_fn,
             params,
             batch,
             is_real,
-            l2_clip_norms=release.l2_clip_norms,
+            l2_clip_norms=tuple(l2_clip_norms) if is_adaptive else release.l2_clip_norms,
             leaf_groups=leaf_groups(params, plan.groups),
             micro_batch_size=plan.micro_batch_size,
             per_example_bytes=plan.per_example_bytes,
         )
         if axis_name is not None:
             total = jax.lax.psum(total, axis_name)
-        sums = total.gradients
-        means, _ = noise.update(sums, NoisySumState(step_number), params, noise_key=noise_key)
+        sums, counts = total
+        means, after = noise.update(
+            sums, before, params, noise_key=noise_key, centred_counts=counts
+        )
         updates, opt_state = optimizer.update(means, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
+        return optax.apply_updates(params, updates), opt_state, *after[1:]
 
-    jitted = jax.jit(updated, donate_argnums=(1, 2) if donate_state else ())
+    jitted = jax.jit(updated, donate_argnums=(1, 2, 3, 4) if donate_state else ())
 
     def step(
         state: DPState, batch: PyTree, is_real: Bool[Array, " capacity"], noise_key: Key[Array, ""]
@@ -133,13 +154,11 @@ def make_dp_step(
             traced = isinstance(step_number, jax.core.Tracer)
             uses = () if traced else (step_number, TRAINING_LAYER)
             noise_key = hazards.guard(noise_key, step_number, uses=uses)
-        params, opt_state = jitted(
-            step_number, state.params, state.opt_state, batch, is_real, noise_key, held
-        )
+        after = jitted(step_number, *state[1:], batch, is_real, noise_key, held)
         following = step_number + 1
         if not isinstance(following, jax.core.Tracer):
             following = np.asarray(following, np.int32)
-        return DPState(following, params, opt_state)
+        return DPState(following, *after)
 
     return DPStep(init, step)
 

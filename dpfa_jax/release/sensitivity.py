@@ -14,9 +14,19 @@ import math
 ACCUMULATION_SLACK = 1e-3
 
 
-def training_group(l2_clip_norm: float) -> float:
-    """Sum of per-example gradients clipped to `l2_clip_norm`, one example added or removed."""
-    return l2_clip_norm
+def training_group(l2_clip_norm: float, noise_strategy: tuple[float, ...] = (1.0,)) -> float:
+    """Sums of per-example gradients clipped to `l2_clip_norm`, one example added or removed.
+
+    Noise of b > 1 steps may be correlated: step t releases c_0 g_t + .. + c_{b-1} g_{t-b+1} plus
+    independent noise, and then, as post-processing, g_t plus correlated noise. An example that
+    takes part in step t alone among b steps moves b of these answers, all together by C |c|.
+    """
+    return l2_clip_norm * math.hypot(*noise_strategy)
+
+
+def centred_count() -> float:
+    """Sum of +1/2 for an unclipped and -1/2 for a clipped example, one added or removed."""
+    return 0.5
 
 
 def example_rows(l2_clip_norm: float, query_length: int) -> float:
