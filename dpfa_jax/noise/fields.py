@@ -4,6 +4,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jaxtyping import Array, Float32, Int, Key, UInt32
 
 from dpfa_jax.core import ArgumentError
@@ -74,12 +75,13 @@ def parameter_noise(
     words = jax.lax.optimization_barrier(
         counters.bind_parameter(jax.lax.optimization_barrier(words_of(noise_key)), leaf_index)
     )
-    # Pairs along the last axis where it is even, so that a sharding of the other axes stays local.
-    by_rows = bool(shape) and shape[-1] % 2 == 0
-    pairs_shape = (*shape[:-1], shape[-1] // 2) if by_rows else ((size + 1) // 2,)
-    counter = counters.parameter_counter(_flat_index(pairs_shape))
-    pair = jnp.stack(normal_pair(*threefry2x32(words[0], words[1], *counter)), axis=-1)
-    return pair.reshape(shape) if by_rows else pair.reshape(-1)[:size].reshape(shape)
+    # Each element makes its own pair and takes one part of it: twice the arithmetic, but one fused
+    # pass without a second copy of the leaf (on a GPU, half the time), and a sharding stays local.
+    element = _flat_index(shape)
+    is_odd = (element & jnp.uint32(1)) == jnp.uint32(1)
+    pair = lax.shift_right_logical(element, jnp.full_like(element, 1))
+    cosine, sine = normal_pair(*threefry2x32(words[0], words[1], *counters.parameter_counter(pair)))
+    return jnp.where(is_odd, sine, cosine)
 
 
 def _flat_index(shape: tuple[int, ...]) -> UInt32[Array, "..."]:

@@ -1,0 +1,97 @@
+"""Noise on the sum of one parameter, made in registers in the pass that writes the released mean.
+
+Each thread owns four neighbouring numbers at a time: two counter blocks, one 16-byte load, one
+16-byte store. The last program begins early enough to end with the array: what it shares with the
+one before is computed twice, to the same bits.
+"""
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+
+from dpfa_jax.kernels import manual_axes
+from dpfa_jax.noise.counters import parameter_counter
+from dpfa_jax.noise.grid import snap
+from dpfa_jax.noise.normals import normal_pair
+from dpfa_jax.noise.threefry import threefry2x32
+
+VECTOR = 4  # float32 numbers of one 16-byte access
+BLOCK = 2048  # numbers of one program: four accesses a thread
+
+
+def _interleaved(even: jax.Array, odd: jax.Array, *, simulate: bool) -> jax.Array:
+    """(n,) twice -> (2 n,), pairs next to each other: a move between names of registers."""
+    size = 2 * even.shape[0]
+    if simulate:
+        return jnp.stack([even, odd], axis=-1).reshape(size)
+    half = plgpu.Layout.WG_STRIDED(even.shape, VECTOR // 2)
+    whole = plgpu.Layout.WG_STRIDED((size,), VECTOR)
+
+    @plgpu.inline_mgpu(
+        arg_types=(half, half),
+        return_type=plgpu.ShapeDtypeStruct((size,), jnp.float32, layout=whole),
+    )
+    def join(_, even, odd):
+        registers = np.empty(even.registers.shape, dtype=object)
+        for index, first in np.ndenumerate(even.registers):
+            second = odd.registers[index]
+            cut = [
+                mgpu.utils.vector_slice(x, slice(i, i + 1))
+                for i in range(VECTOR // 2)
+                for x in (first, second)
+            ]
+            registers[index] = mgpu.utils.vector_concat(cut)
+        return mgpu.FragmentedArray(_registers=registers, _layout=whole.to_mgpu(), _is_signed=None)
+
+    return join(even, odd)
+
+
+def released_mean(
+    total: jax.Array,
+    key_words: jax.Array,
+    numbers: jax.Array,
+    *,
+    block: int = BLOCK,
+    interpret: Any = None,
+) -> jax.Array:
+    """snap(total + stddev * noise, grid) / divisor, `noise` as `noise.fields.parameter_noise`.
+
+    Args:
+      total: (n,) float32, n a multiple of 4 and at least `block`.
+      key_words: (2,) uint32, bound to the leaf.
+      numbers: (3,) float32: stddev, grid, divisor.
+      block: numbers of one program, a multiple of 512.
+      interpret: parameters of the Mosaic GPU simulator, None on a GPU.
+    """
+    size = total.shape[0]
+    simulate = interpret is not None
+
+    def kernel(total_ref, key_ref, numbers_ref, out_ref):
+        begin = jnp.minimum(lax.axis_index("blocks") * block, size - block)
+        own = pl.ds(begin, block)
+        half = (block // 2,)
+        whole = plgpu.Layout.WG_STRIDED((block,), VECTOR)
+        x = plgpu.load(total_ref.at[own], layout=whole, optimized=False)
+        layout = plgpu.Layout.WG_STRIDED(half, VECTOR // 2)
+        offset = plgpu.broadcasted_iota(jnp.uint32, half, 0, layout=layout)
+        pair = lax.convert_element_type(begin >> 1, jnp.uint32) + offset
+        words = threefry2x32(key_ref[0], key_ref[1], *parameter_counter(pair))
+        noise = _interleaved(*normal_pair(*words), simulate=simulate)
+        stddev, grid, divisor = (numbers_ref[i] for i in range(3))
+        out_ref[own] = snap(x + stddev * noise, grid) / divisor
+
+    return plgpu.kernel(
+        kernel,
+        out_type=manual_axes.result(total.shape, jnp.float32, total),
+        grid=(pl.cdiv(size, block),),
+        grid_names=("blocks",),
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+        kernel_name="dpfa_parameter_noise",
+        interpret=interpret,
+    )(total, key_words, numbers)

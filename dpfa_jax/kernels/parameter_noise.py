@@ -1,0 +1,121 @@
+"""The released mean of one parameter: noise on its sum, the public grid, the division.
+
+One pass over memory where a Hopper kernel can serve; XLA elsewhere, from the same counters.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Key
+
+from dpfa_jax.core import ArgumentError, UnsupportedBackendError
+from dpfa_jax.kernels import manual_axes
+from dpfa_jax.kernels.mosaic_gpu import device
+from dpfa_jax.noise import counters, fields, keys
+from dpfa_jax.noise import grid as grids
+
+IMPLEMENTATIONS = ("mosaic_gpu", "xla")
+MOST = 2**31 - 2**16  # numbers that the kernel's int32 positions reach
+FEWEST = 2**14  # below, a launch costs what the pass does, and XLA can fuse it with others
+
+
+Number = float | Float32[Array, ""]
+
+
+def released_mean(
+    total: Float[Array, "..."],
+    noise_key: Key[Array, ""],
+    leaf_index: int,
+    *,
+    stddev: Number,
+    grid: Number,
+    divisor: Number,
+    implementation: str | None = None,
+) -> Float32[Array, "..."]:
+    """snap(total + stddev * noise, grid) / divisor.
+
+    Args:
+      total: sum of clipped gradients.
+      noise_key: of this step; element e of leaf `leaf_index` takes the standard normal that
+        `noise.parameter_noise` gives it, on whatever device.
+      stddev, grid: in the units of `total`; `grid` a power of two.
+      divisor: the expected batch size.
+      implementation: "mosaic_gpu", "xla", or None for the first that can.
+
+    The kernel's logarithm, root, sine and cosine are the hardware's: next to a border between two
+    cells of the grid a value may fall on the other side than with XLA. Not differentiable there.
+    Errors: ArgumentError for an unknown implementation and for a leaf of more than 2^32 numbers;
+    UnsupportedBackendError with the reason where a forced implementation cannot.
+    Source: Abadi et al. (2016), algorithm 1; Box and Muller (1958).
+    """
+    if implementation not in (None, *IMPLEMENTATIONS):
+        raise ArgumentError(
+            "implementation",
+            implementation,
+            "no such implementation",
+            f"Pass None or one of {', '.join(IMPLEMENTATIONS)}.",
+        )
+    reason = None if implementation == "xla" else cannot(total)
+    if reason is not None and implementation is not None:
+        raise UnsupportedBackendError(f"{implementation}: {reason}")
+    total = total.astype(jnp.float32)
+    if reason is not None or implementation == "xla":
+        return _by_xla(total, noise_key, leaf_index, stddev, grid, divisor)
+    numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in (stddev, grid, divisor)])
+    return _by_kernel(total, noise_key, leaf_index, numbers)
+
+
+def cannot(total: Float[Array, "..."]) -> str | None:
+    """None if the Hopper kernel serves this leaf, else why not, in one sentence."""
+    reason = device.cannot(total)
+    if reason is not None:
+        return reason
+    if total.size < FEWEST or total.size > MOST or total.size % 4:
+        return f"{total.size} numbers are fewer than {FEWEST}, more than {MOST} or no multiple of 4"
+    return None
+
+
+def _by_xla(
+    total: Float32[Array, "..."],
+    noise_key: Key[Array, ""],
+    leaf_index: int,
+    stddev: Number,
+    grid: Number,
+    divisor: Number,
+) -> Float32[Array, "..."]:
+    noise = stddev * fields.parameter_noise(noise_key, leaf_index, total.shape)
+    return grids.snap(total + noise, grid) / divisor
+
+
+def _by_kernel(
+    total: Float32[Array, "..."],
+    noise_key: Key[Array, ""],
+    leaf_index: int,
+    numbers: Float32[Array, "3"],
+) -> Float32[Array, "..."]:
+    """The kernel; under `vmap` XLA, whatever of it is mapped."""
+    from dpfa_jax.kernels.mosaic_gpu import parameter_noise as kernel
+
+    kind = jax.random.key_impl(noise_key)
+
+    @jax.custom_batching.custom_vmap
+    def run(total: Array, key_words: Array, numbers: Array) -> Array:
+        words = counters.bind_parameter(key_words, leaf_index)
+        axes = manual_axes.varying_axes(total, words, numbers)
+        flat, words, numbers = (
+            manual_axes.vary_over(x, axes) for x in (total.reshape(-1), words, numbers)
+        )
+        return kernel.released_mean(flat, words, numbers).reshape(total.shape)
+
+    @run.def_vmap
+    def _(
+        axis_size: int, in_batched: list[bool], total: Array, key_words: Array, numbers: Array
+    ) -> tuple[Array, bool]:
+        def one(total: Array, key_words: Array, numbers: Array) -> Array:
+            key = jax.random.wrap_key_data(key_words, impl=kind)
+            return _by_xla(total, key, leaf_index, numbers[0], numbers[1], numbers[2])
+
+        axes = [0 if is_batched else None for is_batched in in_batched]
+        mapped = jax.vmap(one, in_axes=axes, axis_size=axis_size)
+        return mapped(total, key_words, numbers), True
+
+    return run(total, keys.key_words(noise_key), numbers)

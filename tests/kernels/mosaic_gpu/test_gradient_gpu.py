@@ -1,0 +1,114 @@
+"""The kernels of DP-SGD on the device: V4, V6, V8, V10, V12 for what they serve.
+
+python -m pytest -m gpu tests/kernels/mosaic_gpu
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpfa_jax.kernels import gradient_products as products
+from dpfa_jax.kernels import parameter_noise
+from dpfa_jax.kernels.mosaic_gpu import device
+from dpfa_jax.kernels.mosaic_gpu import gradient_products as product_kernel
+from dpfa_jax.noise import insecure_test_key
+
+pytestmark = pytest.mark.gpu
+KERNEL = {"implementation": "mosaic_gpu"}
+BATCH, TOKENS, ROWS, COLUMNS = 24, 1000, 576, 448
+
+
+def draw(dtype):
+    rng = np.random.default_rng(1)
+    shapes = ((BATCH, TOKENS, ROWS), (BATCH, TOKENS, COLUMNS))
+    return tuple(jnp.asarray(rng.standard_normal(shape), dtype) for shape in shapes)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_error_is_that_of_the_library(dtype):
+    """V8: ragged tiles and tokens; the norm of the stored numbers to 2^-15."""
+    lhs, rhs = draw(dtype)
+    made, squares = jax.jit(functools.partial(products.gradient_products, unit=3.0, **KERNEL))(
+        lhs, rhs
+    )
+    made = np.asarray(made, np.float64)
+    theirs = jax.jit(functools.partial(products.gradient_products, implementation="xla"))(lhs, rhs)
+    exact = np.einsum(
+        "bti,bto->bio", np.asarray(lhs, np.float64), np.asarray(rhs, np.float64), optimize=True
+    )
+    error = np.linalg.norm(np.asarray(theirs[0], np.float64) - exact)
+    assert np.linalg.norm(made - exact) <= 1.001 * error
+    norms = np.linalg.norm(made.reshape(BATCH, -1) / 3.0, axis=1)
+    assert np.all(np.abs(np.sqrt(np.asarray(squares, np.float64)) / norms - 1) < 2.0**-15)
+
+
+def test_every_tile_gives_the_same_bits():
+    """V6: whichever tile forms a product, and each time; measuring without storing as well."""
+    lhs, rhs = draw(jnp.bfloat16)
+
+    def run(tile, store):
+        call = functools.partial(
+            product_kernel.product_squares,
+            tile=tile,
+            unit=1.0,
+            store=store,
+            processors=device.processors(),
+        )
+        return jax.jit(call)(lhs, rhs)
+
+    first, _ = run(product_kernel.ProductTiles(), True)
+    for tile in (*product_kernel._PRODUCT_TILES, product_kernel.SUM_TILE):
+        made, squares = run(tile, True)
+        assert np.array_equal(np.asarray(made, np.float32), np.asarray(first, np.float32))
+        assert np.array_equal(np.asarray(run(tile, False)[1]), np.asarray(squares))
+
+
+def test_weighted_sum_adds_the_stored_products():
+    """V4, V8: bit for bit what was measured; scale zero leaves NaN and infinity out."""
+    lhs, rhs = draw(jnp.bfloat16)
+    made, _ = jax.jit(functools.partial(products.gradient_products, **KERNEL))(lhs, rhs)
+    scales = np.linspace(0.2, 1.0, BATCH, dtype=np.float32)
+    scales[[3, 7]] = 0.0
+    exact = np.einsum("b,bio->io", scales.astype(np.float64), np.asarray(made, np.float64))
+    lhs = lhs.at[3, 5, 7].set(jnp.nan).at[7, 0, 0].set(jnp.inf)
+    run = jax.jit(functools.partial(products.weighted_product_sum, **KERNEL))
+    total = np.asarray(run(lhs, rhs, jnp.asarray(scales)))
+    assert np.abs(total - exact).max() <= BATCH * 2.0**-24 * np.abs(exact).max()
+    assert np.array_equal(total, np.asarray(run(lhs, rhs, jnp.asarray(scales))))
+
+
+def test_non_finite_examples_show_in_their_square_only():
+    """V4, V6."""
+    lhs, rhs = draw(jnp.bfloat16)
+    run = jax.jit(functools.partial(products.gradient_product_squares, **KERNEL))
+    clean = np.asarray(run(lhs, rhs))
+    hurt = np.asarray(run(lhs.at[1, 5, 7].set(jnp.nan), rhs.at[2, 3, 9].set(jnp.inf)))
+    assert np.array_equal(np.isfinite(hurt), ~np.isin(np.arange(BATCH), [1, 2]))
+    assert np.array_equal(np.delete(hurt, [1, 2]), np.delete(clean, [1, 2]))
+
+
+@pytest.mark.parametrize("shape", [(9_999, 1004), (50304, 768), (2**14 + 4,)])
+def test_noise_is_the_oracle_s(shape):
+    """V10, V12: every element, on the grid, at most one cell away where the functions differ."""
+    total = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+    numbers = {"stddev": 1.5, "grid": 2.0**-10, "divisor": 256.0}
+
+    def mean(implementation):
+        def run(total):
+            key = insecure_test_key(3)
+            return parameter_noise.released_mean(
+                total, key, 5, implementation=implementation, **numbers
+            )
+
+        return np.asarray(jax.jit(run)(total), np.float64) * 256.0 * 2**10
+
+    mine, theirs = mean("mosaic_gpu"), mean("xla")
+    assert np.all(mine % 1 == 0)
+    away = np.abs(mine - theirs)
+    assert away.max() <= 1
+    assert np.mean(away > 0) < 1e-3
+    # Negative control: another leaf's noise is elsewhere.
+    assert np.mean(away > 0) < np.mean(np.abs(mine - np.roll(theirs, 2)) > 0)

@@ -1,0 +1,62 @@
+"""The released mean by XLA, and which leaves go to the Hopper kernel."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dpfa_jax.core import ArgumentError, UnsupportedBackendError
+from dpfa_jax.kernels import parameter_noise
+from dpfa_jax.kernels.mosaic_gpu import device
+from dpfa_jax.noise import fields, insecure_test_key
+
+KEY = insecure_test_key(5)
+
+
+def released(total, **more):
+    numbers = {"stddev": 1.5, "grid": 2.0**-6, "divisor": 8.0}
+    return parameter_noise.released_mean(total, KEY, 3, **{**numbers, **more})
+
+
+def test_the_mean_is_sum_and_noise_on_the_grid():
+    """V10, V12: the oracle's noise, once; every released value on the public grid."""
+    shape = (7, 3)
+    total = jnp.asarray(np.random.default_rng(0).standard_normal(shape), jnp.float32)
+    mean = np.asarray(jax.jit(released)(total), np.float64)
+    noise = np.asarray(jax.jit(lambda: fields.parameter_noise(KEY, 3, shape))(), np.float64)
+    assert mean.shape == shape
+    assert np.all(mean * 8 % 2.0**-6 == 0)
+    exact = np.asarray(total, np.float64) + 1.5 * noise
+    assert np.all(np.abs(mean * 8 - exact) <= 2.0**-7 + 1e-5)
+
+
+def test_one_fused_pass_without_a_second_copy():
+    """The noise takes no memory of its own."""
+    total = jax.ShapeDtypeStruct((1024, 1024), jnp.float32)
+    compiled = jax.jit(released).lower(total).compile()
+    assert compiled.memory_analysis().temp_size_in_bytes < 2**16
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        (2**14, None),
+        (124_475_904, None),
+        (768, "fewer"),
+        (2**20 + 2, "multiple of 4"),
+        (2**32, "more"),
+    ],
+)
+def test_cannot_says_why(size, words, monkeypatch):
+    monkeypatch.setattr(device, "cannot", lambda array: None)
+    reason = parameter_noise.cannot(jax.ShapeDtypeStruct((size,), jnp.float32))
+    assert reason is None if words is None else words in reason
+
+
+def test_wrong_calls_are_refused():
+    """V23."""
+    with pytest.raises(ArgumentError, match="implementation = 'torch'"):
+        released(jnp.zeros(4), implementation="torch")
+    if jax.default_backend() == "cpu":
+        with pytest.raises(UnsupportedBackendError, match="mosaic_gpu: needs a Hopper GPU"):
+            released(jnp.zeros(4), implementation="mosaic_gpu")
