@@ -102,7 +102,7 @@ def add_lora(
     Args:
       rank: of the updates.
       targets: regular expression searched in the paths of `nnx.Linear` and `nnx.LinearGeneral`
-        layers, "attention/(query|value)$".
+        layers, "attention/(query|value)$". A layer under two names has one update under both.
       alpha: the update counts alpha / rank; `rank` where None.
       rngs: flax random streams for the factors.
 
@@ -112,30 +112,28 @@ def add_lora(
     checks.count("rank", rank)
     pattern = re.compile(targets)
     model = nnx.clone(model)
+    places = [
+        (parent, str(name), "/".join(map(str, (*path, name))), child)
+        for path, parent in nnx.iter_modules(model)
+        if not isinstance(parent, nnx.LoRA)
+        for name, child in nnx.iter_children(parent)
+        if isinstance(child, _TARGETS)
+    ]
+    alpha = rank if alpha is None else alpha
     adapted: dict[int, LowRankLinear] = {}
-    seen = []
-    for parent_path, parent in list(nnx.iter_modules(model)):
-        if isinstance(parent, nnx.LoRA):
-            continue
-        for name, child in list(nnx.iter_children(parent)):
-            path = "/".join(map(str, (*parent_path, name)))
-            if not isinstance(child, _TARGETS):
-                continue
-            seen.append(path)
-            if pattern.search(path) is None:
-                continue
-            if id(child) not in adapted:  # a layer under two names keeps one update
-                adapted[id(child)] = LowRankLinear(
-                    child, rank=rank, alpha=rank if alpha is None else alpha, rngs=rngs
-                )
-            setattr(parent, str(name), adapted[id(child)])
+    for _, _, path, layer in places:
+        if pattern.search(path) is not None and id(layer) not in adapted:
+            adapted[id(layer)] = LowRankLinear(layer, rank=rank, alpha=alpha, rngs=rngs)
     if not adapted:
         raise ArgumentError(
             "targets",
             targets,
-            f"matches none of the linear layers {seen}",
+            f"matches none of the linear layers {[path for _, _, path, _ in places]}",
             "Pass a regular expression found in their paths.",
         )
+    for parent, name, _, layer in places:
+        if id(layer) in adapted:  # under every name that the layer has
+            setattr(parent, name, adapted[id(layer)])
     return model
 
 
