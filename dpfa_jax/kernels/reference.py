@@ -49,7 +49,12 @@ def softmax_attention(
     logits_BKGTS = jnp.where(is_seen, logits_BKGTS, 0.0)
     lse = jax.nn.logsumexp(logits_BKGTS, axis=-1, keepdims=True)
     weights = jnp.where(is_seen, jnp.exp(logits_BKGTS - lse), 0.0)
-    values = jnp.einsum("bkgts,bskh->btkgh", weights, tiles.shielded_values(tile.value))
+    values = jnp.einsum(
+        "bkgts,bskh->btkgh",
+        weights,
+        tiles.shielded_values(tile.value),
+        precision=jax.lax.Precision.HIGHEST,
+    )
     shape = inputs.query.shape
     lse = jnp.where(is_seen, lse, -jnp.inf)[..., 0]
     return tiles.unshielded(values).reshape(shape), jnp.moveaxis(lse, 3, 1).reshape(shape[:3])

@@ -60,11 +60,13 @@ def contracted(
     where a single row or key would make it a matrix-vector product: there that order is summed one
     term at a time, with 4 times the error.
     """
+    # By default a GPU rounds float32 operands to 10 bits.
+    exact = jax.lax.Precision.HIGHEST if left.dtype == jnp.float32 else None
     terms, result = subscripts.split("->")
     one, other = terms.split(",")
     sizes = dict(zip(one, left.shape, strict=True)) | dict(zip(other, right.shape, strict=True))
     if any(sizes.get(name) == 1 for name in "ts") or sizes["g"] > 1:
-        return jnp.einsum(subscripts, left, right, preferred_element_type=dtype)
+        return jnp.einsum(subscripts, left, right, precision=exact, preferred_element_type=dtype)
     shared = [n for n in one if n in other and n in result and n != "g"]
     free = [n for n in one + other if n in result and n not in (*shared, "g")]
     natural = "".join(shared + free)
@@ -73,7 +75,11 @@ def contracted(
         for names, x in ((one, left), (other, right))
     )
     product = jnp.einsum(
-        f"{terms.replace('g', '')}->{natural}", left, right, preferred_element_type=dtype
+        f"{terms.replace('g', '')}->{natural}",
+        left,
+        right,
+        precision=exact,
+        preferred_element_type=dtype,
     )
     product = product.transpose([natural.index(n) for n in result if n != "g"])
     return jnp.expand_dims(product, result.index("g")) if "g" in result else product

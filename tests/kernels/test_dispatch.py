@@ -2,9 +2,11 @@
 
 import dataclasses
 
+import jax
 import jax.numpy as jnp
 import pytest
 
+from dpfa_jax import dot_product_attention
 from dpfa_jax.core import ArgumentError, UnsupportedBackendError
 from dpfa_jax.kernels import dispatch
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec
@@ -64,3 +66,17 @@ def test_a_backend_that_cannot_be_imported_is_passed_over(monkeypatch):
     assert dispatch.choose(SPEC, INPUTS).name == "blocked"
     with pytest.raises(UnsupportedBackendError, match="absent: cannot be imported"):
         dispatch.choose(SPEC, INPUTS, "absent")
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_float32_is_not_rounded_to_fewer_bits_on_a_gpu(implementation):
+    """V8: the default precision of a float32 product on a GPU keeps 10 bits of its operands."""
+    x = jax.ShapeDtypeStruct((1, 256, 2, 64), jnp.float32)
+
+    def loss(q, k, v):
+        return jnp.sum(dot_product_attention(q, k, v, implementation=implementation) ** 2)
+
+    text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x).as_text()
+    products = [line for line in text.splitlines() if "dot_general" in line]
+    assert products
+    assert all("HIGHEST" in line for line in products)
