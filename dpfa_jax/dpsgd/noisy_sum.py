@@ -14,6 +14,7 @@ from dpfa_jax.dpsgd import adaptive_clipping
 from dpfa_jax.dpsgd.correlated_noise import correlated, empty_memory
 from dpfa_jax.dpsgd.parameters import check_parameters, check_untied, leaf_groups
 from dpfa_jax.dpsgd.plan import DPSGDPlan
+from dpfa_jax.kernels.parameter_noise import released_mean
 from dpfa_jax.noise import counters, fields, grid, hazards, keys
 
 # Place of training noise among the layers of counters.bind; attention layers count up from 0.
@@ -96,10 +97,18 @@ def noisy_sum(plan: DPSGDPlan) -> optax.GradientTransformationExtraArgs:
                 noise = stddevs[group] * fields.parameter_noise(step_key, index, leaf.shape)
                 noise, kept = correlated(noise, next(past), state.step, release.noise_strategy)
                 released = grid.snap(leaf.astype(jnp.float32) + noise, grids[group])
+                means.append(released / release.expected_batch_size)
                 memory.append(kept)
             else:
-                released = _noised(leaf, step_key, index, stddevs[group], grids[group])
-            means.append(released / release.expected_batch_size)
+                mean = released_mean(
+                    leaf,
+                    step_key,
+                    index,
+                    stddev=stddevs[group],
+                    grid=grids[group],
+                    divisor=release.expected_batch_size,
+                )
+                means.append(mean)
         following = NoisySumState(state.step + 1)
         if is_correlated:
             following = following._replace(noise_memory=jax.tree.unflatten(structure, memory))
@@ -136,14 +145,6 @@ def check_noise_key(noise_key: object, generator_name: str) -> None:
 
 # A standard deviation or grid: the release's, or that of the clip norms at hand.
 _Number = float | Float32[Array, ""]
-
-
-def _noised(
-    total: Array, step_key: Key[Array, ""], index: int, stddev: _Number, cell: _Number
-) -> Float32[Array, "..."]:
-    """One leaf's sum with independent noise, on its grid."""
-    noise = stddev * fields.parameter_noise(step_key, index, total.shape)
-    return grid.snap(total.astype(jnp.float32) + noise, cell)
 
 
 def _noise_of(plan: DPSGDPlan, state: NoisySumState) -> tuple[Sequence[_Number], Sequence[_Number]]:

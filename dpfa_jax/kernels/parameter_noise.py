@@ -54,10 +54,10 @@ def released_mean(
             "no such implementation",
             f"Pass None or one of {', '.join(IMPLEMENTATIONS)}.",
         )
+    total = jnp.asarray(total).astype(jnp.float32)
     reason = None if implementation == "xla" else cannot(total)
     if reason is not None and implementation is not None:
         raise UnsupportedBackendError(f"{implementation}: {reason}")
-    total = total.astype(jnp.float32)
     if reason is not None or implementation == "xla":
         return _by_xla(total, noise_key, leaf_index, stddev, grid, divisor)
     numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in (stddev, grid, divisor)])
