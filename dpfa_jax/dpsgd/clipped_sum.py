@@ -189,7 +189,8 @@ def _clipped_group(
     together = sum(part.tail.example_bytes for part in parts if not part.tail.kept)
     if together <= memory:
         clipped = functools.partial(_clipped, l2_clip_norm=l2_clip_norm)
-        return _added(clipped, parts, counts, memory // max(together, 1))
+        most = memory // together if together else counts.shape[0]
+        return _added(clipped, parts, counts, most)
     _check_repeatable(parts, together, memory)
     norms = [_measured(part, l2_clip_norm, memory // part.tail.example_bytes) for part in parts]
     scales = trees.clip_scales(norms, counts)
@@ -249,7 +250,8 @@ def _added(
 
 
 def _largest_divisor(rows: int, most: int) -> int:
-    return max(size for size in range(1, min(rows, most) + 1) if rows % size == 0)
+    most = min(rows, max(most, 1))  # gradients that exist already may be larger than what is left
+    return max(size for size in range(1, most + 1) if rows % size == 0)
 
 
 def _zeros_like(leaf: Array) -> Float32[Array, "..."]:
