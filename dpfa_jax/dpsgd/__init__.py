@@ -3,6 +3,7 @@
 from dpfa_jax.dpsgd.batches import poisson_batches, take_batch
 from dpfa_jax.dpsgd.correlated_noise import banded_strategy
 from dpfa_jax.dpsgd.coverage import Covered, coverage
+from dpfa_jax.dpsgd.micro_batch import largest_micro_batch
 from dpfa_jax.dpsgd.noisy_sum import NoisySumState, noisy_sum
 from dpfa_jax.dpsgd.parameters import ClipGroups, per_layer_groups
 from dpfa_jax.dpsgd.plan import DPSGDPlan
@@ -17,6 +18,7 @@ __all__ = [
     "NoisySumState",
     "banded_strategy",
     "coverage",
+    "largest_micro_batch",
     "make_dp_step",
     "noisy_sum",
     "per_layer_groups",

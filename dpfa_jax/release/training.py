@@ -157,7 +157,11 @@ class TrainingRelease:
             )
         for number in strategy:
             checks.real("noise_strategy", number)
-        if not 1e-3 <= strategy[0] / math.hypot(*strategy) <= 1.0:
+        if len(strategy) == 1 and strategy != (1.0,):
+            raise ArgumentError(
+                "noise_strategy", strategy, "one band is independent noise", "Pass (1.0,)."
+            )
+        if strategy[0] <= 1e-3 * math.hypot(*strategy):
             raise ArgumentError(
                 "noise_strategy",
                 strategy,

@@ -118,18 +118,25 @@ def unsnapped(original):
     ("where", "attribute", "build", "check"),
     [
         (fields, "parameter_noise", count_unnoised, check_noise_of_gradients_and_counts),
-        (fields, "parameter_noise", counts_share_their_noise, check_noise_of_gradients_and_counts),
+        pytest.param(
+            fields,
+            "parameter_noise",
+            counts_share_their_noise,
+            check_noise_of_gradients_and_counts,
+            marks=pytest.mark.slow,
+        ),
         (
             TrainingRelease,
             "gradient_noise_multiplier",
             cost_of_the_counts_not_folded,
             check_noise_of_gradients_and_counts,
         ),
-        (
+        pytest.param(
             adaptive_clipping,
             "noise_for",
             noise_of_the_first_norms,
             check_noise_of_gradients_and_counts,
+            marks=pytest.mark.slow,
         ),
         (grid, "snap", unsnapped, check_counts_lie_on_their_grid),
     ],
