@@ -20,11 +20,18 @@ def label_losses(logits, labels):
     return -jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1)[:, 0]
 
 
+def embedding(size, width, rngs):
+    """nnx.Embed that computes in the dtype it is given: the oracle's is float64."""
+    embed = nnx.Embed(size, width, rngs=rngs)
+    embed.dtype = None
+    return embed
+
+
 class GPT(nnx.Module):
     """Learned positions, pre-norm causal blocks, head tied to the embedding."""
 
     def __init__(self, rngs):
-        self.embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
+        self.embed = embedding(VOCABULARY, WIDTH, rngs)
         self.position = nnx.Param(0.1 * rngs.params.normal((TOKENS, WIDTH)))
         self.decoder = nn.Decoder(WIDTH, HEADS, 4 * WIDTH, 2, rngs=rngs)
 
@@ -37,9 +44,9 @@ class BERT(nnx.Module):
     """Token, position and segment embeddings, padding mask, post-embedding norm, pooled head."""
 
     def __init__(self, rngs):
-        self.token = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
-        self.position = nnx.Embed(TOKENS, WIDTH, rngs=rngs)
-        self.segment = nnx.Embed(2, WIDTH, rngs=rngs)
+        self.token = embedding(VOCABULARY, WIDTH, rngs)
+        self.position = embedding(TOKENS, WIDTH, rngs)
+        self.segment = embedding(2, WIDTH, rngs)
         self.norm = nnx.LayerNorm(WIDTH, rngs=rngs)
         self.encoder = nn.Encoder(WIDTH, HEADS, 4 * WIDTH, 1, rngs=rngs)
         self.pool = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
@@ -103,7 +110,7 @@ class Llama(nnx.Module):
     """RMSNorm, rotary positions, GQA, gated MLP, a head of its own; blocks recomputed."""
 
     def __init__(self, rngs, blocks=2):
-        self.embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
+        self.embed = embedding(VOCABULARY, WIDTH, rngs)
         self.blocks = nnx.List(LlamaBlock(rngs) for _ in range(blocks))
         self.norm = nnx.RMSNorm(WIDTH, rngs=rngs)
         self.head = nnx.Linear(WIDTH, VOCABULARY, use_bias=False, rngs=rngs)

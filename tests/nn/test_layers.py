@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 from helpers.clipping_oracle import check_clipped_sum
-from helpers.flax_models import FAMILIES
+from helpers.flax_models import FAMILIES, embedding
 
 from dpfa_jax import nn
 from dpfa_jax.clipping import trees
@@ -30,7 +30,7 @@ class EveryNNXLayer(nnx.Module):
 
     def __init__(self, rngs):
         heads = (2, WIDTH // 2)
-        self.embed = nnx.Embed(11, WIDTH, rngs=rngs)
+        self.embed = embedding(11, WIDTH, rngs)
         self.layers = nnx.Dict(
             linear=nnx.Linear(WIDTH, WIDTH, rngs=rngs),
             split=nnx.LinearGeneral(WIDTH, heads, rngs=rngs),
@@ -82,7 +82,7 @@ class Scanned(nnx.Module):
         def blocks(rngs):
             return nn.Block(WIDTH, 2, 16, rngs=rngs)
 
-        self.embed = nnx.Embed(11, WIDTH, rngs=rngs)
+        self.embed = embedding(11, WIDTH, rngs)
         self.blocks = blocks(rngs)
 
     def __call__(self, tokens):
