@@ -117,7 +117,10 @@ def _check_unchanged(
     leaves: tuple[Leaf, ...],
     watched: list[int],
 ) -> None:
-    program = jax.make_jaxpr(lambda values: [jnp.asarray(x) for x in changed(values)])(values).jaxpr
+    def after(values: list[Array]) -> list[Array]:
+        return [jnp.zeros(()) if x is None else jnp.asarray(x) for x in changed(values)]
+
+    program = jax.make_jaxpr(after)(values).jaxpr
     for i, out in zip(watched, program.outvars, strict=True):
         if _source(program, out) is program.invars[i]:
             continue

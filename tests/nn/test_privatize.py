@@ -157,6 +157,23 @@ def test_state_that_would_be_lost_is_refused(lifted):
             call(private.params, BATCH)
 
 
+class Forgotten(nnx.Module):
+    """Lets go of its variable."""
+
+    def __init__(self):
+        self.mean = nnx.Variable(jnp.zeros(4))
+
+    def __call__(self, x):
+        self.mean = None
+        return x
+
+
+def test_state_that_is_taken_away_is_refused():
+    private = nn.privatize(Model(counted=Forgotten()), frozen="mean")
+    with pytest.raises(CoverageError, match="'counted/mean'"):
+        private.loss(squares)(private.params, BATCH)
+
+
 class Dropped(nnx.Module):
     """Dropout, plain or behind a transform that returns every variable anew."""
 
