@@ -35,7 +35,7 @@ def coverage(loss_fn: PerExampleLoss, params: PyTree, batch: PyTree) -> tuple[Co
 
     Args:
       loss_fn: (params, batch) -> one loss an example, shape (B,).
-      params: pytree of arrays or `jax.ShapeDtypeStruct`s.
+      params: pytree of arrays or of `jax.ShapeDtypeStruct`.
       batch: the same, with a leading axis B.
 
     Errors: ArgumentError for a loss that is not one number an example.

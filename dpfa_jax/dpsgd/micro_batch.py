@@ -34,7 +34,7 @@ def largest_micro_batch(
 
     Args:
       loss_fn, optimizer, plan: as for `make_dp_step`.
-      params: pytree of arrays or `jax.ShapeDtypeStruct`s.
+      params: pytree of arrays or of `jax.ShapeDtypeStruct`.
       batch: the same, with leading axis `plan.capacity`.
       memory_bytes: what the step may use, its arguments and results included; what the device
         reports as its limit where None.

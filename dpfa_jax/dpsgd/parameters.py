@@ -43,7 +43,7 @@ def per_layer_groups(
     """Groups for per-layer clipping whose norms together allow an example as much as one flat C.
 
     Args:
-      params: pytree of arrays or `jax.ShapeDtypeStruct`s.
+      params: pytree of arrays or of `jax.ShapeDtypeStruct`.
       l2_clip_norm: C, the norm that a whole example may reach.
       depth: names of a path that make a layer: 2 puts "encoder/0/kernel" and "encoder/0/bias" into
         "encoder/0". None: each parameter is a group of its own.

@@ -2,13 +2,17 @@
 
 import dataclasses
 import math
+import os
+import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from helpers.dpsgd_cases import PARAMETERS, params_of, plan_of
+from helpers.dpsgd_cases import PARAMETERS, batch_of, loss_fn, params_of, plan_of
 
 from dpfa_jax import dpsgd
 from dpfa_jax.accounting import Ledger, epsilon, record
@@ -217,6 +221,59 @@ def test_the_quantile_is_tracked_group_by_group():
     # Noise of 0.67 examples beside steps of one: a cell's width of slack on either side.
     assert norms[0, 10] < reached[0] < norms[0, 13], reached
     assert norms[1, 10] < reached[1] < norms[1, 13], reached
+
+
+def test_the_program_holds_one_draw_a_parameter_and_one_for_the_counts():
+    """V24."""
+    dp = dpsgd.make_dp_step(loss_fn, optax.sgd(0.1), adaptive_plan())
+    arguments = dp.init(params_of()), batch_of(16), jnp.ones(16, bool), insecure_test_key(0)
+    text = str(jax.make_jaxpr(dp.step)(*arguments))
+    assert len(re.findall(r"= cos\b", text)) == len(jax.tree.leaves(params_of())) + 1
+    assert "callback" not in text
+
+
+SHARDED = """
+import jax, jax.numpy as jnp, numpy as np, optax
+from jax.sharding import AxisType, PartitionSpec as P
+from helpers.dpsgd_cases import *
+from dpfa_jax.release import AdaptiveClipping
+
+batch, real, key = batch_of(16), jnp.arange(16) < 11, insecure_test_key(0)
+mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+for changes in ({"adaptive_clipping": AdaptiveClipping()}, {"noise_strategy": (0.8, 0.6)}):
+    found = []
+    for micro, axis in ((8, None), (4, "data"), (2, "data")):
+        plan = plan_of(micro_batch_size=micro, **changes)
+        dp = dpsgd.make_dp_step(loss_fn, optax.sgd(0.1), plan, axis_name=axis)
+        step = dp.step
+        if axis:
+            specs = (P(), P("data"), P("data"), P())
+            step = jax.jit(jax.shard_map(dp.step, mesh=mesh, in_specs=specs, out_specs=P()))
+        after = step(step(dp.init(params_of()), batch, real, key), batch, real, key)
+        found.append(flat(after))
+    for other in found[1:]:
+        assert np.abs(other - found[0]).max() <= plan.release.grids[0], changes
+        assert np.mean(other != found[0]) < 0.1, changes
+print("all equal")
+"""
+
+
+@pytest.mark.slow
+def test_sharding_does_not_change_norms_or_memory():
+    """V10: counts are added over the shards before they are noised, once."""
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", SHARDED],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.stdout.strip() == "all equal", done.stderr[-3000:]
 
 
 @pytest.mark.parametrize(

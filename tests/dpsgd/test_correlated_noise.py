@@ -14,7 +14,7 @@ import pytest
 from helpers.dpsgd_cases import PARAMETERS, batch_of, loss_fn, params_of, plan_of
 from jax_privacy.experimental import accounting as jax_privacy_accounting
 
-from dpfa_jax import dpsgd
+from dpfa_jax import accounting, dpsgd
 from dpfa_jax.accounting import Budget, Ledger, dp_event, epsilon, record
 from dpfa_jax.core import ArgumentError, BudgetExceededError, KeyReuseError
 from dpfa_jax.dpsgd import correlated_noise
@@ -124,6 +124,27 @@ def test_a_strategy_is_worth_its_memory_and_made_once():
     for bad in ({"bands": 33}, {"bands": 0}, {"bands": 2.5}, {"bands": 2, "steps": 0}):
         with pytest.raises(ArgumentError):
             dpsgd.banded_strategy(**{"steps": steps} | bad)
+
+
+def test_a_plan_correlates_noise_in_one_argument(monkeypatch):
+    """The noise itself is calibrated in test_plan; here it would only take seconds."""
+    solved = accounting.Calibration(None, 32, 1.0, 1e-5)
+    monkeypatch.setattr(
+        accounting, "calibrate", lambda release, **_: dataclasses.replace(solved, release=release)
+    )
+    plan = dpsgd.DPSGDPlan.calibrated(
+        epsilon=1.0,
+        delta=1e-5,
+        dataset_size=4000,
+        expected_batch_size=100,
+        steps=32,
+        l2_clip_norm=1.0,
+        params=params_of(),
+        noise_bands=4,
+    )
+    assert plan.release.noise_strategy == dpsgd.banded_strategy(32, 4)
+    assert plan.release.batches().cycle_length == 4 and plan.release.batches().probability == 0.1
+    assert plan.capacity == 192  # 100 + 5 sqrt(100 * 0.9), in whole micro-batches
 
 
 def test_the_sensitivity_is_that_of_one_turn():
