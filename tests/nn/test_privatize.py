@@ -199,7 +199,7 @@ def test_dropout_needs_a_key_an_example(lifted):
     quiet = nn.privatize(Dropped(lifted, rate=0.0))
     quiet.loss(squares)(quiet.params, BATCH)
 
-    loss_fn = private.loss(squares, rng_key="dropout")
+    loss_fn = jax.jit(private.loss(squares, rng_key="dropout"))
     one = jax.tree.map(lambda x: x[:1], BATCH)
     rows = jax.tree.map(lambda x: np.repeat(x[:1], 8, axis=0), BATCH)
     keys = jax.random.split(jax.random.key(1), 8)
@@ -276,7 +276,7 @@ def test_linen_state_and_dropout():
         private.loss(squares)(private.params, BATCH)
     rows = jax.tree.map(lambda x: np.repeat(x[:1], 8, axis=0), BATCH)
     rows["dropout"] = jax.random.split(jax.random.key(1), 8)
-    losses = private.loss(squares, rng_key="dropout")(private.params, rows)
+    losses = jax.jit(private.loss(squares, rng_key="dropout"))(private.params, rows)
     assert len(np.unique(losses)) > 3
 
 
