@@ -34,7 +34,8 @@ def attention(query, key, value, cotangent=None, *, bias=None, scale=None, soft_
     groups = heads // key.shape[2]
     key, value = np.repeat(key, groups, axis=2), np.repeat(value, groups, axis=2)
     scale = 1 / np.sqrt(size) if scale is None else scale
-    raw = scale * np.einsum("btnh,bsnh->bnts", query, key)
+    query, key, value = (np.moveaxis(x, 2, 1) for x in (query, key, value))  # (B, N, T or S, H)
+    raw = scale * (query @ np.swapaxes(key, 2, 3))
     capped = raw if soft_cap is None else soft_cap * np.tanh(raw / soft_cap)
     slope = 1.0 if soft_cap is None else 1 - (capped / soft_cap) ** 2
     logits = capped if bias is None else capped + np.asarray(bias, np.float64)
@@ -44,22 +45,22 @@ def attention(query, key, value, cotangent=None, *, bias=None, scale=None, soft_
     weights = np.exp(logits - largest) * seen
     total = weights.sum(-1, keepdims=True)
     weights = weights / np.where(total == 0, 1, total)
-    output = np.einsum("bnts,bsnh->btnh", weights, value)
+    output = np.moveaxis(weights @ value, 1, 2)
     if cotangent is None:
         return output
-    cotangent = np.asarray(cotangent, np.float64)
-    d_weights = np.einsum("btnh,bsnh->bnts", cotangent, value)
+    cotangent = np.moveaxis(np.asarray(cotangent, np.float64), 2, 1)
+    d_weights = cotangent @ np.swapaxes(value, 2, 3)
     d_logits = weights * (d_weights - (weights * d_weights).sum(-1, keepdims=True))
     d_raw = d_logits * slope * scale
 
     def shared(x):
-        return x.reshape(batch, -1, heads // groups, groups, size).sum(3)
+        return np.moveaxis(x.reshape(batch, heads // groups, groups, -1, size).sum(2), 1, 2)
 
     return (
         output,
-        np.einsum("bnts,bsnh->btnh", d_raw, key),
-        shared(np.einsum("bnts,btnh->bsnh", d_raw, query)),
-        shared(np.einsum("bnts,btnh->bsnh", weights, cotangent)),
+        np.moveaxis(d_raw @ key, 1, 2),
+        shared(np.swapaxes(d_raw, 2, 3) @ query),
+        shared(np.swapaxes(weights, 2, 3) @ cotangent),
         d_logits,
     )
 
