@@ -229,8 +229,11 @@ class _Scope:
             # Each place once: the order of additions in one place is not left to the device.
             places, rows = (x[None] for x in entries(env))
             found = trees.table_rows(places, rows, shape[0])
-            base = other.make(env)
-            return base.at[found.places[0]].add(found.values[0].astype(base.dtype), mode="drop")
+            base, chosen = other.make(env), found.places[0]
+            added = base.at[chosen].get(mode="fill", fill_value=0) + found.values[0]
+            # Read before it is written over, so that no copy of the table is needed.
+            rows, base = jax.lax.optimization_barrier((added.astype(base.dtype), base))
+            return _with_rows(base, chosen, rows)
 
         return make
 
@@ -378,3 +381,10 @@ def _tail(out: jex.Var | jex.Literal, item: _Deferred, order: dict[jex.Var, int]
     places = tuple(order[var] for var in item.cut)
     kept = item.cut == (out,)
     return Tail(places, make, made, kept, item.repeatable or isinstance(form, Rows), form)
+
+
+def _with_rows(table: Array, places: Array, rows: Array) -> Array:
+    """`table` with these rows. As bits: a GPU scatters 16-bit floats by way of float32 tables."""
+    unsigned = jnp.dtype(f"uint{8 * table.dtype.itemsize}")
+    bits, new = (jax.lax.bitcast_convert_type(x, unsigned) for x in (table, rows))
+    return jax.lax.bitcast_convert_type(bits.at[places].set(new, mode="drop"), table.dtype)
