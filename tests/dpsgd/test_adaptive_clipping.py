@@ -18,6 +18,7 @@ from dpfa_jax import dpsgd
 from dpfa_jax.accounting import Ledger, epsilon, record
 from dpfa_jax.core import ArgumentError
 from dpfa_jax.dpsgd import adaptive_clipping
+from dpfa_jax.dpsgd.clipped_sum import clipped_sum
 from dpfa_jax.noise import fields, grid
 from dpfa_jax.noise.keys import insecure_test_key
 from dpfa_jax.release import AdaptiveClipping, TrainingRelease, noise_grid
@@ -37,7 +38,7 @@ def adaptive_plan(**changes):
     return plan_of(**fields | changes)
 
 
-def released(steps: int = 400):
+def released(steps: int):
     """Empty batches through the noisy sum: noise of each number, released counts, clip norms."""
     plan = adaptive_plan()
     noisy = dpsgd.noisy_sum(plan)
@@ -62,11 +63,11 @@ def released(steps: int = 400):
 
 
 def check_noise_of_gradients_and_counts() -> None:
-    """V18, V16: measured noise of sums and counts, at the moving norms, folds to what is charged.
+    """V18, V16, V12: noise of sums and counts, measured at the moving norms, folds to the charge.
 
-    1 / sigma^2 = sum (C_l / s_l)^2 + sum (1/2 / s_count)^2 over both groups.
+    1 / sigma^2 = sum (C_l / s_l)^2 + sum (1/2 / s_count)^2 over both groups. Counts lie on a grid.
     """
-    plan, sums, counts, norms = released()
+    plan, sums, counts, norms = released(400)
     groups = np.array([0] * 5 + [1] * 20)
     in_norms = sums / norms[:, groups]
     gradients = [in_norms[:, groups == group].std() for group in (0, 1)]
@@ -78,20 +79,12 @@ def check_noise_of_gradients_and_counts() -> None:
     now = adaptive_clipping.noise_for(plan.release, jnp.asarray(norms[-1]))[0] / norms[-1]
     assert math.fsum(np.asarray(now, np.float64) ** -2) == pytest.approx(2 * 1.3**-2 / 4, rel=1e-4)
     assert abs(np.corrcoef(counts.T)[0, 1]) < 4.4 / np.sqrt(400.0)
-
-
-def check_counts_lie_on_their_grid() -> None:
-    """V12: what moves the clip norms is a multiple of a public grid."""
-    plan, _, counts, _ = released(20)
-    cells = counts / plan.release.grids[2]
+    cells = counts[:20] / plan.release.grids[2]
     np.testing.assert_allclose(cells, np.round(cells), atol=0.02)
 
 
-@pytest.mark.parametrize(
-    "check", [check_noise_of_gradients_and_counts, check_counts_lie_on_their_grid]
-)
-def test_the_build_passes(check):
-    check()
+def test_the_build_passes():
+    check_noise_of_gradients_and_counts()
 
 
 def count_unnoised(original):
@@ -118,39 +111,25 @@ def unsnapped(original):
     return lambda x, _: x
 
 
+def mutant(where, attribute, build, *marks):
+    return pytest.param(where, attribute, build, id=build.__name__, marks=marks)
+
+
 @pytest.mark.parametrize(
-    ("where", "attribute", "build", "check"),
+    ("where", "attribute", "build"),
     [
-        (fields, "parameter_noise", count_unnoised, check_noise_of_gradients_and_counts),
-        pytest.param(
-            fields,
-            "parameter_noise",
-            counts_share_their_noise,
-            check_noise_of_gradients_and_counts,
-            marks=pytest.mark.slow,
-        ),
-        (
-            TrainingRelease,
-            "gradient_noise_multiplier",
-            cost_of_the_counts_not_folded,
-            check_noise_of_gradients_and_counts,
-        ),
-        pytest.param(
-            adaptive_clipping,
-            "noise_for",
-            noise_of_the_first_norms,
-            check_noise_of_gradients_and_counts,
-            marks=pytest.mark.slow,
-        ),
-        (grid, "snap", unsnapped, check_counts_lie_on_their_grid),
+        mutant(fields, "parameter_noise", count_unnoised),
+        mutant(TrainingRelease, "gradient_noise_multiplier", cost_of_the_counts_not_folded),
+        mutant(fields, "parameter_noise", counts_share_their_noise, pytest.mark.slow),
+        mutant(adaptive_clipping, "noise_for", noise_of_the_first_norms, pytest.mark.slow),
+        mutant(grid, "snap", unsnapped, pytest.mark.slow),
     ],
-    ids=lambda value: getattr(value, "__name__", None),
 )
-def test_the_mutant_is_caught(where, attribute, build, check, monkeypatch):
+def test_the_mutant_is_caught(where, attribute, build, monkeypatch):
     """V16."""
     monkeypatch.setattr(where, attribute, build(getattr(where, attribute)))
     with np.errstate(all="ignore"), pytest.raises(AssertionError):
-        check()
+        check_noise_of_gradients_and_counts()
 
 
 def test_the_folded_noise_is_what_is_accounted():
@@ -168,6 +147,45 @@ def test_the_folded_noise_is_what_is_accounted():
         epsilon(record(Ledger(), r, 50), 1e-5, accountant="rdp") for r in (plain, adaptive)
     )
     assert one == pytest.approx(other, rel=1e-7)  # two numbers more have tails
+
+
+def test_one_example_moves_sums_and_counts_by_at_most_what_is_charged():
+    """V1: divided by their noise, all that a step releases moves by 1 / sigma at most; tight.
+
+    Control (V2): without the counts' noise in the fold, a clipped example passes that bound.
+    """
+    plan = adaptive_plan()
+    release, norms = plan.release, jnp.float32([0.3, 2.0])
+
+    @jax.jit
+    def whitened(batch, real):
+        total = clipped_sum(
+            loss_fn,
+            params_of(),
+            batch,
+            real,
+            l2_clip_norms=tuple(norms),
+            leaf_groups=(0, 0, 1),
+            micro_batch_size=16,
+            per_example_bytes=2**20,
+        )
+        stddevs, _ = adaptive_clipping.noise_for(release, norms)
+        leaves = zip(jax.tree.leaves(total.gradients), (0, 0, 1), strict=True)
+        sums = [jnp.ravel(leaf) / stddevs[group] for leaf, group in leaves]
+        return jnp.concatenate([*sums, total.centred_counts / release.noise_stddevs[2]])
+
+    batch = batch_of(16)
+    batch["y"] = batch["y"] * np.geomspace(0.01, 100.0, 16, dtype=np.float32)
+    real = np.arange(16) < 15
+    moved = [
+        np.asarray(whitened(batch, jnp.asarray(real)), np.float64)
+        - np.asarray(whitened(batch, jnp.asarray(real & (np.arange(16) != i))), np.float64)
+        for i in range(15)
+    ]
+    found = np.linalg.norm(moved, axis=1) * release.noise_multiplier
+    assert found.max() <= 1.0 + 1e-5 and found.max() >= 0.999
+    unfolded = np.linalg.norm(moved, axis=1) * release.gradient_noise_multiplier
+    assert unfolded.max() > 1.01
 
 
 def test_noise_follows_the_norms_at_any_size():
