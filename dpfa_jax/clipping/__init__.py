@@ -2,6 +2,7 @@
 
 from dpfa_jax.clipping.rows import clip_rows, clip_rows_stored
 from dpfa_jax.clipping.trees import (
+    Measured,
     TableRows,
     centred_count,
     clip_scales,
@@ -12,6 +13,7 @@ from dpfa_jax.clipping.trees import (
 )
 
 __all__ = [
+    "Measured",
     "TableRows",
     "centred_count",
     "clip_rows",

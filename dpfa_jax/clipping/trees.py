@@ -36,7 +36,19 @@ class TableRows(NamedTuple):
     size: int
 
 
-PerExample = Float[Array, "batch ..."] | TableRows
+class Measured(NamedTuple):
+    """Per-example gradients that were measured when they were made.
+
+    Attributes:
+      values: the gradients.
+      squares: squared norms of these stored values, in units of the clip norm.
+    """
+
+    values: Float[Array, "batch ..."]
+    squares: Float32[Array, " batch"]
+
+
+PerExample = Float[Array, "batch ..."] | TableRows | Measured
 
 
 def table_rows(
@@ -68,6 +80,8 @@ def squared_norms(
     gradient: PerExample, l2_clip_norm: float | Float32[Array, ""]
 ) -> Float32[Array, " batch"]:
     """Squared norms in units of the clip norm, so that no bound makes them over- or underflow."""
+    if isinstance(gradient, Measured):
+        return gradient.squares
     values = gradient.values if isinstance(gradient, TableRows) else gradient
     rows = values.reshape(values.shape[0], -1).astype(jnp.float32)
     return _sum_in_runs(jnp.square(rows * (1.0 / l2_clip_norm)))
@@ -98,7 +112,7 @@ def centred_count(scales: Float32[Array, " batch"]) -> Float32[Array, ""]:
 
 def weighted_sum(gradient: PerExample, scales: Float32[Array, " batch"]) -> Float32[Array, "..."]:
     """Sum over the batch, float32. An example of scale zero is not touched: 0 * NaN is NaN."""
-    values = gradient.values if isinstance(gradient, TableRows) else gradient
+    values = gradient.values if isinstance(gradient, (TableRows, Measured)) else gradient
     weights = scales.reshape(-1, *[1] * (values.ndim - 1))
     scaled = jnp.where(weights > 0.0, values.astype(jnp.float32), 0.0) * weights
     if not isinstance(gradient, TableRows):

@@ -22,8 +22,9 @@ from jaxtyping import Array, Bool, Float, Float32, PyTree
 from dpfa_jax.clipping import trees
 from dpfa_jax.core import ArgumentError
 from dpfa_jax.dpsgd.deferral import Split, Tail, defer
-from dpfa_jax.dpsgd.forms import Rows
+from dpfa_jax.dpsgd.forms import Product, Rows
 from dpfa_jax.dpsgd.parameters import leaf_paths
+from dpfa_jax.kernels import gradient_products
 
 PerExampleLoss = Callable[[PyTree, PyTree], Float[Array, " batch"]]
 
@@ -145,14 +146,40 @@ class _Gradient:
         chosen = tuple(next(new) if mapped else value for value, mapped in held)
         return dataclasses.replace(self, values=chosen, rows=rows)
 
-    def made(self) -> trees.PerExample:
-        """The barrier keeps what is measured the same numbers as what is added."""
+    def made(self, l2_clip_norm: ClipNorm) -> trees.PerExample:
+        """The gradients. The barrier keeps what is measured the same numbers as what is added."""
+        operands = self._operands(l2_clip_norm)
+        if operands is not None:
+            assert isinstance(l2_clip_norm, float)
+            left, right = (x.reshape(-1, *x.shape[2:]) for x in operands)
+            products, squares = gradient_products.gradient_products(left, right, unit=l2_clip_norm)
+            values = products.reshape(self.rows, -1, *products.shape[1:])
+            return trees.Measured(values, squares.reshape(self.rows, -1).sum(axis=1))
         if not isinstance(self.tail.form, Rows):
             return jax.lax.optimization_barrier(self._mapped(self.tail.make))
         places, rows = self._mapped(self.tail.form.entries)
         size = self.parameter.shape[0]
         places, values, _ = trees.table_rows(places, rows, size)
         return trees.TableRows(places, jax.lax.optimization_barrier(values), size)
+
+    def summed(
+        self, made: trees.PerExample, scales: Float32[Array, " rows"]
+    ) -> Float32[Array, "..."]:
+        """Weighted sum of what was made, in the parameter's shape."""
+        total = trees.weighted_sum(made, scales)
+        if not isinstance(made, trees.Measured):
+            return total
+        assert isinstance(self.tail.form, Product)
+        return self.tail.form.finish(total)
+
+    def _operands(self, l2_clip_norm: ClipNorm) -> tuple[Array, Array] | None:
+        """Operands of the matrix product that this gradient is, where a kernel makes it."""
+        # The kernel squares in units of a number that is known to the compiler.
+        if not isinstance(self.tail.form, Product) or not isinstance(l2_clip_norm, float):
+            return None
+        left, right = self._mapped(self.tail.form.operands)
+        one = left.reshape(-1, *left.shape[2:]), right.reshape(-1, *right.shape[2:])
+        return (left, right) if gradient_products.chosen(*one) else None
 
     def losses(self) -> Float[Array, " rows"]:
         return self._mapped(self.tail.make)
@@ -194,24 +221,26 @@ def _clipped_group(
     _check_repeatable(parts, together, memory)
     norms = [_measured(part, l2_clip_norm, memory // part.tail.example_bytes) for part in parts]
     scales = trees.clip_scales(norms, counts)
+    weighted = functools.partial(_weighted, l2_clip_norm=l2_clip_norm)
     sums: list[Array] = []
     for part in parts:
-        sums += _added(_weighted, [part], scales, memory // part.tail.example_bytes)[:-1]
+        sums += _added(weighted, [part], scales, memory // part.tail.example_bytes)[:-1]
     return [*sums, trees.centred_count(scales)]
 
 
 def _clipped(
     parts: list[_Gradient], counts: Bool[Array, " chunk"], *, l2_clip_norm: ClipNorm
 ) -> list[Float32[Array, "..."]]:
-    made = [part.made() for part in parts]
+    made = [part.made(l2_clip_norm) for part in parts]
     scales = trees.clip_scales([trees.squared_norms(one, l2_clip_norm) for one in made], counts)
-    return [*(trees.weighted_sum(one, scales) for one in made), trees.centred_count(scales)]
+    sums = [part.summed(one, scales) for part, one in zip(parts, made, strict=True)]
+    return [*sums, trees.centred_count(scales)]
 
 
 def _weighted(
-    parts: list[_Gradient], scales: Float32[Array, " chunk"]
+    parts: list[_Gradient], scales: Float32[Array, " chunk"], *, l2_clip_norm: ClipNorm
 ) -> list[Float32[Array, "..."]]:
-    sums = [trees.weighted_sum(part.made(), scales) for part in parts]
+    sums = [part.summed(part.made(l2_clip_norm), scales) for part in parts]
     return [*sums, trees.centred_count(scales)]
 
 
@@ -221,7 +250,9 @@ def _measured(part: _Gradient, l2_clip_norm: ClipNorm, most: int) -> Float32[Arr
     size = _largest_divisor(part.rows, most)
 
     def norms_of(carry: None, values: list[Array]) -> tuple[None, Float32[Array, " chunk"]]:
-        return carry, trees.squared_norms(part.holding(values, size).made(), l2_clip_norm)
+        return carry, trees.squared_norms(
+            part.holding(values, size).made(l2_clip_norm), l2_clip_norm
+        )
 
     chunks = part.chunks(most)
     return jax.lax.scan(norms_of, None, chunks, length=part.rows // size)[1].reshape(-1)

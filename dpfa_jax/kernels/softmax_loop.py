@@ -236,8 +236,8 @@ def forward(spec: AttentionSpec, inputs: AttentionInputs) -> SoftmaxResults:
         for shape in ((*of_rows, problem.head_dim), of_rows, of_rows, of_rows)
     )
     done = jax.lax.fori_loop(0, blocks.num_rows, query_block, nothing)
-    output, lse, *rows = map(problem.by_head, done)
-    return SoftmaxResults(output, lse, None, SoftmaxRows(*rows))
+    output, lse, maximum, total = map(problem.by_head, done)
+    return SoftmaxResults(output, lse, None, SoftmaxRows(maximum, total))
 
 
 def backward(

@@ -14,6 +14,7 @@ from dpfa_jax.clipping.trees import CLIP_MARGIN
 from dpfa_jax.core import ArgumentError
 from dpfa_jax.dpsgd import clipped_sum as module
 from dpfa_jax.dpsgd.coverage import coverage
+from dpfa_jax.kernels import gradient_products
 
 
 def clipped_sum(*arguments, **named):
@@ -354,3 +355,21 @@ def test_a_sum_without_an_order_is_not_made_twice():
     if len(late) > 1:
         with pytest.raises(ArgumentError, match="'kernel' need"):
             call(per_example_bytes=max(late.values()))
+
+
+@pytest.mark.parametrize(
+    "name", ["transformer", pytest.param("scan of checkpoint", marks=pytest.mark.slow)]
+)
+def test_products_that_a_kernel_makes_and_measures(name, monkeypatch):
+    """V8: the path of the Hopper kernel, with XLA in the kernel's place."""
+    seen = []
+
+    def chosen(left, right):
+        seen.append(left.shape)
+        return True
+
+    monkeypatch.setattr(gradient_products, "chosen", chosen)
+    monkeypatch.setattr(gradient_products, "_uses_kernel", lambda *arguments: False)
+    check_against_the_oracle(name, ALLOWED["some"], flat_groups=True, dtype=jnp.bfloat16)
+    check_against_the_oracle(name, 2**24, flat_groups=False, dtype=jnp.float32)
+    assert len({shape[1:] for shape in seen}) > 1
