@@ -122,7 +122,8 @@ class AttentionOutputs(NamedTuple):
     Attributes:
       output: the answer, in the query's dtype, private where the readout is.
       unclipped: the normalised output before clip and noise (inside custom_vjp only, never
-        returned to a caller); None under `Plain`, where it is `output`, and under `MemoryReadout`.
+        returned to a caller). None under `MemoryReadout`, and under `Plain` where `output` serves
+        the backward pass as well.
       lse: log-sum-exp of each row's logits in float32, natural logarithm; -inf for a row that sees
         no key. None under `MemoryReadout`.
       weights: the softmax weights, where a backend found the matrix small enough to keep; as

@@ -58,7 +58,10 @@ def of_softmax(
     if isinstance(spec.readout, ExampleReadout):
         released = example(spec.readout, normalised, inputs.noise)
         return AttentionOutputs(released.astype(dtype), normalised, lse, weights, rows)
-    return AttentionOutputs(normalised.astype(dtype), None, lse, weights, rows)
+    # The backward pass by blocks takes each row's product of output and cotangent: from an output
+    # rounded to 16 bits, every gradient of a row would share that error.
+    finer = None if weights is not None or normalised.dtype == dtype else normalised
+    return AttentionOutputs(normalised.astype(dtype), finer, lse, weights, rows)
 
 
 def of_memory(readout: MemoryReadout, inputs: AttentionInputs, sums: TwoFloat) -> AttentionOutputs:
