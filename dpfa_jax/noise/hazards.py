@@ -48,8 +48,9 @@ def guard(
 
     Errors: KeyReuseError
       - under vmap, where a witness has the mapped axis and the key has not;
-      - where the key is closed over by jit, scan, while, cond, checkpoint or shard_map: only as an
-        argument is it new in each call (or derive one inside: `jax.random.fold_in(key, step)`);
+      - where the key is closed over by jit, scan, while, cond, checkpoint or shard_map, or made
+        inside from what is: only as an argument is it new in each call (or derive one inside from
+        an argument: `jax.random.fold_in(key, step)`). Test keys may be made inside;
       - at a second eager use of the same (key, uses) in this process whose spans overlap those of
         the first. Test keys are exempt.
 
@@ -62,6 +63,12 @@ def guard(
             "noise_key is closed over by a traced function (jit, scan, while_loop, cond, "
             "checkpoint, shard_map), which may run more than once with it. Pass it as an argument "
             "(a scan: keys as xs), or derive one inside: jax.random.fold_in(noise_key, step)."
+        )
+    if generator is not INSECURE_TEST and not _new_in_each_call(noise_key):
+        raise KeyReuseError(
+            "noise_key is made inside a traced function (jit, scan, ...) from values that are "
+            "closed over or constant, so every run of it would draw the same noise. Pass the key, "
+            "or the array of keys and the number that picks one, as arguments (a scan: as xs)."
         )
     concrete = _concrete(noise_key)
     uses = (*uses, *(start for start, _ in spans))
@@ -163,6 +170,16 @@ def _concrete(value: object) -> Array | np.ndarray | None:
     if isinstance(value, jax.core.Tracer):
         return None
     return value if isinstance(value, jax.Array) else np.asarray(value)
+
+
+def _new_in_each_call(value: object) -> bool:
+    """Whether a staged value depends on an argument of the program that is being traced."""
+    while type(value).__name__ in _WRAPPED_IN:
+        value = getattr(value, _WRAPPED_IN[type(value).__name__])
+    if not isinstance(value, jax.core.Tracer):
+        return True
+    frame = getattr(value._trace, "frame", None)  # None in an eager shard_map
+    return frame is None or bool(frame.find_progenitors(value)[0])
 
 
 def _scope_of_value(value: object) -> object:

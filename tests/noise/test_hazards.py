@@ -92,6 +92,31 @@ def test_planted_reuse_is_refused(name):
         REFUSED[name](new_noise_key())
 
 
+MADE_INSIDE = {
+    "jit, indexed": lambda ks: jax.jit(lambda x: use(ks[1], x))(X),
+    "scan, indexed": lambda ks: jax.lax.scan(lambda c, _: (use(ks[0], c), None), X, None, length=3),
+    "scan, folded with a constant": lambda ks: jax.lax.map(
+        lambda x: use(jax.random.fold_in(ks[2], 0), x), BATCH
+    ),
+    "scan of vmap": lambda ks: jax.lax.scan(
+        lambda c, _: (jax.vmap(use)(jax.random.split(ks[0], 3), c), None), BATCH, None, length=2
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MADE_INSIDE)
+def test_a_key_made_inside_from_what_is_closed_over_is_refused(name):
+    """V11: every run of the function would draw the same noise."""
+    with pytest.raises(KeyReuseError, match="made inside a traced function"):
+        MADE_INSIDE[name](jax.random.split(new_noise_key(), 4))
+
+
+def test_a_key_made_inside_from_an_argument_is_allowed():
+    keys = jax.random.split(new_noise_key(), 4)
+    found = jax.lax.map(lambda number: use(keys[number], X), jnp.arange(3))
+    assert len(set(found[:, 0].tolist())) == 3
+
+
 def test_second_eager_use_is_refused():
     """V11: the same key on two calls; (release_id, layer) tells uses apart; not for test keys."""
     key = new_noise_key()

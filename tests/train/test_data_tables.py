@@ -103,3 +103,12 @@ def test_bad_rows(tmp_path):
     ]:
         lines.write_text("\n" + content + "\n")
         refused(lines, match, row=2, column=column)
+
+
+def test_labels_of_one_row_each_are_refused_unless_they_are_public(tmp_path):
+    """The report names all classes: a label that one person alone has would be published."""
+    rows = [(text, f"{label}{i}" if i < 3 else label) for i, (text, label) in enumerate(ROWS)]
+    path = csv_file(tmp_path, rows)
+    refused(path, "3 of its 5 labels occur once only", column="label")
+    names = tuple({label for _, label in rows})
+    assert set(load_data(str(path), class_names=names).class_names) == set(names)

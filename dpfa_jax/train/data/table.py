@@ -1,5 +1,6 @@
 """A user's own file: CSV with a header row, or JSON lines; one text and one label a row."""
 
+import collections
 import pathlib
 from collections.abc import Iterator
 
@@ -37,6 +38,7 @@ def load_table(
         )
     found = sorted({row.label for row in rows})
     if class_names is None:
+        _refuse_personal_labels(source, rows, label_column)
         class_names = tuple(found)
         note = "Class names were read from the file and count as public schema"
     else:
@@ -71,6 +73,20 @@ def load_table(
             "One row is one unit of privacy: a person with several rows is protected less.",
         ),
     )
+
+
+def _refuse_personal_labels(source: str, rows: list[Row], label_column: str) -> None:
+    """Class names are published as they are; a label of one row alone is that row's own value."""
+    counts = collections.Counter(row.label for row in rows)
+    alone = sum(count == 1 for count in counts.values())
+    if alone:
+        raise DataError(
+            source,
+            f"{alone} of its {len(counts)} labels occur once only; the report names all classes, "
+            "so each of these would publish one person's value",
+            "Check the label column, merge rare labels, or pass the public --class-names.",
+            column=label_column,
+        )
 
 
 def _rows(path: pathlib.Path, text_column: str, label_column: str) -> Iterator[Row]:
