@@ -1,6 +1,7 @@
 """`dpfa account LEDGER`: verify the chain, compose what was charged, say what is left."""
 
 import dataclasses
+import json
 import math
 import shutil
 import tempfile
@@ -23,10 +24,13 @@ class AccountConfig:
     Attributes:
       ledger: the ledger.jsonl of a run, or the run's folder.
       delta: at which epsilon is stated; the budget's own where not given.
+      expect_head: a head that the chain must hold, from a report or a checkpoint: a file whose end
+        was cut off is whole in itself. Where not given, that of the report beside the ledger.
     """
 
     ledger: tyro.conf.Positional[Path]
     delta: float | None = None
+    expect_head: str | None = None
 
 
 def run(arguments: list[str]) -> int:
@@ -36,13 +40,14 @@ def run(arguments: list[str]) -> int:
     if not path.exists():
         raise LedgerError(f"ledger = {str(path)!r}: no such file. Pass the ledger.jsonl of a run.")
     in_use = _in_use(path)
+    expected = config.expect_head or _reported_head(path)
     with tempfile.TemporaryDirectory() as folder:
         # A copy: a run holds the lock of its ledger from its first step to its last. A line that
         # it is just writing reads as unfinished, and stands for nothing that was released yet.
         copy = Path(folder) / "ledger.jsonl"
         shutil.copyfile(path, copy)
         try:
-            file = LedgerFile.open(copy, read_only=True)
+            file = LedgerFile.open(copy, read_only=True, expect_head=expected)
         except LedgerError as error:
             print(f"NOT VERIFIED  {str(error).replace(str(copy), str(path))}")
             return FAILED
@@ -50,8 +55,19 @@ def run(arguments: list[str]) -> int:
             if in_use:
                 print("in use by a run: what follows is the ledger at this moment; it may grow")
             print(f"verified: the chain is whole; head {file.head}")
+            if expected is None:
+                print("not known: whether its end was cut off; --expect-head HEAD would tell")
             _print_account(file, config.delta)
     return DONE
+
+
+def _reported_head(path: Path) -> str | None:
+    """The head that the report in the ledger's folder names; None without a report."""
+    try:
+        report = json.loads((path.parent / "report.json").read_text(encoding="utf-8"))
+        return str(report["ledger"]["head"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def _in_use(path: Path) -> bool:

@@ -293,3 +293,21 @@ def test_bench_is_said_to_need_a_checkout(monkeypatch, tmp_path, capsys):
 def test_bench_runs_the_script_with_its_arguments(capsys):
     assert main(["bench", "train", "--help"]) == 0
     assert "--limit-seconds" in capsys.readouterr().out
+
+
+def test_account_sees_an_end_that_was_cut_off(ledger, tmp_path, capsys):
+    """V21: the report beside a ledger, or a head that was kept, tells what the file cannot."""
+    lines = ledger.read_text().splitlines(keepends=True)
+    with LedgerFile.open(ledger, read_only=True) as file:
+        head = file.head
+    cut = tmp_path / "ledger.jsonl"
+    cut.write_text("".join(lines[:-1]))
+    assert main(["account", str(cut)]) == 0
+    assert "--expect-head" in capsys.readouterr().out
+    assert main(["account", str(cut), "--expect-head", head]) == 1
+    (tmp_path / "report.json").write_text(json.dumps({"ledger": {"head": head}}))
+    assert main(["account", str(tmp_path)]) == 1
+    assert "NOT VERIFIED" in capsys.readouterr().out
+    cut.write_text("".join(lines))
+    assert main(["account", str(tmp_path)]) == 0
+    assert "not known" not in capsys.readouterr().out
