@@ -14,6 +14,7 @@ from dpfa_jax.dpsgd.clipped_sum import PerExampleLoss, clipped_sum
 from dpfa_jax.dpsgd.noisy_sum import TRAINING_LAYER, NoisySumState, check_noise_key, noisy_sum
 from dpfa_jax.dpsgd.parameters import check_parameters, leaf_groups
 from dpfa_jax.dpsgd.plan import DPSGDPlan
+from dpfa_jax.kernels import manual_axes
 from dpfa_jax.noise import hazards
 
 _ClipNorms = Float32[Array, " groups"] | tuple[()]
@@ -141,6 +142,7 @@ def make_dp_step(
         check_noise_key(noise_key, generator)
         check_parameters(state.params, release.num_parameters)
         _check_rows(is_real, plan.capacity, axis_name)
+        _check_split(batch, is_real, axis_name)
         step_number = state.step
         if not isinstance(step_number, jax.core.Tracer):
             # Counted on the host: waiting for the device to count would stall it at every step.
@@ -190,3 +192,25 @@ def _check_rows(
             f"{shards} x {is_real.shape[0]} rows are not the plan's capacity {capacity}",
             "Pad each batch to the capacity, as plan.index_batches does.",
         )
+
+
+def _check_split(
+    batch: PyTree, is_real: Bool[Array, " capacity"], axis_name: str | tuple[str, ...] | None
+) -> None:
+    """Refuses examples that every shard holds: each would be added once a shard.
+
+    Types tell it, unless `shard_map` was told not to check them.
+    """
+    for axis in (
+        () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
+    ):
+        if axis not in manual_axes.varying_axes(jax.lax.axis_index(axis)):
+            continue
+        for path, leaf in jax.tree_util.tree_leaves_with_path({"batch": batch, "is_real": is_real}):
+            if axis not in manual_axes.varying_axes(leaf):
+                raise ArgumentError(
+                    jax.tree_util.keystr(path, simple=True, separator="/"),
+                    f"<the same on every shard of {axis!r}>",
+                    "each example would be added once a shard, beyond its clip norm",
+                    f"Split the batch over {axis!r}: in_specs=PartitionSpec({axis!r}) for it.",
+                )

@@ -196,6 +196,13 @@ for clip in (1000.0, 1.0):
         assert error.parameter == "axis_name"
     else:
         raise AssertionError("noise before the all-reduce was not refused")
+    few = jax.tree.map(lambda x: x[:2], (batch, real))
+    try:
+        jax.jit(jax.shard_map(dp.step, mesh=mesh, in_specs=P(), out_specs=P()))(state, *few, key)
+    except ArgumentError as error:
+        assert error.parameter == "batch/x" and "once a shard" in str(error)
+    else:
+        raise AssertionError("examples that every shard holds were not refused")
 print("all equal")
 """
 
