@@ -1,7 +1,6 @@
 """The Hopper backend: what it serves, and how a call becomes kernel launches."""
 
 import dataclasses
-import functools
 import math
 from typing import Any
 
@@ -18,6 +17,7 @@ from dpfa_jax.kernels.base import (
     ExampleReadout,
     MemoryReadout,
 )
+from dpfa_jax.kernels.mosaic_gpu import device
 from dpfa_jax.kernels.mosaic_gpu.backward import attention_backward
 from dpfa_jax.kernels.mosaic_gpu.forward import ForwardArrays, ForwardResults, attention_forward
 from dpfa_jax.kernels.mosaic_gpu.tiles import backward_tiles, forward_tiles
@@ -26,19 +26,6 @@ MAX_HEAD_SIZE = 256
 # Past this the accumulators of dK and dV do not fit the registers of a warpgroup.
 MAX_HEAD_SIZE_BACKWARD = 128
 MAX_BATCH = 65535
-
-
-@functools.cache
-def _hopper_reason() -> str | None:
-    """None where the default GPU is Hopper."""
-    try:
-        device = jax.devices("gpu")[0]
-    except RuntimeError as error:
-        return f"no GPU is visible to JAX ({error})"
-    capability = str(getattr(device, "compute_capability", "unknown"))
-    if capability == "9.0":
-        return None
-    return f"needs compute capability 9.0 (H100, H200), {device.device_kind} has {capability}"
 
 
 def _fold_vmap(function: Any) -> Any:
@@ -93,7 +80,7 @@ class MosaicGpuBackend:
         if self.interpret is None:
             if platform != "gpu":
                 return f"needs a Hopper GPU, the call is on {platform}"
-            reason = _hopper_reason()
+            reason = device.reason_without_hopper()
             if reason is not None:
                 return reason
         if len(dtypes) > 1 or next(iter(dtypes)) not in (jnp.bfloat16, jnp.float16):

@@ -111,7 +111,7 @@ def test_shard_map_of_gradient_lowers():
 )
 def test_cannot_says_why(spec, inputs, words, monkeypatch):
     """V23: what is not served is named, and dispatch goes on to the next backend."""
-    module = "dpfa_jax.kernels.mosaic_gpu.backend._hopper_reason"
+    module = "dpfa_jax.kernels.mosaic_gpu.device.reason_without_hopper"
     monkeypatch.setattr(module, lambda: None)
     assert words in BACKEND.cannot(spec, inputs, "gpu")
     assert BACKEND.cannot(AttentionSpec(1.0), shapes(), "gpu") is None
