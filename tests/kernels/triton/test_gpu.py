@@ -35,7 +35,7 @@ CASES = {
 def test_error_is_within_twice_the_naive_one(case):
     """V6, V7, V8: output and gradients against float64; hidden slots hold NaN."""
     shape, dtype, options = CASES[case]
-    triton_cases.check(BACKEND, shape, dtype, triton_cases.OPTIONS[options])
+    triton_cases.check(BACKEND, shape, dtype, triton_cases.OPTIONS[options], draws=3)
 
 
 def draw(*shape, seed=0, dtype=jnp.bfloat16):
