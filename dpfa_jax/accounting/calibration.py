@@ -12,7 +12,7 @@ from dpfa_jax.accounting.search import SLACK, largest_within
 from dpfa_jax.core import ArgumentError, BudgetExceededError, checks
 from dpfa_jax.release import Release
 
-# Noise multipliers that the search considers.
+# Noise multipliers that the search considers; below the least, epsilon promises nothing.
 _LEAST_NOISE, _MOST_NOISE = 0.2, 1e6
 
 
@@ -37,7 +37,8 @@ def calibrate[AnyRelease: Release](
     """Solve for what is left out.
 
     * `epsilon` and `count` given: the least noise multiplier whose epsilon keeps the budget (and
-      is within 0.1 % of it); the one in `release` is not used.
+      is within 0.1 % of it), though never below 0.2: a larger epsilon is not spent. The one in
+      `release` is not used.
     * `epsilon` only: the most answers that fit at the release's noise.
     * `count` only: the epsilon they cost.
 

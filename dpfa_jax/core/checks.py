@@ -13,15 +13,14 @@ def real(name: str, value: object) -> float:
     """
     if isinstance(value, (bool, str, bytes)) or value is None:
         raise ArgumentError(name, value, "not a real number", "Pass a Python float.")
-    try:
-        number = float(value)  # type: ignore[arg-type]  # refused below when it is no number
-    except (TypeError, ValueError) as error:
+    if not isinstance(value, numbers.Real):  # an array may be traced, and is no key of a cache
         raise ArgumentError(
             name,
             value,
             "not a concrete real number",
-            "Pass a Python float that does not depend on traced or private values.",
-        ) from error
+            "Pass a Python float that does not depend on traced or private values: float(x).",
+        )
+    number = float(value)
     if not math.isfinite(number):
         raise ArgumentError(name, value, "not finite", "Pass a finite number.")
     return number

@@ -11,12 +11,14 @@ class ArgumentError(DPFAError, ValueError):
     Attributes:
       parameter: the argument's name, as the caller wrote it.
       value: what was passed.
+      problem: what is wrong with it.
       advice: what the caller can do about it.
     """
 
     def __init__(self, parameter: str, value: object, problem: str, advice: str):
         self.parameter = parameter
         self.value = value
+        self.problem = problem
         self.advice = advice
         super().__init__(f"{parameter} = {value!r}: {problem}. {advice}")
 

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from scipy import integrate, optimize, stats
@@ -338,6 +339,8 @@ def test_v23_calibration_refuses():
         calibrate(SUM, delta=DELTA)
     with pytest.raises(ArgumentError, match="epsilon = -1"):
         calibrate(SUM, delta=DELTA, epsilon=-1.0, count=3)
+    with pytest.raises(ArgumentError, match=r"epsilon = Array\(3.*float\(x\)"):
+        calibrate(SUM, delta=DELTA, epsilon=jnp.float32(3), count=3)
     with pytest.raises(ArgumentError, match=r"delta = 0\.001"):
         calibrate(training(), delta=1e-3, epsilon=1.0, count=3)
     with pytest.raises(BudgetExceededError, match="one answer alone"):
