@@ -16,6 +16,8 @@ from dpfa_jax.cli.entry import DONE, FAILED
 from dpfa_jax.cli.table import print_table
 from dpfa_jax.core import LedgerError
 
+_WIDEST = 100
+
 
 @dataclasses.dataclass(frozen=True)
 class AccountConfig:
@@ -101,7 +103,9 @@ def _print_account(file: LedgerFile, asked_delta: float | None) -> None:
     delta = asked_delta if asked_delta is not None else (budget.delta if budget else 1e-5)
     pld = epsilon(ledger, delta, nominal=True)
     rdp = epsilon(ledger, delta, accountant="rdp", nominal=True)
-    summary = [("delta", f"{delta:g}"), ("epsilon (PLD)", _number(pld))]
+    # Escaped and cut: a ledger's header holds whatever its writer put there.
+    summary = [(name, json.dumps(value)[:_WIDEST]) for name, value in file.metadata.items()]
+    summary += [("delta", f"{delta:g}"), ("epsilon (PLD)", _number(pld))]
     summary.append(("epsilon (RDP, looser)", _number(rdp)))
     if budget is not None:
         summary.append(("budget", f"epsilon {budget.epsilon:g} at delta {budget.delta:g}"))

@@ -19,7 +19,8 @@ class PredictConfig:
     Attributes:
       texts: what to classify; quote each.
       model: folder of the run.
-      file: one text a line, instead of (or besides) texts on the command line.
+      file: one text a line, instead of (or besides) texts on the command line; blank lines are
+        left out.
       json: print one JSON object a line, with the probability of every class.
     """
 
@@ -38,6 +39,11 @@ def run(arguments: list[str]) -> int:
         texts += [line for line in lines if line.strip()]
     if not texts:
         raise ArgumentError("texts", (), "nothing to classify", "Pass texts, or --file FILE.")
+    for text in texts:
+        if not text.strip():
+            raise ArgumentError(
+                "texts", text, "holds nothing to classify", "Pass texts with at least one word."
+            )
     from dpfa_jax.train.saved_model import load_model  # heavy: only once the arguments make sense
 
     model = load_model(config.model)

@@ -7,6 +7,7 @@ from typing import Any
 import tyro
 
 from dpfa_jax.cli.entry import DONE, INTERRUPTED
+from dpfa_jax.cli.program import program, quoted
 from dpfa_jax.train.config import PLACE, TrainConfig, read_config
 from dpfa_jax.train.run_folder import stored_config
 
@@ -24,7 +25,7 @@ def run(arguments: list[str]) -> int:
         print(
             f"\nStopped after step {report['steps']} of {report['steps_planned']}; checkpoint, "
             f"ledger, report and model are in {report['folder']}.\n"
-            f"Go on with: dpfa train --resume --out {report['folder']}",
+            f"Go on with: {program()} train --resume --out {quoted(report['folder'])}",
             file=sys.stderr,
         )
         return INTERRUPTED
@@ -70,11 +71,16 @@ def _summary(report: dict) -> str:
     ]
     if report["accuracy_nonprivate"] is not None:
         lines.append(f"  no privacy     {100 * report['accuracy_nonprivate']:.1f} %")
+    if report["epsilon_note"] is not None:
+        lines.append(f"note             {report['epsilon_note']}")
+    folder = quoted(report["folder"])
     lines += [
         f"epsilon          {spent} of {report['epsilon_budget']:g} at delta {report['delta']:g}",
         f"time             {report['seconds_total']:.0f} s, "
         f"peak memory {report['peak_memory_bytes'] / 2**30:.2f} GiB",
         f"report           {report['folder']}/report.html",
-        f'try it           dpfa predict --model {report["folder"]} "..."',
+        f"check it         {program()} account {folder}",
     ]
+    if report["data"]["kind"] == "text":
+        lines.append(f'try it           {program()} predict --model {folder} "..."')
     return "\n".join(lines)

@@ -26,6 +26,14 @@ def charged_steps(ledger_file: LedgerFile) -> int:
     return sum(entry.count for entry in ledger_file.ledger.entries)
 
 
+def steps_left(plan: DPSGDPlan, ledger_file: LedgerFile) -> int:
+    """Steps of the plan that are not paid for yet.
+
+    With correlated noise the last charge is rounded up to a whole cycle, beyond the plan's end.
+    """
+    return max(0, plan.steps - charged_steps(ledger_file))
+
+
 def charge_block(
     ledger_file: LedgerFile, plan: DPSGDPlan, steps: int, *, insecure_seed: int | None, first: int
 ) -> Key[Array, " steps"]:
@@ -46,14 +54,19 @@ def charge_block(
 
 
 def index_batches(
-    plan: DPSGDPlan, steps: int, *, insecure_seed: int | None, first: int
+    plan: DPSGDPlan, steps: int, *, insecure_seed: int | None, first: int, charged: int
 ) -> Iterator[np.ndarray]:
-    """Poisson batches for `steps` steps, `first` on; from OS entropy unless a seed is given."""
+    """Poisson batches for `steps` steps, `first` on; from OS entropy unless a seed is given.
+
+    `charged` steps were paid for before them: where batches are cyclic, that number tells whose
+    turn it is, so that lost steps count as taken.
+    """
     if insecure_seed is None:
-        yield from plan.index_batches(np.random.default_rng(), steps)
+        yield from plan.index_batches(np.random.default_rng(), steps, first_step=charged)
         return
     # A resumed run draws what the run that was cut off would have drawn.
-    every = plan.index_batches(np.random.default_rng([insecure_seed, 1]), first + steps)
+    rng = np.random.default_rng([insecure_seed, 1])
+    every = plan.index_batches(rng, first + steps, first_step=0)
     for step, indices in enumerate(every):
         if step >= first:
             yield indices

@@ -6,12 +6,15 @@ import tomllib
 import types
 import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from dpfa_jax.core import ArgumentError, checks
+from dpfa_jax.release import AdaptiveClipping
 
 # Where a run lives and how it is entered; not part of what it computes.
 PLACE = ("out", "resume", "config")
+CLIPPING = ("flat", "per-layer")
+_ADAPTIVE = ("quantile", "learning_rate", "budget_share")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +31,17 @@ class TrainConfig:
       model: architecture; the data source's own where not given.
       epsilon: privacy budget. Smaller is more private; 3 is a common upper end.
       delta: chance that the promise of epsilon fails; below 1 / number of examples.
-      clip: L2 norm to which each example's gradient is clipped.
+      clip: L2 norm to which each example's gradient is clipped; the first one where it adapts.
+      clipping: flat clips an example's whole gradient to `clip`; per-layer clips the part of each
+        parameter, all together to `clip`.
+      adaptive_clipping: let clip norms follow a quantile of the gradients' norms, estimated
+        privately within the same epsilon.
+      clip_quantile: share of the examples that adaptive clipping leaves unclipped; 0.5 where not
+        given.
+      clip_learning_rate: how fast adaptive clip norms move; 0.2 where not given.
+      clip_budget_share: share of the budget that their estimate takes; 0.01 where not given.
+      noise_bands: steps over which the noise is correlated, so that it partly cancels (banded
+        matrix factorisation); 1 is independent noise.
       batch: expected number of examples in a step (Poisson sampling).
       steps: number of steps; the noise is calibrated to them.
       learning_rate: peak learning rate of the optimizer.
@@ -53,6 +66,12 @@ class TrainConfig:
     epsilon: float = 3.0
     delta: float = 1e-5
     clip: float | None = None
+    clipping: Literal["flat", "per-layer"] = "flat"
+    adaptive_clipping: bool = False
+    clip_quantile: float | None = None
+    clip_learning_rate: float | None = None
+    clip_budget_share: float | None = None
+    noise_bands: int = 1
     batch: int | None = None
     steps: int | None = None
     learning_rate: float | None = None
@@ -78,11 +97,44 @@ class TrainConfig:
         for name in ("batch", "steps", "micro_batch", "checkpoint_every", "evaluate_every"):
             if getattr(self, name) is not None:
                 checks.count(name, getattr(self, name))
+        checks.choice("clipping", self.clipping, CLIPPING)
+        checks.count("noise_bands", self.noise_bands)
+        self._check_adaptive()
         if self.max_length is not None:
             checks.count("max_length", self.max_length, minimum=2)
         if self.resume and self.out is None:
             raise ArgumentError(
                 "resume", True, "no run to go on with", "Pass --out with the folder of the run."
+            )
+
+    def adaptive(self) -> AdaptiveClipping | None:
+        """How clip norms adapt; None where they are fixed. Errors: ArgumentError."""
+        if not self.adaptive_clipping:
+            return None
+        asked = {name: getattr(self, f"clip_{name}") for name in _ADAPTIVE}
+        try:
+            return AdaptiveClipping(**{k: v for k, v in asked.items() if v is not None})
+        except ArgumentError as error:
+            name = f"clip_{error.parameter}"
+            raise ArgumentError(name, error.value, error.problem, error.advice) from error
+
+    def _check_adaptive(self) -> None:
+        self.adaptive()
+        for name in (f"clip_{part}" for part in _ADAPTIVE):
+            if not self.adaptive_clipping and getattr(self, name) is not None:
+                raise ArgumentError(
+                    name,
+                    getattr(self, name),
+                    "clip norms are fixed, so it would change nothing",
+                    "Pass --adaptive-clipping too, or leave it out.",
+                )
+        if self.adaptive_clipping and self.noise_bands > 1:
+            raise ArgumentError(
+                "noise_bands",
+                self.noise_bands,
+                "the noise of past steps has the scale of their clip norms, and these adapt; "
+                "no accountant here covers both together",
+                "Pass --adaptive-clipping or --noise-bands, not both.",
             )
 
     def settings(self) -> dict[str, Any]:
@@ -133,6 +185,8 @@ def _converted(name: str, value: Any, annotation: Any) -> Any:
         if value is None:
             return None
         (annotation,) = [part for part in typing.get_args(annotation) if part is not types.NoneType]
+    if typing.get_origin(annotation) is Literal:
+        annotation = str  # `check` knows the options
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if annotation is Path and isinstance(value, str):

@@ -4,6 +4,7 @@ import math
 
 from dpfa_jax.core import ArgumentError
 from dpfa_jax.release import TrainingRelease
+from dpfa_jax.train.noise_sums import summed_noise
 
 LEAST_SIGNAL_TO_NOISE = 1.0
 
@@ -14,10 +15,14 @@ def signal_to_noise(release: TrainingRelease, steps: int) -> float:
     If in every step every example's clipped gradient had the full norm C and the same direction,
     `steps` mean gradients would add up to steps * C. The noise of the mean is
     sigma * C / batch in each of D coordinates and adds up to sqrt(steps * D) of that. The ratio
-    is batch * sqrt(steps) / (sigma * sqrt(D)); real gradients stay well below it.
+    is batch * sqrt(steps) / (sigma * sqrt(D)); real gradients stay well below it. Correlated noise
+    adds up to less (`summed_noise`).
     """
-    noise = release.noise_multiplier * math.sqrt(release.num_parameters)
-    return release.expected_batch_size * math.sqrt(steps) / noise
+    noise = release.gradient_noise_multiplier * math.sqrt(release.num_parameters)
+    if len(release.noise_strategy) == 1:
+        return release.expected_batch_size * math.sqrt(steps) / noise
+    last = summed_noise(release.noise_strategy, steps).last
+    return release.expected_batch_size * steps / (noise * last)
 
 
 def require_signal(release: TrainingRelease, steps: int, epsilon: float) -> None:

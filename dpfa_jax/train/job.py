@@ -67,6 +67,9 @@ class Job:
     def resolved(self) -> dict[str, Any]:
         """What a resumed run must find unchanged, as JSON values."""
         settings = dataclasses.asdict(self.settings)
+        strategy = self.plan.release.noise_strategy
+        if len(strategy) > 1:
+            settings["noise_strategy"] = list(strategy)
         return {
             **settings.pop("chosen"),
             **settings,
@@ -105,7 +108,10 @@ def prepare(config: TrainConfig) -> Job:
         expected_batch_size=chosen.batch,
         steps=chosen.steps,
         l2_clip_norm=chosen.clip,
-        num_parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        params=params,
+        clipping="per_layer" if config.clipping == "per-layer" else "flat",
+        adaptive_clipping=config.adaptive(),
+        noise_bands=config.noise_bands,
         micro_batch_size=settings.micro_batch,
         insecure_test_noise=config.insecure_test_noise,
     )
@@ -121,8 +127,11 @@ def architecture(chosen: Defaults) -> dict[str, int]:
 
 
 def _resolve(config: TrainConfig, defaults: Defaults, examples: int) -> Settings:
-    # Sampling amplifies little beyond a quarter of the examples.
-    open_batch = min(defaults.batch, max(1, examples // 4))
+    # Sampling amplifies little beyond a quarter of the examples. A step draws from one of as many
+    # groups of them as there are bands.
+    bands = config.noise_bands
+    group = examples // bands
+    open_batch = min(defaults.batch, max(1, min(examples // 4, group)))
     asked = {
         name: getattr(config, name)
         for name in ("model", "clip", "steps", "learning_rate", "max_length")
@@ -136,10 +145,31 @@ def _resolve(config: TrainConfig, defaults: Defaults, examples: int) -> Settings
             f"more than the {examples} training examples",
             "Pass a smaller --batch.",
         )
+    if chosen.batch > group:
+        raise ArgumentError(
+            "noise_bands",
+            bands,
+            f"a step draws from one of {bands} groups of {group} examples, fewer than "
+            f"batch = {chosen.batch}",
+            "Pass fewer --noise-bands or a smaller --batch.",
+        )
+    if bands > chosen.steps:
+        raise ArgumentError(
+            "noise_bands", bands, f"more than steps = {chosen.steps}", "Pass fewer --noise-bands."
+        )
+    # Whole cycles of cyclic batches are charged at a time: parts of one would cost as much.
+    block = bands * -(-default_block(chosen.steps) // bands)
+    if config.checkpoint_every is not None and config.checkpoint_every % bands:
+        raise ArgumentError(
+            "checkpoint_every",
+            config.checkpoint_every,
+            f"no multiple of noise_bands = {bands}, and steps are charged by whole cycles of these",
+            "Pass a multiple.",
+        )
     return Settings(
         chosen,
         micro_batch=_first(config.micro_batch, _micro_batch()),
-        checkpoint_every=_first(config.checkpoint_every, default_block(chosen.steps)),
+        checkpoint_every=_first(config.checkpoint_every, block),
         evaluate_every=_first(config.evaluate_every, max(1, chosen.steps // _LOOKS)),
     )
 

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from dpfa_jax.accounting import LedgerFile
-from dpfa_jax.dpsgd import DPState, DPStep, take_batch
-from dpfa_jax.train.charges import charge_block, charged_steps, index_batches
+from dpfa_jax.dpsgd import DPState, DPStep, restarted, take_batch
+from dpfa_jax.train.charges import charge_block, charged_steps, index_batches, steps_left
 from dpfa_jax.train.checkpoints import CheckpointNote, Checkpoints
 from dpfa_jax.train.evaluate import Metrics
 from dpfa_jax.train.job import Job
@@ -22,7 +22,7 @@ from dpfa_jax.train.stop import StopRequest
 
 
 class LoopState(NamedTuple):
-    """What a checkpoint holds.
+    """What a step leaves behind.
 
     Attributes:
       private: the state of DP-SGD.
@@ -31,6 +31,18 @@ class LoopState(NamedTuple):
 
     private: DPState
     average: Params
+
+    def released(self) -> "LoopState":
+        """What a checkpoint holds: all but the past noise, which is secret."""
+        return self._replace(private=self.private._replace(noise_memory=()))
+
+    def resumed(self, found: "LoopState") -> "LoopState":
+        """`found`, as `released` left it, with no past noise: what a resumed run goes on from.
+
+        Correlated noise starts afresh, so that no two continuations of one state share any.
+        """
+        memory = restarted(self.private).noise_memory
+        return found._replace(private=found.private._replace(noise_memory=memory))
 
 
 class _Pace:
@@ -90,9 +102,10 @@ def run_steps(
     seed = job.insecure_seed
     average = _average(settings.chosen.average_decay)
     metrics = look(course.state.average)
-    left = plan.steps - charged_steps(ledger_file)
+    left = steps_left(plan, ledger_file)
     due = course.step + left
-    batches = index_batches(plan, left, insecure_seed=seed, first=course.step)
+    paid = charged_steps(ledger_file)
+    batches = index_batches(plan, left, insecure_seed=seed, first=course.step, charged=paid)
     examples = {"inputs": job.data.train_inputs, "labels": job.data.train_labels}
     started, before = time.monotonic(), course.seconds
     pace = _Pace()
@@ -131,7 +144,7 @@ def run_steps(
             progress.show(status, keep=is_look)
         left -= block
         note = CheckpointNote(course.step, ledger_file.head, course.seconds, course.history)
-        checkpoints.save(course.state, note)
+        checkpoints.save(course.state.released(), note)
     checkpoints.wait()
 
 

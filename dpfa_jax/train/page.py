@@ -4,6 +4,7 @@ import html
 from typing import Any
 
 from dpfa_jax.train import figures
+from dpfa_jax.train.options import option_rows
 from dpfa_jax.train.page_style import STYLE
 from dpfa_jax.train.progress import clock
 
@@ -140,7 +141,7 @@ def _promise(report: Report) -> str:
         ("protects", f"{release['unit']}, added or removed"),
         ("released", "every iterate of the model's parameters"),
         ("noise multiplier", f"{release['noise_multiplier']:.4f}"),
-        ("clip norm of one example's gradient", _numbers(release["sensitivities"])),
+        *option_rows(report["options"]),
         ("numbers in one release", f"{release['dimension']:,}"),
         (
             "batches",
@@ -150,7 +151,9 @@ def _promise(report: Report) -> str:
         ),
         ("noise generator", html.escape(release["generator"])),
     ]
-    return f"<section><h2>What is promised</h2>{_table(rows)}</section>"
+    note = report["epsilon_note"]
+    said = "" if note is None else f"<p>{html.escape(note)}.</p>"
+    return f"<section><h2>What is promised</h2>{said}{_table(rows)}</section>"
 
 
 def _limits(report: Report) -> str:
@@ -169,7 +172,7 @@ def _choice(report: Report) -> str:
 
 
 def _run(report: Report) -> str:
-    lost = report["steps_charged"] - report["steps"]
+    lost = min(report["steps_charged"], report["steps_planned"]) - report["steps"]
     rows = [
         ("steps", f"{report['steps']:,}" + (f" ({lost} more charged, but lost)" if lost else "")),
         ("parameters trained", f"{report['model']['parameters']:,}"),
@@ -194,8 +197,9 @@ def _ledger(report: Report) -> str:
     ledger = report["ledger"]
     return (
         "<section><h2>The ledger</h2><p>Every step was charged in <code>ledger.jsonl</code> before "
-        f"it ran, {report['steps_charged']:,} in all. Check it with "
-        "<code>dpfa account ledger.jsonl</code>. Each line is bound to the one before it; the "
+        f"it ran, {report['steps_charged']:,} in all. Check it with <code>dpfa account</code> and "
+        "the path of this folder (after <code>make train</code>: <code>.venv/bin/dpfa account"
+        "</code>). Each line is bound to the one before it; the "
         f"last one's hash is</p><p><code class='hash'>{html.escape(ledger['head'])}</code></p>"
         "</section>"
     )
@@ -219,7 +223,3 @@ def _power(number: float) -> str:
     mantissa = mantissa.rstrip("0").rstrip(".")
     times = "" if mantissa == "1" else f"{mantissa}&nbsp;·&nbsp;"
     return f"{times}10<sup>{int(exponent)}</sup>"
-
-
-def _numbers(values: list[float]) -> str:
-    return ", ".join(f"{value:g}" for value in values)

@@ -13,6 +13,7 @@ from dpfa_jax.train.evaluate import Metrics, majority_accuracy
 from dpfa_jax.train.feasible import signal_to_noise
 from dpfa_jax.train.job import Job
 from dpfa_jax.train.loop import Course
+from dpfa_jax.train.options import clip_norms, less_than_asked, options_text, privacy_options
 from dpfa_jax.train.page import render
 from dpfa_jax.train.run_folder import RunFolder
 from dpfa_jax.train.twin import Twin
@@ -50,6 +51,8 @@ def make_report(
         "epsilon_nominal": pld,
         "epsilon_rdp": rdp,
         "epsilon_budget": config.epsilon,
+        "epsilon_planned": plan.epsilon,
+        "epsilon_note": less_than_asked(plan, config.epsilon),
         "delta": config.delta,
         "accuracy": final.accuracy,
         "loss": final.loss,
@@ -80,6 +83,13 @@ def make_report(
         "release": {
             **dataclasses.asdict(record),
             "noise_multiplier": plan.release.noise_multiplier,
+        },
+        "options": {
+            **privacy_options(plan),
+            "l2_clip_norms": clip_norms(plan),
+            "last_l2_clip_norms": clip_norms(plan, course.state.private.l2_clip_norms),
+            "noise_strategy": list(plan.release.noise_strategy),
+            "text": options_text(plan),
         },
         "signal_to_noise": signal_to_noise(plan.release, plan.steps),
         "ledger": {"file": "ledger.jsonl", "head": ledger_file.head},

@@ -11,7 +11,7 @@ from dpfa_jax.accounting import Budget, LedgerFile
 from dpfa_jax.accounting.guarantee import answers_epsilon
 from dpfa_jax.accounting.losses import COARSE
 from dpfa_jax.dpsgd import make_dp_step, take_batch
-from dpfa_jax.train.charges import charged_steps, index_batches
+from dpfa_jax.train.charges import charged_steps, index_batches, steps_left
 from dpfa_jax.train.checkpoints import Checkpoints
 from dpfa_jax.train.config import TrainConfig
 from dpfa_jax.train.errors import RunError
@@ -19,6 +19,7 @@ from dpfa_jax.train.evaluate import Metrics, evaluator
 from dpfa_jax.train.job import Job, architecture, prepare
 from dpfa_jax.train.loop import Course, LoopState, run_steps
 from dpfa_jax.train.models import Params
+from dpfa_jax.train.options import less_than_asked, options_text, privacy_options
 from dpfa_jax.train.progress import Progress, progress_for
 from dpfa_jax.train.report import make_report, write_report
 from dpfa_jax.train.run_folder import RunFolder, new_run_folder, require_same_settings
@@ -78,7 +79,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
             look=_look(job, evaluate),
             epsilon_after=_epsilon_after(job),
         )
-        finished = charged_steps(ledger_file) == job.plan.steps
+        finished = steps_left(job.plan, ledger_file) == 0
         twin = _twin(job, evaluate, shown, stop) if finished else None
         final = evaluate(course.state.average, job.data.test_inputs, job.data.test_labels)
         report = make_report(
@@ -117,7 +118,7 @@ def _start(job: Job, folder: RunFolder) -> None:
     LedgerFile.create(
         folder.ledger,
         budget=Budget(job.config.epsilon, job.config.delta),
-        metadata={"purpose": "dpfa train", "data": job.data.name},
+        metadata={"purpose": "dpfa train", "data": job.data.name, **privacy_options(job.plan)},
         insecure_test_noise=job.config.insecure_test_noise,
     ).close()
     folder.start(job.config, job.resolved())
@@ -125,17 +126,18 @@ def _start(job: Job, folder: RunFolder) -> None:
 
 def _restore(course: Course, checkpoints: Checkpoints) -> str | None:
     """Sets `course` to the newest checkpoint, if any; the ledger's head when that was made."""
-    found = checkpoints.latest(course.state)
+    found = checkpoints.latest(course.state.released())
     if found is None:
         return None
-    course.state, note = found
+    state, note = found
+    course.state = course.state.resumed(state)
     course.step, course.seconds, course.history = note.step, note.seconds, list(note.history)
     return note.ledger_head
 
 
 def _require_model(job: Job, folder: RunFolder, course: Course, ledger_file: LedgerFile) -> None:
     """Refuses a run that is paid for in full but whose steps are in no checkpoint."""
-    if course.step == 0 and charged_steps(ledger_file) >= job.plan.steps:
+    if course.step == 0 and steps_left(job.plan, ledger_file) == 0:
         raise RunError(
             folder.checkpoints,
             f"holds no checkpoint, but the ledger has paid for all {job.plan.steps} steps",
@@ -160,7 +162,10 @@ def _announce(
         f"{release.noise_multiplier:.3f}, {job.plan.steps} steps of "
         f"{release.expected_batch_size} examples; folder {folder.path}"
     )
-    charged = charged_steps(ledger_file)
+    for text in (options_text(job.plan), less_than_asked(job.plan, config.epsilon)):
+        if text:
+            progress.say(text)
+    charged = min(charged_steps(ledger_file), job.plan.steps)
     if charged:
         lost = charged - course.step
         place = f"after step {course.step}" if course.step else "from the start, no checkpoint"
@@ -217,7 +222,7 @@ def _twin(job: Job, evaluate: Callable, progress: Progress, stop: StopRequest) -
 def _twin_batches(job: Job, stop: StopRequest) -> Iterator[tuple[Any, np.ndarray]]:
     examples = {"inputs": job.data.train_inputs, "labels": job.data.train_labels}
     for indices in index_batches(
-        job.plan, job.plan.steps, insecure_seed=job.insecure_seed, first=0
+        job.plan, job.plan.steps, insecure_seed=job.insecure_seed, first=0, charged=0
     ):
         if stop.requested:
             return

@@ -134,6 +134,8 @@ def stored_config(path: Path) -> TrainConfig:
 def require_same_settings(folder: RunFolder, config: TrainConfig, resolved: dict[str, Any]) -> None:
     """Refuses to go on with a run under other settings. Errors: RunError that names each."""
     stored = folder.read()
+    # A setting that the run's version did not know had what is now its default.
+    stored["config"] = TrainConfig().settings() | stored["config"]
     now = {"config": config.settings(), "resolved": resolved}
     for part in ("config", "resolved"):
         before, after = stored[part], json.loads(json.dumps(now[part]))
