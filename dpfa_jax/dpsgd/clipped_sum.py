@@ -29,6 +29,9 @@ from dpfa_jax.kernels import gradient_products
 PerExampleLoss = Callable[[PyTree, PyTree], Float[Array, " batch"]]
 
 
+# Held at a time where the plan says nothing: 5 % of a GPU of 80 GB.
+DEFAULT_PER_EXAMPLE_BYTES = 2**32
+
 # A clip norm: the plan's, or one that follows what was released.
 ClipNorm = float | Float32[Array, ""]
 
@@ -54,7 +57,7 @@ def clipped_sum(
     l2_clip_norms: Sequence[ClipNorm],
     leaf_groups: tuple[int, ...],
     micro_batch_size: int,
-    per_example_bytes: int,
+    per_example_bytes: int | None,
 ) -> ClippedSum:
     """Sum over the real examples of their clipped parameter gradients.
 
@@ -66,7 +69,9 @@ def clipped_sum(
       l2_clip_norms: C_l of each clip group.
       leaf_groups: the group of each leaf of `params`, in `jax.tree.leaves` order.
       micro_batch_size: examples that go forward and backward at a time.
-      per_example_bytes: memory for the per-example gradients that are held at a time.
+      per_example_bytes: memory for the per-example gradients that are held at a time. None: 4 GiB,
+        or what a group's gradients are made from takes where that is more: to make them piece by
+        piece, all of that must be held to the end, so all of them at once need no more.
 
     Returns: the sums. An example whose loss is not finite counts as zero, and so does one in each
     group where its gradient is not.
@@ -85,12 +90,14 @@ def clipped_sum(
 
     def sum_of(examples: PyTree, real: Bool[Array, " micro"]) -> list[Float32[Array, "..."]]:
         losses, gradients = _gradients(split, leaves, examples, real.shape[0], paths)
-        memory = _check_memory(gradients, real.shape[0], per_example_bytes)
+        allowed = per_example_bytes or DEFAULT_PER_EXAMPLE_BYTES
+        left = _check_memory(gradients, real.shape[0], allowed)
         counts = real & jnp.isfinite(losses)
         sums: dict[int, Array] = {}
         unclipped = []
         for l2_clip_norm, members in groups:
             parts = [gradients[i] for i in members]
+            memory = max(left, _source_bytes(parts)) if per_example_bytes is None else left
             *found, count = _clipped_group(parts, counts, l2_clip_norm, memory)
             sums.update(zip(members, found, strict=True))
             unclipped.append(count)
@@ -207,6 +214,14 @@ def _gradients(
     loss = gradient("loss", split.tails[0], leaves[0]).losses()
     found = [gradient(*each) for each in zip(paths, split.tails[1:], leaves, strict=True)]
     return loss, found
+
+
+def _source_bytes(parts: list[_Gradient]) -> int:
+    """Memory of what the gradients not made yet are made from, for all examples."""
+    late = [part for part in parts if not part.tail.kept]
+    pairs = [pair for part in late for pair in zip(part.values, part.mapped, strict=True)]
+    held = {id(value): value for value, mapped in pairs if mapped}
+    return sum(value.size * value.dtype.itemsize for value in held.values())
 
 
 def _clipped_group(

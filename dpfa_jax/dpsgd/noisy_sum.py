@@ -61,6 +61,15 @@ def noisy_sum(plan: DPSGDPlan) -> optax.GradientTransformationExtraArgs:
     is_adaptive = release.adaptive_clipping is not None
     is_correlated = len(release.noise_strategy) > 1
 
+    # Jitted, so that leaves of one shape are one function of the step's program: each time anew,
+    # a kernel takes half a second to lower and the generator's rounds a twentieth to trace.
+    @jax.jit
+    def mean_of(
+        total: Array, step_key: Key[Array, ""], index: Array, stddev: _Number, grid: _Number
+    ) -> Float32[Array, "..."]:
+        divisor = release.expected_batch_size
+        return released_mean(total, step_key, index, stddev=stddev, grid=grid, divisor=divisor)
+
     def init(params: PyTree) -> NoisySumState:
         check_parameters(params, release.num_parameters)
         check_untied(params)
@@ -100,14 +109,8 @@ def noisy_sum(plan: DPSGDPlan) -> optax.GradientTransformationExtraArgs:
                 means.append(released / release.expected_batch_size)
                 memory.append(kept)
             else:
-                mean = released_mean(
-                    leaf,
-                    step_key,
-                    index,
-                    stddev=stddevs[group],
-                    grid=grids[group],
-                    divisor=release.expected_batch_size,
-                )
+                place = np.uint32(index)
+                mean = mean_of(leaf, step_key, place, stddevs[group], grids[group])
                 means.append(mean)
         following = NoisySumState(state.step + 1)
         if is_correlated:

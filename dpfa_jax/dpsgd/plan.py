@@ -17,7 +17,6 @@ from dpfa_jax.dpsgd.parameters import Groups, per_layer_groups
 from dpfa_jax.release import AdaptiveClipping, GaussianRecord, TrainingRelease
 
 DEFAULT_MICRO_BATCH_SIZE = 64
-DEFAULT_PER_EXAMPLE_BYTES = 2**30
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +30,8 @@ class DPSGDPlan:
       micro_batch_size: examples that go forward and backward at a time; divides the capacity.
       groups: clip groups, one for each of `release.l2_clip_norms`, each a tuple of path prefixes
         ("encoder/0", "embedding"). Every parameter must be in exactly one. None: one flat group.
-      per_example_bytes: memory for per-example gradients held at a time; a speed setting only.
+      per_example_bytes: the most memory for per-example gradients held at a time; a speed setting
+        only. None: as `clipped_sum` chooses, without holding more than what they are made from.
 
     Errors: ArgumentError for combinations that contradict each other.
     Source: Abadi et al. (2016); truncated Poisson batches: arXiv 2508.15089 (2025).
@@ -42,7 +42,7 @@ class DPSGDPlan:
     delta: float
     micro_batch_size: int = DEFAULT_MICRO_BATCH_SIZE
     groups: Groups | None = None
-    per_example_bytes: int = DEFAULT_PER_EXAMPLE_BYTES
+    per_example_bytes: int | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.release, TrainingRelease):
@@ -59,7 +59,8 @@ class DPSGDPlan:
         checks.count("steps", self.steps)
         checks.delta("delta", self.delta, units=self.release.dataset_size)
         checks.count("micro_batch_size", self.micro_batch_size)
-        checks.count("per_example_bytes", self.per_example_bytes)
+        if self.per_example_bytes is not None:
+            checks.count("per_example_bytes", self.per_example_bytes)
         if self.capacity % self.micro_batch_size:
             raise ArgumentError(
                 "micro_batch_size",
@@ -86,7 +87,7 @@ class DPSGDPlan:
         micro_batch_size: int = DEFAULT_MICRO_BATCH_SIZE,
         truncated_batch_size: int | None = None,
         groups: Groups | None = None,
-        per_example_bytes: int = DEFAULT_PER_EXAMPLE_BYTES,
+        per_example_bytes: int | None = None,
         noise_shares: tuple[float, ...] | None = None,
         adaptive_clipping: AdaptiveClipping | None = None,
         noise_bands: int = 1,

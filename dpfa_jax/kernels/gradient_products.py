@@ -6,7 +6,7 @@ rounded numbers: whoever clips by it clips what is added.
 
 import functools
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ def gradient_products(
     reason where a forced implementation cannot.
     """
     if _uses_kernel(lhs, rhs, unit, implementation):
-        products, squares = _squared(unit, True, *_alike(lhs, rhs))
+        products, squares = _squared(*_alike(lhs, rhs), store=True, **_launch(lhs, rhs, unit))
         return products, squares
     products = _product(lhs, rhs)
     return products, trees.squared_norms(products, unit)
@@ -68,7 +68,7 @@ def gradient_product_squares(
     Where XLA forms them, one example's product is held at a time.
     """
     if _uses_kernel(lhs, rhs, unit, implementation):
-        return _squared(unit, False, *_alike(lhs, rhs))[0]
+        return _squared(*_alike(lhs, rhs), store=False, **_launch(lhs, rhs, unit))[0]
 
     def one(_: None, pair: tuple[Array, Array]) -> tuple[None, Float32[Array, ""]]:
         product = _product(pair[0][None], pair[1][None])
@@ -97,7 +97,7 @@ def weighted_product_sum(
         )
     lhs, rhs, scales = _alike(lhs, rhs, scales.astype(jnp.float32))
     if uses_kernel:
-        return _summed(lhs, rhs, scales)
+        return _summed(lhs, rhs, scales, processors=device.processors())
 
     def add(total: Array, one: tuple[Array, Array, Array]) -> tuple[Array, None]:
         left, right, scale = one
@@ -169,6 +169,12 @@ def _tile(batch: int, rows: int, columns: int) -> "ProductTiles":
     return product_tiles(batch, rows, columns, device.processors())
 
 
+def _launch(lhs: Array, rhs: Array, unit: float) -> dict[str, Any]:
+    """How the kernel is launched, as static arguments."""
+    tile = _tile(lhs.shape[0], lhs.shape[2], rhs.shape[2])
+    return {"unit": unit, "tile": tile, "processors": device.processors()}
+
+
 def _product(lhs: Array, rhs: Array) -> Array:
     """The barrier keeps what is measured the same numbers as what is stored."""
     return jax.lax.optimization_barrier(
@@ -182,19 +188,18 @@ def _alike(*arrays: Array) -> tuple[Array, ...]:
     return tuple(manual_axes.vary_over(array, axes) for array in arrays)
 
 
-def _squared(unit: float, store: bool, lhs: Array, rhs: Array) -> tuple[Array, ...]:
+# Jitted, so that equal calls are one function of the program: each lowering takes half a second.
+@functools.partial(jax.jit, static_argnames=("unit", "store", "tile", "processors"))
+def _squared(
+    lhs: Array, rhs: Array, *, unit: float, store: bool, tile: "ProductTiles", processors: int
+) -> tuple[Array, ...]:
     """(products, squares) or (squares,) of the kernel; an axis of `vmap` is walked along."""
     from dpfa_jax.kernels.mosaic_gpu.gradient_products import product_squares
 
     @jax.custom_batching.sequential_vmap
     def run(lhs: Array, rhs: Array) -> tuple[Array, ...]:
         products, parts = product_squares(
-            lhs,
-            rhs,
-            _tile(lhs.shape[0], lhs.shape[2], rhs.shape[2]),
-            unit=unit,
-            store=store,
-            processors=device.processors(),
+            lhs, rhs, tile, unit=unit, store=store, processors=processors
         )
         squares = add_in_runs(parts.reshape(parts.shape[0], -1))
         return (squares,) if products is None else (products, squares)
@@ -202,13 +207,14 @@ def _squared(unit: float, store: bool, lhs: Array, rhs: Array) -> tuple[Array, .
     return run(lhs, rhs)
 
 
-def _summed(lhs: Array, rhs: Array, scales: Array) -> Float32[Array, "I O"]:
+@functools.partial(jax.jit, static_argnames=("processors",))
+def _summed(lhs: Array, rhs: Array, scales: Array, *, processors: int) -> Float32[Array, "I O"]:
     """The kernel's weighted sum; an axis of `vmap` is walked along."""
     from dpfa_jax.kernels.mosaic_gpu.gradient_products import SUM_TILE, weighted_sum
 
     @jax.custom_batching.sequential_vmap
     def run(lhs: Array, rhs: Array, scales: Array) -> Array:
-        parts = weighted_sum(lhs, rhs, scales, SUM_TILE, processors=device.processors())
+        parts = weighted_sum(lhs, rhs, scales, SUM_TILE, processors=processors)
         return functools.reduce(jnp.add, parts)
 
     return run(lhs, rhs, scales)

@@ -5,7 +5,7 @@ One pass over memory where a Hopper kernel can serve; XLA elsewhere, from the sa
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Float32, Key
+from jaxtyping import Array, Float, Float32, Key, UInt32
 
 from dpfa_jax.core import ArgumentError, UnsupportedBackendError
 from dpfa_jax.kernels import manual_axes
@@ -27,7 +27,7 @@ Number = float | Float32[Array, ""]
 def released_mean(
     total: Float[Array, "..."],
     noise_key: Key[Array, ""],
-    leaf_index: int,
+    leaf_index: int | UInt32[Array, ""],
     *,
     stddev: Number,
     grid: Number,
@@ -66,7 +66,7 @@ def released_mean(
     if reason is not None or implementation == "xla":
         return _by_xla(total, noise_key, leaf_index, stddev, grid, divisor)
     numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in (stddev, grid, divisor)])
-    return _by_kernel(total, noise_key, leaf_index, numbers)
+    return _by_kernel(total, noise_key, jnp.uint32(leaf_index), numbers)
 
 
 def cannot(total: Float[Array, "..."]) -> str | None:
@@ -82,7 +82,7 @@ def cannot(total: Float[Array, "..."]) -> str | None:
 def _by_xla(
     total: Float32[Array, "..."],
     noise_key: Key[Array, ""],
-    leaf_index: int,
+    leaf_index: int | UInt32[Array, ""],
     stddev: Number,
     grid: Number,
     divisor: Number,
@@ -94,7 +94,7 @@ def _by_xla(
 def _by_kernel(
     total: Float32[Array, "..."],
     noise_key: Key[Array, ""],
-    leaf_index: int,
+    leaf_index: UInt32[Array, ""],
     numbers: Float32[Array, "3"],
 ) -> Float32[Array, "..."]:
     """The kernel; under `vmap` XLA, whatever of it is mapped."""
@@ -103,7 +103,7 @@ def _by_kernel(
     kind = jax.random.key_impl(noise_key)
 
     @jax.custom_batching.custom_vmap
-    def run(total: Array, key_words: Array, numbers: Array) -> Array:
+    def run(total: Array, key_words: Array, leaf_index: Array, numbers: Array) -> Array:
         words = counters.bind_parameter(key_words, leaf_index)
         axes = manual_axes.varying_axes(total, words, numbers)
         flat, words, numbers = (
@@ -112,15 +112,12 @@ def _by_kernel(
         return kernel.released_mean(flat, words, numbers).reshape(total.shape)
 
     @run.def_vmap
-    def _(
-        axis_size: int, in_batched: list[bool], total: Array, key_words: Array, numbers: Array
-    ) -> tuple[Array, bool]:
-        def one(total: Array, key_words: Array, numbers: Array) -> Array:
+    def _(axis_size: int, in_batched: list[bool], *operands: Array) -> tuple[Array, bool]:
+        def one(total: Array, key_words: Array, leaf_index: Array, numbers: Array) -> Array:
             key = jax.random.wrap_key_data(key_words, impl=kind)
             return _by_xla(total, key, leaf_index, numbers[0], numbers[1], numbers[2])
 
         axes = [0 if is_batched else None for is_batched in in_batched]
-        mapped = jax.vmap(one, in_axes=axes, axis_size=axis_size)
-        return mapped(total, key_words, numbers), True
+        return jax.vmap(one, in_axes=axes, axis_size=axis_size)(*operands), True
 
-    return run(total, keys.key_words(noise_key), numbers)
+    return run(total, keys.key_words(noise_key), leaf_index, numbers)

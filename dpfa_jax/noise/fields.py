@@ -57,7 +57,7 @@ def attention_noise(
 
 
 def parameter_noise(
-    noise_key: Key[Array, ""], leaf_index: int, shape: tuple[int, ...]
+    noise_key: Key[Array, ""], leaf_index: int | UInt32[Array, ""], shape: tuple[int, ...]
 ) -> Float32[Array, "..."]:
     """Standard normals for leaf `leaf_index` of a parameter tree, by global element index.
 

@@ -255,6 +255,36 @@ def test_the_plan_bounds_the_memory_of_the_step():
     assert one_parameter < 4 * one
 
 
+def test_a_plan_that_says_nothing_holds_no_more_than_it_must(monkeypatch):
+    """All examples at once where their gradients need less than what they are made from."""
+    width, rows = 64, 8
+    one = 2 * 4 * width * width
+    monkeypatch.setattr("dpfa_jax.dpsgd.clipped_sum.DEFAULT_PER_EXAMPLE_BYTES", one)
+
+    def loss(params, batch):
+        hidden = jnp.tanh(batch["x"] @ params["a"])
+        return jnp.sum((hidden @ params["b"]) ** 2, axis=(1, 2))
+
+    def has_a_loop(tokens: int, allowed: int | None) -> bool:
+        program = functools.partial(
+            clipped_sum,
+            loss,
+            l2_clip_norms=(1.0,),
+            leaf_groups=(0, 0),
+            micro_batch_size=rows,
+            per_example_bytes=allowed,
+        )
+        batch = {"x": jax.ShapeDtypeStruct((rows, tokens, width), jnp.float32)}
+        params = {name: jax.ShapeDtypeStruct((width, width), jnp.float32) for name in "ab"}
+        real = jax.ShapeDtypeStruct((rows,), jnp.bool_)
+        return "scan[" in str(jax.make_jaxpr(program)(params, batch, real))
+
+    # Each product has two operands of tokens x width numbers: with 32 tokens they are as large.
+    assert not has_a_loop(32, None)
+    assert has_a_loop(24, None)
+    assert has_a_loop(32, one)
+
+
 def test_what_does_not_fit_is_refused_by_name():
     """V23."""
     call = functools.partial(
