@@ -95,17 +95,28 @@ def spec(
     is_causal: object,
     local_window_size: object,
     logits_soft_cap: object,
+    logits_bound: object,
+    query_key_norm: float | None = None,
 ) -> AttentionSpec:
-    """The static part of a call. Errors: ArgumentError for an option outside its range."""
+    """The static part of a call; no row of query or key is longer than `query_key_norm`.
+
+    Errors: ArgumentError for an option outside its range.
+    """
     if not isinstance(is_causal, bool):
         raise ArgumentError("is_causal", is_causal, "not a Python bool", "Pass True or False.")
     cap = None if logits_soft_cap is None else host.positive("logits_soft_cap", logits_soft_cap)
-    size = inputs.query.shape[-1]
+    bound = None if logits_bound is None else host.positive("logits_bound", logits_bound)
+    factor = 1.0 / math.sqrt(inputs.query.shape[-1]) if scale is None else host.real("scale", scale)
+    largest = None if query_key_norm is None else abs(factor) * query_key_norm**2
+    if bound is not None and any(x is not None and x <= bound for x in (cap, largest)):
+        bound = None  # nothing lies beyond it
     return AttentionSpec(
-        scale=1.0 / math.sqrt(size) if scale is None else host.real("scale", scale),
+        scale=factor,
         is_causal=is_causal,
         local_window=_window(local_window_size, inputs),
         logits_soft_cap=cap,
+        logits_bound=bound,
+        largest_logit=largest,
         readout=readout,
     )
 

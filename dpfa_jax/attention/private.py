@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Key, UInt32
 
 from dpfa_jax.attention import checks, core, private_checks
+from dpfa_jax.clipping.rows import clip_rows_stored
 from dpfa_jax.kernels import dispatch
 from dpfa_jax.kernels.base import NoiseInputs
 from dpfa_jax.noise import bind, guard, key_words
@@ -30,14 +31,16 @@ def dp_attention(
     key_value_seq_lengths: ArrayLike | None = None,
     local_window_size: int | tuple[int, int] | None = None,
     logits_soft_cap: float | None = None,
+    logits_bound: float | None = None,
     implementation: str | None = None,
 ) -> Float[Array, "*B T N H"]:
     """Attention whose output is one private release; charge it first (`charge`).
 
-    With `ExampleRelease`: the normalised output is clipped, noised, snapped to a public grid and
-    cast. Every row gets noise, padded and fully masked ones too. Gradients pass through clip and
-    attention; they are noise-free functions of the input, and what is computed from them is not
-    covered by this release.
+    With `ExampleRelease`: rows of query and key are clipped where the release says so; the
+    normalised output is clipped, noised, snapped to a public grid and cast. Every row gets noise,
+    padded and fully masked ones too. Gradients pass through clips and attention; they are
+    noise-free functions of the input, and what is computed from them is not covered by this
+    release.
 
     With `RecordRelease`: (N, Z) = sum_j e_j (v_j, kappa) + noise with the public maximum B, then
     N / max(Z / kappa, floor); or, in the ratio form, N / Z + noise. No derivative exists.
@@ -46,6 +49,7 @@ def dp_attention(
       query, key, value: (B, T, N, H), (B, S, K, H), (B, S, K, H), not float64.
       bias, mask, is_causal, query_seq_lengths, key_value_seq_lengths: as `dot_product_attention`.
       scale, local_window_size, logits_soft_cap, implementation: likewise; scale is a Python float.
+      logits_bound: likewise, and refused for a `RecordRelease`, which has its own.
       release: the promise, which must match the shapes (rows T, heads N, head size H).
       noise_key: the key of this release, from `charge`. An argument, never closed over.
       release_id, layer: tell several uses of one key apart, 32 bits each. Each use is one release
@@ -74,6 +78,7 @@ def dp_attention(
     readout = private_checks.release_of(release, inputs.query.shape[2])
     if isinstance(scale, jax.core.Tracer):
         private_checks.refuse_traced("scale", scale)
+    query_key_norm = getattr(release, "query_key_clip_norm", None)
     spec = checks.spec(
         inputs,
         readout,
@@ -81,8 +86,15 @@ def dp_attention(
         is_causal=is_causal,
         local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap,
+        logits_bound=logits_bound,
+        query_key_norm=query_key_norm,
     )
     private_checks.fits(release, spec, inputs, head_start)
+    if query_key_norm is not None:
+        inputs = inputs._replace(
+            query=clip_rows_stored(inputs.query, query_key_norm),
+            key=clip_rows_stored(inputs.key, query_key_norm),
+        )
     private_checks.noise_key(release, noise_key)
     offsets = private_checks.offsets(
         inputs, noise_key, batch_start=batch_start, head_start=head_start

@@ -64,6 +64,13 @@ def fits(
 ) -> None:
     """Refuses arrays that are not what the release promises about. Errors: ArgumentError."""
     _, rows, heads, size = inputs.query.shape
+    if isinstance(release, RecordRelease) and spec.logits_bound is not None:
+        raise ArgumentError(
+            "logits_bound",
+            spec.logits_bound,
+            f"release.logit_bound is {release.logit_bound}",
+            "Leave it out: a record release is bounded by its own number.",
+        )
     if inputs.query.dtype == jnp.float64:
         raise ArgumentError(
             "query",

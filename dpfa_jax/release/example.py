@@ -22,6 +22,10 @@ class ExampleRelease:
       clip: "row" or "example".
       noise_shares: relative noise standard deviations of the heads; equal where None, and equal
         they must be under `clip="example"`, whose one norm spans all heads.
+      query_key_clip_norm: norm to which rows of query and key are clipped, as stored, before their
+        product; None: they are not. Part of the released function, with its gradient; the
+        sensitivity does not need it. No logit then exceeds scale times its square, which spares a
+        kernel the running maximum. A row with NaN or infinity counts as zero.
       insecure_test_noise: noise from a test seed. Protects nobody; the record says so.
 
     Errors: ArgumentError for a number outside its range.
@@ -35,6 +39,7 @@ class ExampleRelease:
     clip: str = "row"
     noise_shares: tuple[float, ...] | None = None
     insecure_test_noise: bool = False
+    query_key_clip_norm: float | None = None
 
     unit = "one example (its whole input)"
     relation = "replace"
@@ -51,6 +56,8 @@ class ExampleRelease:
         checks.count("query_length", self.query_length)
         checks.count("num_heads", self.num_heads)
         checks.count("head_dim", self.head_dim)
+        if self.query_key_clip_norm is not None:
+            checks.magnitude("query_key_clip_norm", self.query_key_clip_norm)
         checks.choice("clip", self.clip, ("row", "example"))
         if len(set(self._shares())) > 1 and self.clip == "example":
             raise ArgumentError(

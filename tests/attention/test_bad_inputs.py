@@ -50,6 +50,13 @@ BAD = {
     "causal int": plain("is_causal", is_causal=1),
     "NaN scale": plain("scale", scale=float("nan")),
     "cap 0": plain("logits_soft_cap", logits_soft_cap=0.0),
+    "bound 0": plain("logits_bound", logits_bound=0.0),
+    "traced bound": plain("logits_bound", logits_bound=jnp.ones(())),
+    "bound of a record": private("logits_bound", release=SUM, logits_bound=1.0),
+    "query and key norm": (
+        "query_key_clip_norm",
+        lambda: dataclasses.replace(EXAMPLE, query_key_clip_norm=-1.0),
+    ),
     "unknown backend": plain("implementation", implementation="flash"),
     "cudnn": plain("implementation", implementation="cudnn"),
     "no release": private("release", release=None),

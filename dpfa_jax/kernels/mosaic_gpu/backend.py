@@ -21,6 +21,7 @@ from dpfa_jax.kernels.mosaic_gpu import device
 from dpfa_jax.kernels.mosaic_gpu.backward import attention_backward
 from dpfa_jax.kernels.mosaic_gpu.forward import ForwardArrays, ForwardResults, attention_forward
 from dpfa_jax.kernels.mosaic_gpu.tiles import backward_tiles, forward_tiles
+from dpfa_jax.kernels.public_maximum import public_maximum
 
 MAX_HEAD_SIZE = 256
 # Past this the accumulators of dK and dV do not fit the registers of a warpgroup.
@@ -137,7 +138,12 @@ class MosaicGpuBackend:
             filled = ForwardArrays(*(next(given) if there else None for there in present))
             return tuple(
                 attention_forward(
-                    spec, filled, tile, keep_unclipped=residuals, interpret=self.interpret
+                    spec,
+                    filled,
+                    tile,
+                    public_maximum=public_maximum(spec, inputs),
+                    keep_unclipped=residuals,
+                    interpret=self.interpret,
                 )
             )
 

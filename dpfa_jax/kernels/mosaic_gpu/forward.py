@@ -5,6 +5,7 @@ tiles by TMA; two compute warpgroups take turns on the tensor cores (one multipl
 does its softmax); under `ExampleReadout` the epilogue clips, noises and snaps each row.
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -27,6 +28,7 @@ from dpfa_jax.kernels.mosaic_gpu.layouts import (
 )
 from dpfa_jax.kernels.mosaic_gpu.noise import clip_rows, snap_tile, tile_normals
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ForwardTiles
+from dpfa_jax.kernels.public_maximum import SHIFT
 
 # Start of the running maximum: finite, so that a row with no key yet gives exp2(-inf) = 0, no NaN.
 LOWEST = -1e38
@@ -61,6 +63,77 @@ class ForwardResults(NamedTuple):
     lse: Any
 
 
+class RunningMaximum:
+    """Weights relative to the largest logit so far; sums are (maximum in base 2, total weight)."""
+
+    def start(self, rows: int) -> tuple[jax.Array, ...]:
+        """Sums of rows that have seen no key."""
+        largest = plgpu.layout_cast(jnp.full((rows,), LOWEST, jnp.float32), ROW)
+        return largest, plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), ROW)
+
+    def step(
+        self, s: jax.Array, factor: float, acc: jax.Array, sums: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+        """Weights of the logits s factor (base 2); `acc` and `sums` under the new maximum."""
+        previous, total = sums
+        largest = jnp.maximum(previous, s.max(axis=1) * factor)
+        decay = jnp.exp2(previous - largest)
+        p = jnp.exp2(s * factor - lax.broadcast_in_dim(largest, s.shape, [0]))
+        acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
+        return p, acc, (largest, total * decay + p.sum(axis=1))
+
+    def finish(self, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
+        """(maximum in base 2, total weight) of each row."""
+        largest, total = sums
+        return largest, total
+
+
+@dataclasses.dataclass(frozen=True)
+class PublicMaximum:
+    """Weights relative to a number that no logit exceeds; nothing is ever rescaled.
+
+    Attributes:
+      maximum: in base 2, less the shift that the weights' dtype wants.
+    """
+
+    maximum: float
+
+    def start(self, rows: int) -> tuple[jax.Array, ...]:
+        """As `RunningMaximum`; eight sums a row, which meet at the end only."""
+        return (plgpu.layout_cast(jnp.zeros((rows, 8), jnp.float32), WGMMA),)
+
+    def step(
+        self, s: jax.Array, factor: float, acc: jax.Array, sums: tuple[jax.Array, ...]
+    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
+        """As `RunningMaximum`; `acc` as it is."""
+        p = jnp.exp2(s * factor - self.maximum)
+        (total,) = sums
+        for begin in range(0, p.shape[1], 8):
+            total += p[:, begin : begin + 8]
+        return p, acc, (total,)
+
+    def finish(self, sums: tuple[jax.Array, ...]) -> tuple[float, jax.Array]:
+        """As `RunningMaximum`."""
+        return self.maximum, sums[0].sum(axis=1)
+
+
+def _softmax(public_maximum: float | None, dtype: Any) -> RunningMaximum | PublicMaximum:
+    if public_maximum is None:
+        return RunningMaximum()
+    return PublicMaximum(public_maximum * LOG2_E - SHIFT[jnp.dtype(dtype).name])
+
+
+def _bounded(spec: AttentionSpec, s: jax.Array) -> tuple[jax.Array, float]:
+    """Products q.k, capped and bounded, and the factor that makes logits of them."""
+    factor = spec.scale
+    if spec.logits_soft_cap is not None:
+        s = jnp.tanh(s * (factor / spec.logits_soft_cap))
+        factor = spec.logits_soft_cap
+    if spec.logits_bound is not None:
+        s = jnp.clip(s, -spec.logits_bound / factor, spec.logits_bound / factor)
+    return s, factor
+
+
 def _body(
     arrays: ForwardArrays,
     results: ForwardResults,
@@ -69,6 +142,7 @@ def _body(
     *,
     spec: AttentionSpec,
     tile: ForwardTiles,
+    softmax: "RunningMaximum | PublicMaximum",
     keys: int,
     group: int,
     simulate: bool,
@@ -104,8 +178,7 @@ def _body(
         plgpu.copy_gmem_to_smem(
             arrays.query.at[batch, rows, head], q_shared, barriers["query"].at[warpgroup]
         )
-        largest = plgpu.layout_cast(jnp.full((block_q,), LOWEST, jnp.float32), ROW)
-        total = plgpu.layout_cast(jnp.zeros((block_q,), jnp.float32), ROW)
+        sums = softmax.start(block_q)
         acc = plgpu.layout_cast(jnp.zeros((block_q, head_size), jnp.float32), WGMMA)
         plgpu.barrier_wait(barriers["query"].at[warpgroup])
 
@@ -130,31 +203,19 @@ def _body(
             return s
 
         def step_body(step, carry, masked: bool, is_last: bool):
-            s, acc, largest, total = carry
+            s, acc, sums = carry
             if not tile.ahead:
                 s = logits_of(step, None)
             slot = slot_of(step)
             v_shared = shared["value"].at[slot]
-            factor = spec.scale
-            if spec.logits_soft_cap is not None:
-                s = jnp.tanh(s * (factor / spec.logits_soft_cap))
-                factor = spec.logits_soft_cap
-            factor *= LOG2_E
+            s, factor = _bounded(spec, s)
             if masked:
                 columns = step * block_kv
                 seen = visible(spec, s.shape, row_begin, columns, key_length, query_length)
                 s = jnp.where(seen, s, -jnp.inf)
-            previous = largest
-            largest = jnp.maximum(previous, s.max(axis=1) * factor)
-            decay = jnp.exp2(previous - largest)
-            p = jnp.exp2(s * factor - lax.broadcast_in_dim(largest, s.shape, [0]))
-            acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
-            total *= decay
+            p, acc, sums = softmax.step(s, factor * LOG2_E, acc, sums)
             p_stored = p.astype(dtype)
-            total += p.sum(axis=1)
-            acc, total, largest, p_stored = lax.optimization_barrier(
-                (acc, total, largest, p_stored)
-            )
+            acc, sums, p_stored = lax.optimization_barrier((acc, sums, p_stored))
             plgpu.barrier_arrive(barriers["turn"])
             plgpu.barrier_wait(barriers["value"].at[slot])
             plgpu.barrier_wait(barriers["turn"])
@@ -188,14 +249,14 @@ def _body(
                 s, acc = pl.run_scoped(both, plgpu.ACC((block_q, block_kv), jnp.float32))
                 plgpu.barrier_arrive(barriers["key_free"].at[slot_of(step + 1)])
             plgpu.barrier_arrive(barriers["value_free"].at[slot])
-            return s, acc, largest, total
+            return s, acc, sums
 
         zeros = plgpu.layout_cast(jnp.zeros((block_q, block_kv), jnp.float32), WGMMA)
         last = tiles.most(steps.begin, steps.end - 1)
         s = zeros
         if tile.ahead:
             s = _loop(steps.begin, tiles.least(steps.begin + 1, steps.end), logits_of, zeros)
-        carry = (s, acc, largest, total)
+        carry = (s, acc, sums)
         body = functools.partial(step_body, is_last=False)
         masked = functools.partial(body, masked=True)
         plain = functools.partial(body, masked=False)
@@ -207,9 +268,10 @@ def _body(
         is_whole = isinstance(steps.end, int) and steps.end == steps.full_end
         final = functools.partial(step_body, masked=not is_whole, is_last=True)
         carry = _loop(last, steps.end, final, carry)
-        _, acc, largest, total = carry
+        _, acc, sums = carry
         pl.when(warpgroup == 0)(take_turns)
 
+        largest, total = softmax.finish(sums)
         unseen = total == 0.0
         inverse = jnp.where(unseen, 0.0, 1.0 / jnp.where(unseen, 1.0, total))
         acc *= lax.broadcast_in_dim(inverse, acc.shape, [0])
@@ -338,6 +400,7 @@ def attention_forward(
     arrays: ForwardArrays,
     tile: ForwardTiles,
     *,
+    public_maximum: float | None = None,
     keep_unclipped: bool = True,
     interpret: Any = None,
 ) -> ForwardResults:
@@ -348,6 +411,7 @@ def attention_forward(
       arrays: query (B, T, N, H), key and value (B, S, K, H), bfloat16 or float16; the noise
         operands where the readout asks for noise.
       tile: tile sizes that fit shared memory for H rounded up to a multiple of 64.
+      public_maximum: what no logit exceeds, within `kernels.public_maximum`; None: not known.
       keep_unclipped: whether a backward pass will want `unclipped`.
       interpret: parameters of the Mosaic GPU simulator, None on a GPU.
 
@@ -402,6 +466,7 @@ def attention_forward(
             *refs[len(out_type) :],
             spec=spec,
             tile=tile,
+            softmax=_softmax(public_maximum, dtype),
             keys=keys,
             group=heads // kv_heads,
             simulate=interpret is not None,

@@ -93,7 +93,7 @@ def _weights(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """One tile: softmax weights, gradient of the biased logits, gradient of scale q.k."""
     along_rows = (None, slice(None)) if is_keys_first else (slice(None), None)
-    s, ratio = logits.tile_logits(
+    s, slope = logits.tile_logits(
         spec, arrays, place, row.query, key.key, is_keys_first=is_keys_first
     )
     p = logits.Base.of(row.query.dtype).power(s - row.shift[along_rows])
@@ -105,9 +105,9 @@ def _weights(
         seen = logits.visible(spec, arrays, place, key_length, is_keys_first=is_keys_first)
         p, d_biased = (jnp.where(seen, x, 0.0) for x in (p, d_biased))
     d_logits = d_biased
-    if ratio is not None:
+    if slope is not None:
         # A hidden entry may hold any bytes, hence a NaN slope, and has no derivative.
-        d_logits = jnp.where(d_biased == 0.0, 0.0, d_biased * (1.0 - ratio * ratio))
+        d_logits = jnp.where(d_biased == 0.0, 0.0, d_biased * slope)
     return p, d_biased, d_logits
 
 

@@ -4,6 +4,8 @@ Products whose left operand lies in registers go through plain JAX (forward) or 
 (backward) there: the simulator has no such operand. The GPU suite covers the rest.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dpfa_jax.kernels import epilogue
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, ExampleReadout, NoiseInputs
 from dpfa_jax.kernels.mosaic_gpu import backend
+from dpfa_jax.kernels.public_maximum import public_maximum
 
 BACKEND = backend.MosaicGpuBackend(interpret=plgpu.InterpretGPUParams())
 
@@ -58,6 +61,59 @@ def test_everything_at_once():
     assert relative(outputs.output, expected[0]) < 4e-3  # bf16 rounds to 2^-9
     assert np.all(np.isneginf(outputs.lse[:, lengths[0] :]))
     assert np.all(np.isfinite(outputs.lse[:, : lengths[0]]))
+    gradients = BACKEND.backward(spec, inputs, outputs, cotangent, None)
+    for mine, theirs in zip(gradients[:3], expected[1:4], strict=True):
+        assert relative(mine, theirs) < 6e-3
+
+
+@pytest.mark.parametrize(
+    ("options", "dtype"),
+    [
+        ({"logits_bound": 0.9}, jnp.bfloat16),
+        pytest.param({"logits_bound": 9.0}, jnp.float16, marks=pytest.mark.slow),
+        pytest.param({"logits_soft_cap": 4.0}, jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param({"logits_bound": 1.5, "logits_soft_cap": 4.0}, jnp.float16,
+                     marks=pytest.mark.slow),
+        pytest.param({"logits_bound": 60.0}, jnp.bfloat16, marks=pytest.mark.slow),
+    ],
+)  # fmt: skip
+def test_public_maximum(options, dtype):
+    """V7, V8: no running maximum where it fits the dtype; rows without keys, NaN past a length."""
+    rows, keys, length = 70, 90, 60
+    spec = AttentionSpec(0.3, is_causal=True, local_window=(20, 20), **options)
+    assert (
+        public_maximum(spec, AttentionInputs(*[draw(1, 1, 1, 1, dtype=dtype)] * 3)) is None
+    ) == (options == {"logits_bound": 60.0})
+    query, key, value, cotangent = (
+        draw(1, n, heads, 40, seed=seed, dtype=dtype)
+        for seed, (n, heads) in enumerate(((rows, 2), (keys, 1), (keys, 1), (rows, 2)))
+    )
+    inputs = AttentionInputs(
+        query,
+        key.at[:, length:].set(jnp.nan),
+        value.at[:, length:].set(jnp.nan),
+        key_lengths=jnp.asarray([length], jnp.int32),
+        query_lengths=jnp.asarray([rows - 3], jnp.int32),
+    )
+    expected = oracle.attention(
+        *(query, key, value, cotangent),
+        scale=spec.scale,
+        soft_cap=spec.logits_soft_cap,
+        bound=spec.logits_bound,
+        is_causal=True,
+        window=spec.local_window,
+        key_lengths=length,
+        query_lengths=rows - 3,
+    )
+    outputs = BACKEND.forward(spec, inputs)
+    assert relative(outputs.output, expected[0]) < 4e-3
+    assert np.array_equal(np.isneginf(outputs.lse[0, :, 0]), np.arange(rows) >= rows - 3)
+    if options == {"logits_bound": 0.9}:
+        return  # the quick case; the others do all
+    if options == {"logits_bound": 9.0}:  # which no logit here exceeds
+        running = BACKEND.forward(dataclasses.replace(spec, logits_bound=1e3), inputs)
+        seen = np.isfinite(outputs.lse)
+        assert np.abs(np.where(seen, outputs.lse - running.lse, 0.0)).max() < 1e-5
     gradients = BACKEND.backward(spec, inputs, outputs, cotangent, None)
     for mine, theirs in zip(gradients[:3], expected[1:4], strict=True):
         assert relative(mine, theirs) < 6e-3

@@ -55,6 +55,10 @@ def loss(spec, query, inputs):
             ),
         ),
         (AttentionSpec(0.1, readout=RELEASE), shapes(head_size=128, noise=noise_shapes())),
+        (
+            AttentionSpec(0.1, logits_bound=5.0, readout=RELEASE),
+            shapes(head_size=128, noise=noise_shapes()),
+        ),
     ],
 )
 def test_gradient_lowers(spec, inputs):
