@@ -1,7 +1,10 @@
 """Commands in this process: help, bad input (V23), account, plan, predict."""
 
 import json
+import os
 import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -10,7 +13,9 @@ from helpers.tiny_run import write_csv
 import dpfa_jax
 from dpfa_jax.accounting import Budget, LedgerFile
 from dpfa_jax.cli import attention_check, main
+from dpfa_jax.cli.program import program, quoted
 from dpfa_jax.cli.train import parse
+from dpfa_jax.dpsgd import DPSGDPlan
 from dpfa_jax.release import TrainingRelease
 from dpfa_jax.train import TrainConfig
 
@@ -24,7 +29,7 @@ def csv(tmp_path):
 def ledger(tmp_path_factory):
     path = tmp_path_factory.mktemp("ledger") / "ledger.jsonl"
     release = TrainingRelease(1.0, 4.0, 1000, 1000, 10, sampling="full")
-    with LedgerFile.create(path, budget=Budget(9.0, 1e-5)) as file:
+    with LedgerFile.create(path, budget=Budget(9.0, 1e-5), metadata={"clipping": "flat"}) as file:
         file.charge(release, count=3)
         file.charge(release, count=4)
     return path
@@ -116,6 +121,17 @@ BAD = {
     "predict nothing": (lambda t, c: ["predict", "--model", str(t)], "texts"),
     "predict by nothing": (lambda t, c: ["predict", "--model", str(t), "hi"], "no trained model"),
     "no ledger": (lambda t, c: ["account", f"{t}/none.jsonl"], "none.jsonl"),
+    "predict blank": (lambda t, c: ["predict", "--model", str(t), "oil", " "], "texts = ' '"),
+    "per head": (lambda t, c: ["train", "--clipping", "per-head"], "per-head"),
+    "quantile of nothing": (lambda t, c: ["train", "--clip-quantile", "0.5"], "clip_quantile"),
+    "adaptive and correlated": (
+        lambda t, c: ["train", "--adaptive-clipping", "--noise-bands", "2"],
+        "noise_bands = 2",
+    ),
+    "plan more bands than steps": (
+        lambda t, c: ["plan", "--batch", "500", "--epochs", "0.2", "--noise-bands", "4"],
+        "noise_bands = 4",
+    ),
     "plan of nothing": (lambda t, c: ["plan", "--noise", "-1"], "noise = -1.0"),
     "plan above n": (lambda t, c: ["plan", "--batch", "9999"], "batch = 9999"),
 }
@@ -169,6 +185,7 @@ def test_account_adds_up_and_finds_tampering(ledger, tmp_path, capsys):
     shown = float(text.split("epsilon (PLD)")[1].split()[0])
     assert shown == pytest.approx(_closed_form(7**0.5 / 4, 1e-5), abs=2e-3)
     assert "verified" in text and "more such answers" in text
+    assert ["clipping", '"flat"'] in [line.split() for line in text.splitlines()]
     content = bytearray(ledger.read_bytes())
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -218,6 +235,48 @@ def test_plan_prints_and_plots(tmp_path, capsys):
     short, long = ([float(cell) for cell in line[3:]] for line in lines)
     assert short[0] > short[1] and long[0] > long[1] and long[0] > short[0]
     assert out.read_text().startswith("<?xml")
+
+
+def test_plan_compares_correlated_noise_and_says_what_a_large_budget_spends(capsys):
+    """The noise of a plan is what the API finds; no budget is said to be spent that is not."""
+    words = ["plan", "--batch", "64", "--epochs", "1", "--noise", "2", "--examples", "1024"]
+    assert main([*words, "--noise-bands", "2", "--epsilon", "2"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    assert "cyclic Poisson batches" in shown[0] and "against independent" in shown[1]
+    plan = DPSGDPlan.calibrated(
+        epsilon=2.0, delta=1e-5, dataset_size=1024, expected_batch_size=64, steps=16,
+        l2_clip_norm=1.0, num_parameters=100_000, noise_bands=2, micro_batch_size=1,
+    )  # fmt: skip
+    _, _, _, _, noise, ratio = shown[2].split()
+    assert float(noise) == pytest.approx(plan.release.noise_multiplier, abs=2e-3)
+    assert 0.5 < float(ratio) < 1.5
+    assert main([*words, "--epsilon", "1000"]) == 0
+    spends = capsys.readouterr().out.splitlines()[2].split("(spends ")[1]
+    assert 0.0 < float(spends.rstrip(")")) < 100.0
+
+
+def test_what_is_printed_to_type_next_works_as_typed(tmp_path, monkeypatch):
+    """The running `dpfa` by its path where the shell would not find it, or would find another."""
+    here = tmp_path / "a checkout"
+    script = here / ".venv" / "bin" / "dpfa"
+    script.parent.mkdir(parents=True)
+    script.write_text(f"#!{sys.executable}\nprint('typed')\n")
+    script.chmod(0o755)
+    monkeypatch.setattr(sys, "argv", [str(script)])
+    monkeypatch.setenv("PATH", os.defpath)
+    monkeypatch.chdir(here)
+    assert program() == ".venv/bin/dpfa"
+    monkeypatch.chdir(script.parent)
+    assert program() == "./dpfa"
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    typed = subprocess.run(program(), shell=True, capture_output=True, text=True, check=True)
+    assert typed.stdout == "typed\n" and str(here) in program()
+    monkeypatch.setenv("PATH", str(script.parent), prepend=os.pathsep)
+    assert program() == "dpfa"
+    monkeypatch.setattr(sys, "argv", [str(here / "not_dpfa.py")])
+    assert program().endswith("-m dpfa_jax.cli") and sys.executable in program()
+    assert quoted("runs/my run") == "'runs/my run'"
 
 
 def test_doctor_passes_and_fails(capsys, monkeypatch):

@@ -3,6 +3,7 @@
 import pytest
 
 from dpfa_jax.core import ArgumentError
+from dpfa_jax.release import AdaptiveClipping
 from dpfa_jax.train.config import TrainConfig, from_settings, read_config
 
 
@@ -11,6 +12,16 @@ def test_json_and_toml_agree(tmp_path):
     (tmp_path / "a.toml").write_text('epsilon = 2\nlearning_rate = 0.1\nclass-names = ["a"]\n')
     one, other = read_config(tmp_path / "a.json"), read_config(tmp_path / "a.toml")
     assert one == other == TrainConfig(epsilon=2.0, learning_rate=0.1, class_names=("a",))
+
+
+def test_options_of_clipping_and_noise_come_from_files_too(tmp_path):
+    path = tmp_path / "a.toml"
+    path.write_text(
+        'clipping = "per-layer"\nadaptive-clipping = true\nclip-quantile = 0.7\nnoise-bands = 1\n'
+    )
+    config = read_config(path)
+    config.check()
+    assert config.clipping == "per-layer" and config.adaptive() == AdaptiveClipping(quantile=0.7)
 
 
 def test_settings_survive_the_round_trip():
@@ -26,6 +37,8 @@ def test_settings_survive_the_round_trip():
         ('{"epsilon": "3"}', "epsilon"),
         ('{"epsilon": true}', "epsilon"),
         ('{"steps": 1.5}', "steps"),
+        ('{"clipping": 3}', "clipping"),
+        ('{"clip-quantile": "half"}', "clip_quantile"),
         ('{"resume": true}', "resume"),
         ("[1]", "config"),
         ("{", "config"),

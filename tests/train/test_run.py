@@ -13,6 +13,7 @@ from helpers.tiny_run import PARAMETERS, tiny_config, write_csv
 import dpfa_jax.train.loop as loop
 from dpfa_jax.accounting import Entry, Ledger, LedgerFile, epsilon
 from dpfa_jax.cli import main
+from dpfa_jax.cli.program import program
 from dpfa_jax.core import LedgerError
 from dpfa_jax.train import RunError, load_model, train
 from dpfa_jax.train.progress import PlainProgress
@@ -97,6 +98,7 @@ def test_page_is_whole_self_contained_and_loud(finished):
     page.feed(text)
     assert page.open == [] and page.seen.count("svg") == 3 and page.seen.count("table") >= 3
     assert all(link.startswith("#") for link in page.links), "fetched from elsewhere"
+    assert "each parameter" not in text and "independent from step to step" in text
     assert "script" not in page.seen and "INSECURE" in text and "prefers-color-scheme" in text
     assert "#010203" not in text and "var(--private)" in text
 
@@ -147,7 +149,7 @@ def test_ctrl_c_and_resume_give_the_same_bits(finished, csv, tmp_path, monkeypat
         assert main(["train", "--config", str(settings), "--out", str(stopped.out)]) == 130
     error = capsys.readouterr().err
     assert "Stopped after step 6 of 12" in error and "Traceback" not in error
-    assert f"dpfa train --resume --out {stopped.out}" in error
+    assert f"{program()} train --resume --out {stopped.out}" in error
     report = json.loads((stopped.out / "report.json").read_text())
     assert not report["finished"] and report["steps"] == report["steps_charged"] == 6
     assert "Stopped early" in (stopped.out / "report.html").read_text()
