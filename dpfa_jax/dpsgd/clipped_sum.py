@@ -80,17 +80,20 @@ def clipped_sum(
     """
     _check_batch(batch, is_real.shape[0], micro_batch_size)
     params = _local(params, (batch, is_real))
-    split = split_gradient(loss_fn, params, jax.tree.map(lambda x: x[0], batch))
+    split_with = _splitter(loss_fn, params, jax.tree.map(lambda x: x[0], batch))
     groups = [
         (l2_clip_norm, [i for i, owner in enumerate(leaf_groups) if owner == group])
         for group, l2_clip_norm in enumerate(l2_clip_norms)
     ]
     leaves, structure = jax.tree.flatten(params)
     paths = leaf_paths(params)
+    allowed = per_example_bytes or DEFAULT_PER_EXAMPLE_BYTES
+    split = split_with()
+    if _made_once(split.tails[1:], leaf_groups, micro_batch_size, allowed):
+        split = split_with(recompute=True)
 
     def sum_of(examples: PyTree, real: Bool[Array, " micro"]) -> list[Float32[Array, "..."]]:
         losses, gradients = _gradients(split, leaves, examples, real.shape[0], paths)
-        allowed = per_example_bytes or DEFAULT_PER_EXAMPLE_BYTES
         left = _check_memory(gradients, real.shape[0], allowed)
         counts = real & jnp.isfinite(losses)
         sums: dict[int, Array] = {}
@@ -193,7 +196,10 @@ class _Gradient:
 
     def _mapped(self, make: Callable[..., Any]) -> Any:
         axes = tuple(0 if mapped else None for mapped in self.mapped)
-        return jax.vmap(make, in_axes=axes, axis_size=self.rows)(*self.values)
+        # The barrier keeps what is recomputed from being what the forward pass has made, kept.
+        again = self.tail.recomputes
+        values = jax.lax.optimization_barrier(self.values) if again else self.values
+        return jax.vmap(make, in_axes=axes, axis_size=self.rows)(*values)
 
 
 def _gradients(
@@ -214,6 +220,17 @@ def _gradients(
     loss = gradient("loss", split.tails[0], leaves[0]).losses()
     found = [gradient(*each) for each in zip(paths, split.tails[1:], leaves, strict=True)]
     return loss, found
+
+
+def _made_once(
+    tails: Sequence[Tail], leaf_groups: tuple[int, ...], rows: int, allowed: int
+) -> bool:
+    """Whether each gradient is made once: one example's of each group fit into what is allowed."""
+    needed: dict[int, int] = {}
+    for tail, group in zip(tails, leaf_groups, strict=True):
+        allowed -= rows * tail.example_bytes if tail.kept else 0
+        needed[group] = needed.get(group, 0) + (0 if tail.kept else tail.example_bytes)
+    return max(needed.values(), default=0) <= allowed
 
 
 def _source_bytes(parts: list[_Gradient]) -> int:
@@ -348,6 +365,10 @@ def split_gradient(loss_fn: PerExampleLoss, params: PyTree, example: PyTree) -> 
 
     `params` and `example` may be arrays or `jax.ShapeDtypeStruct`s.
     """
+    return _splitter(loss_fn, params, example)()
+
+
+def _splitter(loss_fn: PerExampleLoss, params: PyTree, example: PyTree) -> Callable[..., Split]:
     leaves, structure = jax.tree.flatten(params)
     example, layout = jax.tree.flatten(example)
 
@@ -358,7 +379,7 @@ def split_gradient(loss_fn: PerExampleLoss, params: PyTree, example: PyTree) -> 
         return [loss, *jax.tree.leaves(gradient)]
 
     varies = [False] * len(leaves) + [True] * len(example)
-    return defer(jax.make_jaxpr(program)(*leaves, *example), varies)
+    return functools.partial(defer, jax.make_jaxpr(program)(*leaves, *example), varies)
 
 
 def _loss_of_one(params: PyTree, example: PyTree, loss_fn: PerExampleLoss) -> Float[Array, ""]:

@@ -65,6 +65,9 @@ _CHEAP = _PRODUCTS | {
     "transpose",
 }
 
+# What recomputes an operand in one pass over memory, at no more than that.
+_ELEMENTWISE = {"add", "broadcast_in_dim", "convert_element_type", "mul", "neg", "reshape", "sub"}
+
 # Additions whose order a GPU may choose anew in every run.
 _UNORDERED = {"scatter-add", "conv_general_dilated"}
 
@@ -83,6 +86,7 @@ class Tail:
       kept: whether the head makes the gradient itself.
       repeatable: whether making it twice gives the same bits on every device.
       form: what more is known of it, as functions of the same values.
+      recomputes: whether it makes anew what the forward pass has made.
     """
 
     cut: tuple[int, ...]
@@ -91,6 +95,7 @@ class Tail:
     kept: bool
     repeatable: bool
     form: Rows | Product | None
+    recomputes: bool = False
 
     @property
     def example_bytes(self) -> int:
@@ -113,15 +118,18 @@ class Split:
     tails: tuple[Tail, ...]
 
 
-def defer(program: jex.ClosedJaxpr, varies: Sequence[bool]) -> Split:
+def defer(program: jex.ClosedJaxpr, varies: Sequence[bool], *, recompute: bool = False) -> Split:
     """Splits `program`, whose outputs are gradients of one example.
 
     Args:
       program: as `jax.make_jaxpr` gives it.
       varies: for each input, whether it differs from example to example.
+      recompute: whether the tails may make an operand anew (normalised inputs), elementwise, from
+        what the backward pass keeps in any case, rather than keep it too. Its bits may then depend
+        on where it is compiled: not for gradients that are made twice.
     """
     jaxpr = inlined(program.jaxpr)
-    scope = _Scope(jaxpr, program.consts, varies)
+    scope = _Scope(jaxpr, program.consts, varies, recompute)
     outs = [_unwidened(scope, out) for out in jaxpr.outvars]
     deferred = [scope.cheapest(out, product_allowed=True) for out in outs]
     cut: dict[jex.Var, int] = {}
@@ -153,13 +161,21 @@ class _Deferred:
     repeatable: bool
     make: Make
     form: Rows | Product | None = None
+    recomputes: bool = False
 
 
 class _Scope:
     """One jaxpr: who makes each variable, what depends on the example, what its loops must emit."""
 
-    def __init__(self, jaxpr: jex.Jaxpr, consts: Sequence[Array], varies: Sequence[bool]) -> None:
+    def __init__(
+        self,
+        jaxpr: jex.Jaxpr,
+        consts: Sequence[Array],
+        varies: Sequence[bool],
+        recompute: bool = False,
+    ) -> None:
         self.jaxpr, self.consts = jaxpr, consts
+        self._backward = _read_after_the_loss(jaxpr) if recompute else set()
         self.maker = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
         self._varying = varying_vars(jaxpr, varies)
         self._known: dict[tuple[jex.Var, bool], _Deferred] = {}
@@ -194,6 +210,8 @@ class _Scope:
             found = self._out_of(eqn, eqn.outvars.index(var))
         if found is None:
             return kept
+        if not product_allowed and self._is_kept_anyway(var, found, size):
+            return dataclasses.replace(found, recomputes=True)
         return found if found.cost < size * (KEEP_RATIO if found.product else 1) else kept
 
     def _through(self, eqn: jex.JaxprEqn, product_allowed: bool) -> _Deferred:
@@ -211,7 +229,24 @@ class _Scope:
         cost = sum(bytes_of(var) for var in cut if self.varies(var))
         product = name in _PRODUCTS or any(part.product for part in parts)
         form = form_of(eqn, parts, self.maker)
-        return _Deferred(cut, cost, product, repeatable, onto or applied, form)
+        again = any(part.recomputes for part in parts)
+        return _Deferred(cut, cost, product, repeatable, onto or applied, form, again)
+
+    def _is_kept_anyway(self, var: jex.Var, found: _Deferred, size: int) -> bool:
+        """Whether `found` makes `var`, elementwise, from what the backward pass reads, or reads
+        what lies between. At most a sixteenth more than `var` itself would be kept then."""
+        if not self._backward or found.cost > size + size // KEEP_RATIO:
+            return False
+        between, todo = set(), [var]
+        while todo:
+            eqn = self.maker[todo.pop()]
+            if eqn.primitive.name not in _ELEMENTWISE:
+                return False
+            above = {atom for atom in eqn.invars if isinstance(atom, jex.Var)} - between
+            between |= above
+            todo += [atom for atom in above if atom not in found.cut and self.varies(atom)]
+        wide = {atom for atom in between if self.varies(atom) and bytes_of(atom) >= size}
+        return not wide.isdisjoint(self._backward)
 
     def _onto(self, eqn: jex.JaxprEqn, parts: list[_Deferred]) -> Make | None:
         """A table's rows are added to the other gradient of that table (a tied head) in place."""
@@ -268,7 +303,8 @@ class _Scope:
                 else Product(functools.partial(mapped, form.operands), form.finish)
             )
         make = functools.partial(mapped, inner.make)
-        return _Deferred(cut, cost, inner.product, inner.repeatable, make, form)
+        again = inner.recomputes
+        return _Deferred(cut, cost, inner.product, inner.repeatable, make, form, again)
 
     def add_variable(self, var: jex.Var, varies: bool) -> None:
         if varies:
@@ -380,7 +416,15 @@ def _tail(out: jex.Var | jex.Literal, item: _Deferred, order: dict[jex.Var, int]
         form = Product(of_values(form.operands), form.finish)
     places = tuple(order[var] for var in item.cut)
     kept = item.cut == (out,)
-    return Tail(places, make, made, kept, item.repeatable or isinstance(form, Rows), form)
+    repeatable = (item.repeatable or isinstance(form, Rows)) and not item.recomputes
+    return Tail(places, make, made, kept, repeatable, form, item.recomputes)
+
+
+def _read_after_the_loss(jaxpr: jex.Jaxpr) -> set[jex.Var]:
+    """Variables that the backward pass reads: what comes after the first output is made."""
+    names = [jaxpr.outvars[0] in eqn.outvars for eqn in jaxpr.eqns]
+    after = jaxpr.eqns[names.index(True) + 1 :] if True in names else []
+    return {atom for eqn in after for atom in eqn.invars if isinstance(atom, jex.Var)}
 
 
 def _with_rows(table: Array, places: Array, rows: Array) -> Array:
