@@ -1,0 +1,410 @@
+"""Memory readout, sum form: (N, Z) under a public maximum on Hopper, noised, snapped and divided.
+
+The schedule is the forward kernel's. There is no running maximum: a step of `SUM_BLOCK` keys makes
+the weights e = min(round(exp(s - B)), 1), their products with the values start at zero, and the
+finished block is rounded once to a whole multiple of a public unit and added to a 32-bit integer.
+Integers add exactly in any order, so replacing one key changes its own block's number and no other:
+`memory_numbers` has the bound. Hidden keys have zero value rows and weight no normaliser either.
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from dpfa_jax.kernels.base import AttentionSpec, MemoryReadout
+from dpfa_jax.kernels.mosaic_gpu import tiles
+from dpfa_jax.kernels.mosaic_gpu.forward import _loop, _normals, _stream
+from dpfa_jax.kernels.mosaic_gpu.layouts import (
+    LOG2_E,
+    ROW,
+    WGMMA,
+    pad_sequence,
+    tiled_shared,
+    visible,
+)
+from dpfa_jax.kernels.mosaic_gpu.memory_numbers import MAGIC, MAGIC_BITS, SUM_BLOCK, Numbers
+from dpfa_jax.kernels.mosaic_gpu.memory_weights import clamped_weights, fresh_zeros, row_sums
+from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ForwardTiles
+
+
+class MemoryArrays(NamedTuple):
+    """Operands of the kernel; absent ones are None.
+
+    `value`: rows clipped to `Numbers.value_clip_norm` as stored, zero where hidden. `normaliser`:
+    (B, S), `Numbers.weight_scale` or zero where hidden. `noise_steps`, `grids`: (B, N) float32,
+    noise standard deviation in grid steps, and grid. `shifts` (B, N) int32: `Numbers.shifts`, and
+    `rest_steps` float32: 2^-shift, or 2^-23 where that is larger. The others as in `ForwardArrays`.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    normaliser: Any
+    key_words: Any
+    batch_index: Any
+    head_start: Any
+    ones: Any
+    noise_steps: Any
+    grids: Any
+    shifts: Any
+    rest_steps: Any
+    query_lengths: Any = None
+
+
+class MemoryResults(NamedTuple):
+    """`output` like query. `numerators` (B, T, N, H), `normalisers` (B, N, T): int32 sums in units.
+
+    The sums are private: they are there for tests only.
+    """
+
+    output: Any
+    numerators: Any = None
+    normalisers: Any = None
+
+
+def _body(
+    arrays: MemoryArrays,
+    results: MemoryResults,
+    shared: dict[str, Any],
+    barriers: dict[str, Any],
+    *,
+    spec: AttentionSpec,
+    tile: ForwardTiles,
+    numbers: Numbers,
+    size: int,
+    group: int,
+    simulate: bool,
+) -> None:
+    batch, head = lax.axis_index("batch"), lax.axis_index("heads")
+    block = lax.axis_size("rows") - 1 - lax.axis_index("rows")
+    warpgroup = lax.axis_index("warpgroup")
+    block_q, block_kv, stages = tile.block_q, tile.block_kv, tile.stages
+    head_size, dtype = arrays.query.shape[-1], arrays.query.dtype
+    program_begin = block * tile.rows
+    # Keys past the end are zero rows, and every key is visited, hidden or not: which keys are
+    # hidden is private, the order of the sums is not.
+    keys = tiles.cdiv(arrays.key.shape[1], block_kv) * block_kv
+    steps = tiles.key_steps(spec, program_begin, tile.rows, block_kv, keys, None)
+
+    def slot_of(step):
+        return lax.rem(jnp.int32(step - steps.begin), jnp.int32(stages))
+
+    def take_turns():
+        plgpu.barrier_arrive(barriers["turn"])
+        plgpu.barrier_wait(barriers["turn"])
+
+    @pl.when(warpgroup < COMPUTE_WARPGROUPS)
+    def compute():
+        if not simulate:
+            plgpu.set_max_registers(216, action="increase")
+        row_begin = program_begin + warpgroup * block_q
+        rows = pl.ds(row_begin, block_q)
+        q_shared = shared["query"].at[warpgroup]
+        plgpu.copy_gmem_to_smem(
+            arrays.query.at[batch, rows, head], q_shared, barriers["query"].at[warpgroup]
+        )
+        numerator = plgpu.layout_cast(jnp.zeros((block_q, head_size), jnp.int32), WGMMA)
+        normaliser = plgpu.layout_cast(jnp.zeros((block_q,), jnp.int32), ROW)
+        plgpu.barrier_wait(barriers["query"].at[warpgroup])
+        pl.when(warpgroup == 1)(take_turns)
+
+        def await_keys(step):
+            plgpu.barrier_wait(barriers["key"].at[slot_of(step)])
+
+        def logits_of(step, meanwhile=lambda: None):
+            """(S, what `meanwhile` returns), which runs while the tensor cores make S."""
+
+            def product(acc_ref):
+                plgpu.wgmma(acc_ref, q_shared, shared["key"].at[slot_of(step)].T)
+                # Long there, as a rule. Awaited before the weights, so that rounding, clamping and
+                # summing them can fill the gaps between their exponentials.
+                plgpu.barrier_wait(barriers["value"].at[slot_of(step)])
+                made = meanwhile()
+                take_turns()
+                return acc_ref[...], made
+
+            made = pl.run_scoped(product, plgpu.ACC((block_q, block_kv), jnp.float32))
+            plgpu.barrier_arrive(barriers["key_free"].at[slot_of(step)])
+            return made
+
+        def first_logits(step, _):
+            await_keys(step)
+            return logits_of(step)[0]
+
+        def step_body(step, carry, masked: bool, is_last: bool):
+            s, numerator, normaliser = carry
+            slot = slot_of(step)
+            v_shared = shared["value"].at[slot]
+            factor = spec.scale
+            if spec.logits_soft_cap is not None:
+                s = jnp.tanh(s * (factor / spec.logits_soft_cap))
+                factor = spec.logits_soft_cap
+            e = jnp.exp2(s * (factor * LOG2_E) - numbers.logit_bound * LOG2_E)
+            if masked:
+                seen = visible(spec, s.shape, row_begin, step * block_kv, keys, None)
+                e = jnp.where(seen, e, 0.0)
+            # Rounded once; numerator and normaliser use the same number.
+            e = clamped_weights(e.astype(dtype), simulate=simulate)
+            share = row_sums(e, shared["normaliser"].at[slot], simulate=simulate)
+            normaliser = _add_block(normaliser, share, numbers)
+            e, normaliser = lax.optimization_barrier((e, normaliser))
+            take_turns()
+            if simulate:  # the simulator has no wgmma with an operand in registers
+                block_sum = jnp.dot(
+                    e.astype(jnp.float32),
+                    v_shared[...].astype(jnp.float32),
+                    preferred_element_type=jnp.float32,
+                )
+            else:
+                zeros = fresh_zeros((block_q, head_size))
+                block_sum = pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, e, v_shared))(
+                    plgpu.ACC.init(zeros)
+                )
+            if is_last:
+                numerator = _add_block(numerator, block_sum, numbers)
+            else:  # the addition hides behind the next step's logits
+                # Here, after the product and before the logits' accumulator exists: only then are
+                # its zeros left out, and no registers held for them meanwhile.
+                await_keys(step + 1)
+                s, numerator = logits_of(
+                    step + 1, lambda: _add_block(numerator, block_sum, numbers)
+                )
+            plgpu.barrier_arrive(barriers["value_free"].at[slot])
+            return s, numerator, normaliser
+
+        zeros = plgpu.layout_cast(jnp.zeros((block_q, block_kv), jnp.float32), WGMMA)
+        last = tiles.most(steps.begin, steps.end - 1)
+        s = _loop(steps.begin, tiles.least(steps.begin + 1, steps.end), first_logits, zeros)
+        carry = (s, numerator, normaliser)
+        body = functools.partial(step_body, is_last=False)
+        masked = functools.partial(body, masked=True)
+        plain = functools.partial(body, masked=False)
+        if tiles.left_reach(spec) is not None:
+            carry = _loop(steps.begin, tiles.least(steps.full_begin, last), masked, carry)
+        carry = _loop(steps.full_begin, tiles.least(steps.full_end, last), plain, carry)
+        if not tiles.masks_only_last(spec, tile, has_query_lengths=False):
+            carry = _loop(steps.full_end, last, masked, carry)
+        is_whole = tiles.right_reach(spec) is None and tiles.left_reach(spec) is None
+        final = functools.partial(step_body, masked=not is_whole, is_last=True)
+        _, numerator, normaliser = _loop(last, steps.end, final, carry)
+        pl.when(warpgroup == 0)(take_turns)
+
+        if arrays.query_lengths is not None:
+            query_length = arrays.query_lengths[batch]
+            shape = (block_q, head_size)
+            row = row_begin + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA)
+            numerator = jnp.where(row < query_length, numerator, 0)
+            row = row_begin + plgpu.broadcasted_iota(jnp.int32, (block_q,), 0, layout=ROW)
+            normaliser = jnp.where(row < query_length, normaliser, 0)
+        if results.numerators is not None:
+            results.numerators.at[batch, rows, head][...] = numerator
+            results.normalisers.at[batch, head, rows][...] = normaliser
+        plgpu.barrier_wait(barriers["noise"])
+        released = functools.partial(
+            _released, arrays=arrays, numbers=numbers, batch=batch, head=head
+        )
+        total_noise = plgpu.load(shared["normaliser_noise"].at[warpgroup], layout=ROW)
+        total = released(normaliser, total_noise)
+        divisor = jnp.maximum(total * (1.0 / numbers.weight_scale), numbers.floor)
+        chunks = head_size // tile.noise_columns
+        noise = jnp.concatenate(
+            [
+                plgpu.load(shared["noise"].at[warpgroup * chunks + chunk], layout=WGMMA)
+                for chunk in range(chunks)
+            ],
+            axis=1,
+        )
+        answer = released(numerator, noise)
+        answer *= lax.broadcast_in_dim(1.0 / divisor, answer.shape, [0])
+        out_shared = q_shared  # its query is spent
+        out_shared[...] = answer.astype(dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(out_shared, results.output.at[batch, rows, head])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the writes end with the kernel
+
+    @pl.when(warpgroup == COMPUTE_WARPGROUPS)
+    def produce():
+        if not simulate:
+            plgpu.set_max_registers(24, action="decrease")
+        kv_head = lax.div(head, jnp.int32(group))
+
+        @pl.loop(steps.begin, steps.end)
+        def _(step):
+            slot = slot_of(step)
+            some_keys = pl.ds(step * block_kv, block_kv)
+
+            def await_free(name: str):
+                @pl.when(step - steps.begin >= stages)
+                def _():
+                    plgpu.barrier_wait(barriers[name + "_free"].at[slot])
+
+            def load(name: str, source: Any, barrier: str):
+                plgpu.copy_gmem_to_smem(source, shared[name].at[slot], barriers[barrier].at[slot])
+
+            await_free("key")
+            load("key", arrays.key.at[batch, some_keys, kv_head], "key")
+            await_free("value")
+            load("normaliser", arrays.normaliser.at[batch, some_keys], "value")
+            load("value", arrays.value.at[batch, some_keys, kv_head], "value")
+
+        @pl.loop(jnp.maximum(steps.begin, steps.end - stages), steps.end)
+        def _(step):  # leave no arrival unseen
+            for name in ("key_free", "value_free"):
+                plgpu.barrier_wait(barriers[name].at[slot_of(step)])
+
+    @pl.when(warpgroup == COMPUTE_WARPGROUPS + 1)
+    def make_noise():
+        if not simulate:
+            plgpu.set_max_registers(56, action="decrease")
+        stream, columns = _stream(arrays, batch, head), tile.noise_columns
+        chunks = head_size // columns
+
+        @pl.loop(0, COMPUTE_WARPGROUPS * chunks)
+        def _(chunk):
+            part = lax.div(chunk, jnp.int32(chunks))
+            shared["noise"].at[chunk][...] = _normals(
+                stream, program_begin + part * block_q, (chunk - part * chunks) * columns,
+                (block_q, columns), simulate,
+            )  # fmt: skip
+
+        @pl.loop(0, COMPUTE_WARPGROUPS)
+        def _(part):  # the normaliser's noise has the counter of column `size`
+            drawn = _normals(
+                stream, program_begin + part * block_q, jnp.int32(size - size % 2), (block_q, 8),
+                simulate,
+            )  # fmt: skip
+            lane = plgpu.broadcasted_iota(jnp.int32, drawn.shape, 1, layout=WGMMA)
+            chosen = jnp.where(lane == size % 2, drawn, 0.0).sum(axis=1)
+            shared["normaliser_noise"].at[part][...] = chosen
+
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(barriers["noise"])
+
+
+def _add_block(sums: jax.Array, block: jax.Array, numbers: Numbers) -> jax.Array:
+    """`sums` plus `block` in units, rounded to nearest: the sum's last bit is worth one unit."""
+    bits = lax.bitcast_convert_type(block * (1.0 / numbers.unit) + MAGIC, jnp.int32)
+    return sums + (bits - MAGIC_BITS)
+
+
+def _released(
+    sums: jax.Array, noise: jax.Array, *, arrays: Any, numbers: Numbers, batch: Any, head: Any
+) -> jax.Array:
+    """sums * unit + noise, rounded to the nearest multiple of the grid, in float32.
+
+    The whole steps of the sum stay integers; only what is left of one meets the noise as float32.
+    """
+    shift = arrays.shifts[batch, head]
+    if numbers.drops_bits:
+        dropped = jnp.maximum(shift - 23, 0)
+        sums, shift = sums >> dropped, shift - dropped
+    rest = sums & ((jnp.int32(1) << shift) - 1)
+    # 2^23 + rest as a float32: its bits are those of 2^23, and `rest`.
+    rest = lax.bitcast_convert_type(rest | jnp.int32(0x4B000000), jnp.float32) - 2.0**23
+    near = noise * arrays.noise_steps[batch, head] + rest * arrays.rest_steps[batch, head]
+    bits = lax.bitcast_convert_type(near + MAGIC, jnp.int32)
+    whole = sums >> shift
+    if numbers.fits_float32:
+        multiples = lax.bitcast_convert_type(bits + whole, jnp.float32) - MAGIC
+    else:
+        multiples = (bits - MAGIC_BITS + whole).astype(jnp.float32)
+    return multiples * arrays.grids[batch, head]
+
+
+def memory_forward(
+    spec: AttentionSpec,
+    arrays: MemoryArrays,
+    tile: ForwardTiles,
+    numbers: Numbers,
+    *,
+    keep_sums: bool = False,
+    interpret: Any = None,
+) -> MemoryResults:
+    """Runs the kernel.
+
+    Args:
+      spec: `readout` is a `MemoryReadout` of the sum form.
+      arrays: query (B, T, N, H), key and value (B, S, K, H), bfloat16 or float16.
+      tile: `block_kv` is `SUM_BLOCK`, with a noise warpgroup.
+      numbers: what `memory_numbers` derives of the readout.
+      keep_sums: also return the un-noised sums; private, for tests.
+      interpret: parameters of the Mosaic GPU simulator, None on a GPU.
+    """
+    assert isinstance(spec.readout, MemoryReadout)
+    assert tile.block_kv == SUM_BLOCK
+    assert tile.noise_warpgroup
+    shape = arrays.query.shape
+    arrays = arrays._replace(
+        query=pad_sequence(arrays.query),
+        key=pad_sequence(arrays.key),
+        value=pad_sequence(arrays.value),
+        normaliser=jnp.pad(arrays.normaliser, ((0, 0), (0, -arrays.normaliser.shape[1] % 8))),
+    )
+    batch, num_queries, heads, head_size = arrays.query.shape
+    dtype = arrays.query.dtype
+    programs = tiles.cdiv(num_queries, tile.rows)
+    struct = jax.ShapeDtypeStruct
+    out_type = [struct(arrays.query.shape, dtype)]
+    if keep_sums:
+        padded = programs * tile.rows
+        out_type.append(struct((batch, padded, heads, head_size), jnp.int32))
+        out_type.append(struct((batch, heads, padded), jnp.int32))
+    ring = (tile.stages, tile.block_kv)
+    chunks = COMPUTE_WARPGROUPS * head_size // tile.noise_columns
+    shared = {
+        "query": tiled_shared((COMPUTE_WARPGROUPS, tile.block_q, head_size), dtype),
+        "key": tiled_shared((*ring, head_size), dtype),
+        "value": tiled_shared((*ring, head_size), dtype),
+        "normaliser": plgpu.SMEM(ring, dtype),
+        "noise": tiled_shared((chunks, tile.block_q, tile.noise_columns), jnp.float32),
+        "normaliser_noise": plgpu.SMEM((COMPUTE_WARPGROUPS, tile.block_q), jnp.float32),
+    }
+    each = {"num_barriers": tile.stages}
+    free = {"num_arrivals": COMPUTE_WARPGROUPS, **each}
+    barriers = {
+        "query": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
+        "key": plgpu.Barrier(**each),
+        "value": plgpu.Barrier(num_arrivals=2, **each),
+        "key_free": plgpu.Barrier(**free),
+        "value_free": plgpu.Barrier(**free),
+        "turn": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+        "noise": plgpu.Barrier(),
+    }
+    present = [x is not None for x in arrays]
+
+    def kernel(*refs):
+        operands = iter(refs[: sum(present)])
+        refs = refs[sum(present) :]
+        _body(
+            MemoryArrays(*(next(operands) if there else None for there in present)),
+            MemoryResults(*refs[: len(out_type)]),
+            *refs[len(out_type) :],
+            spec=spec,
+            tile=tile,
+            numbers=numbers,
+            size=shape[3],
+            group=heads // arrays.key.shape[2],
+            simulate=interpret is not None,
+        )
+
+    output, *sums = plgpu.kernel(
+        kernel,
+        out_type=tuple(out_type),
+        scratch_types=(shared, barriers),
+        grid=(heads, programs, batch),
+        grid_names=("heads", "rows", "batch"),
+        num_threads=COMPUTE_WARPGROUPS + 2,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        kernel_name="dpfa_memory_forward",
+        interpret=interpret,
+    )(*(x for x in arrays if x is not None))
+    cut = tuple(slice(size) for size in shape)
+    if not keep_sums:
+        return MemoryResults(output[cut])
+    return MemoryResults(output[cut], sums[0][cut], sums[1][..., : shape[1]])

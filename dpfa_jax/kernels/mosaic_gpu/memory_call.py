@@ -1,0 +1,141 @@
+"""A memory readout's call: what the kernel serves, and the operands it takes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from dpfa_jax.clipping.rows import clip_rows_stored
+from dpfa_jax.core import ArgumentError
+from dpfa_jax.kernels.base import AttentionInputs, AttentionOutputs, AttentionSpec, MemoryReadout
+from dpfa_jax.kernels.mosaic_gpu.memory import MemoryArrays, MemoryResults, memory_forward
+from dpfa_jax.kernels.mosaic_gpu.memory_numbers import Numbers, memory_numbers
+from dpfa_jax.kernels.mosaic_gpu.tiles import ForwardTiles
+from dpfa_jax.noise import check_attention_ranges
+
+# Until tests/kernels/mosaic_gpu/test_memory_gpu.py has passed on a device, a call gets this kernel
+# only where it asks for implementation="mosaic_gpu".
+PROVED_ON_DEVICE = False
+
+MAX_HEAD_SIZE = 128
+TILE = ForwardTiles(noise_warpgroup=True)
+
+
+def cannot(spec: AttentionSpec, inputs: AttentionInputs) -> str | None:
+    """None if the kernel serves this memory readout, else why not; dtypes are checked before."""
+    readout = spec.readout
+    assert isinstance(readout, MemoryReadout)
+    head_size = inputs.query.shape[3]
+    if readout.form != "sum":
+        return "the ratio form of a memory readout is not served, the sum form is"
+    if inputs.bias is not None:
+        return "an additive bias is not served by these kernels"
+    if inputs.mask is not None and inputs.mask.shape[1:3] != (1, 1):
+        return f"a mask of shape {inputs.mask.shape} is not served, one over slots alone is"
+    if head_size > MAX_HEAD_SIZE:
+        return f"head size {head_size} is above {MAX_HEAD_SIZE} for a memory readout"
+    numbers = _numbers(readout, inputs)
+    return numbers if isinstance(numbers, str) else None
+
+
+def _numbers(readout: MemoryReadout, inputs: AttentionInputs) -> Numbers | str:
+    keys, head_size = inputs.key.shape[1], inputs.query.shape[3]
+    return memory_numbers(readout, head_size, keys, inputs.value.dtype)
+
+
+def answer(
+    spec: AttentionSpec,
+    inputs: AttentionInputs,
+    *,
+    fold_vmap: Callable[[Any], Any] = lambda function: function,
+    tile: ForwardTiles = TILE,
+    keep_sums: bool = False,
+    interpret: Any = None,
+) -> MemoryResults:
+    """The released answer, in the query's dtype, of a call that `cannot` has let pass.
+
+    `fold_vmap` makes a function of arrays with a batch axis fold a vmapped axis into it;
+    `keep_sums` adds the un-noised sums, for tests. Errors: ArgumentError without noise inputs, or
+    where the readout is for another number of heads.
+    """
+    numbers = _numbers(spec.readout, inputs)
+    assert isinstance(numbers, Numbers)
+    arrays = _arrays(spec.readout, numbers, inputs)
+    present = [x is not None for x in arrays]
+
+    def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        given = iter(operands)
+        filled = MemoryArrays(*(next(given) if there else None for there in present))
+        results = memory_forward(
+            spec, filled, tile, numbers, keep_sums=keep_sums, interpret=interpret
+        )
+        return tuple(x for x in results if x is not None)
+
+    return MemoryResults(*fold_vmap(run)(*(x for x in arrays if x is not None)))
+
+
+def outputs(results: MemoryResults) -> AttentionOutputs:
+    """What a backend returns: the noised answer alone."""
+    return AttentionOutputs(results.output, None, None)
+
+
+def _arrays(readout: MemoryReadout, numbers: Numbers, inputs: AttentionInputs) -> MemoryArrays:
+    batch, rows, heads, size = inputs.query.shape
+    if inputs.noise is None:
+        raise ArgumentError(
+            "noise", None, "a private readout has no noise inputs", "Pass NoiseInputs."
+        )
+    if len(readout.noise_stddevs) != heads:
+        raise ArgumentError(
+            "noise_stddevs",
+            readout.noise_stddevs,
+            f"{heads} heads",
+            "Pass one standard deviation a head.",
+        )
+    check_attention_ranges(batches=batch, heads=heads, rows=rows, columns=size + 1)
+    dtype = inputs.value.dtype
+    value = clip_rows_stored(inputs.value, numbers.value_clip_norm)
+    normaliser = jnp.full(inputs.key.shape[:2], numbers.weight_scale, dtype)
+    seen = _seen(inputs)
+    if seen is not None:
+        # A hidden slot adds weight * (+0): the same bits whatever it holds.
+        value = jnp.where(seen[:, :, None, None], value, jnp.zeros((), dtype))
+        normaliser = jnp.where(seen, normaliser, jnp.zeros((), dtype))
+    stddevs, grids = (
+        np.asarray(x, np.float64) for x in (readout.noise_stddevs, readout.grids)
+    )
+    shifts = np.asarray(numbers.shifts, np.int32)
+
+    def per_head(x: np.ndarray, dtype: Any = np.float32) -> jax.Array:
+        return jnp.broadcast_to(jnp.asarray(x.astype(dtype)), (batch, heads))
+
+    return MemoryArrays(
+        inputs.query,
+        inputs.key,
+        value,
+        normaliser,
+        inputs.noise.key_words,
+        inputs.noise.batch_index,
+        inputs.noise.head_start,
+        jnp.ones((batch,), jnp.uint32),
+        per_head(stddevs / grids),
+        per_head(grids),
+        per_head(shifts, np.int32),
+        per_head(2.0 ** -np.minimum(shifts, 23)),
+        inputs.query_lengths,
+    )
+
+
+def _seen(inputs: AttentionInputs) -> Bool[Array, "B S"] | None:
+    """Which slots are seen; None: all."""
+    shape = inputs.key.shape[:2]
+    seen = None
+    if inputs.mask is not None:
+        seen = jnp.broadcast_to(inputs.mask[:, 0, 0, :], shape)
+    if inputs.key_lengths is not None:
+        exists = jnp.arange(shape[1])[None, :] < inputs.key_lengths[:, None]
+        seen = exists if seen is None else seen & exists
+    return seen
