@@ -3,12 +3,19 @@
     python benchmarks/attention.py --output benchmarks/results/h100/<date>-attention.json
 
 Every time is a median over queued calls on iid normal bf16 inputs, in milliseconds; compare times
-of one run only. Peers: cuDNN through jax.nn, the best of torch's SDPA backends where torch is
-installed, and cuDNN followed by a clip and `jax.random.normal`.
+of one run only. Peers: cuDNN through jax.nn, tokamax's Mosaic kernel and the best of torch's SDPA
+backends where they are installed, and cuDNN followed by a clip and `jax.random.normal`.
+
+`dpfa_bound` states a bound of the logits, as a model with normalised queries and keys can;
+`dpfa_example_bound` clips query and key rows instead (their clip is part of its time).
+`dpfa_memory` is the sum form over a private memory with 16 bits a value.
 """
 
 import argparse
+import dataclasses
 import datetime
+import functools
+import importlib.util
 import json
 import math
 import platform
@@ -22,7 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from dpfa_jax import ExampleRelease, dot_product_attention, dp_attention
+from dpfa_jax import ExampleRelease, RecordRelease, dot_product_attention, dp_attention
 from dpfa_jax.noise import new_noise_key
 
 # B, T, query heads, key heads, head size
@@ -68,6 +75,15 @@ def implementations(
     _, length, heads, _, size = shape
     release = ExampleRelease(CLIP, 1.0, query_length=length, num_heads=heads, head_dim=size)
     stddev = release.noise_stddevs[0]
+    bounded = dataclasses.replace(release, query_key_clip_norm=math.sqrt(size))
+    memory = RecordRelease(
+        logit_bound=10.0,
+        value_clip_norm=CLIP,
+        noise_multiplier=1.0,
+        num_queries=length,
+        num_heads=heads,
+        head_dim=size,
+    )
 
     def cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return jax.nn.dot_product_attention(
@@ -84,17 +100,37 @@ def implementations(
     def dpfa(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return dot_product_attention(query, key, value, is_causal=is_causal)
 
-    def dpfa_example(query: jax.Array, key: jax.Array, value: jax.Array, noise_key: Any) -> Any:
-        return dp_attention(
-            query, key, value, release=release, noise_key=noise_key, is_causal=is_causal
-        )
+    def dpfa_bound(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return dot_product_attention(query, key, value, is_causal=is_causal, logits_bound=12.0)
 
-    return {
+    def private(release: Any) -> Callable[..., jax.Array]:
+        def run(query: jax.Array, key: jax.Array, value: jax.Array, noise_key: Any) -> Any:
+            return dp_attention(
+                query, key, value, release=release, noise_key=noise_key, is_causal=is_causal
+            )
+
+        return run
+
+    found: dict[str, tuple[Callable[..., jax.Array], bool]] = {
         "cudnn": (cudnn, False),
         "dpfa": (dpfa, False),
-        "dpfa_example": (dpfa_example, True),
+        "dpfa_bound": (dpfa_bound, False),
+        "dpfa_example": (private(release), True),
+        "dpfa_example_bound": (private(bounded), True),
         "cudnn_posthoc": (posthoc, False),
     }
+    if not is_causal:  # a memory has no order
+        found["dpfa_memory"] = (private(memory), True)
+    if importlib.util.find_spec("tokamax") is not None:
+        import tokamax
+
+        found["tokamax"] = (
+            functools.partial(
+                tokamax.dot_product_attention, is_causal=is_causal, implementation="mosaic_gpu"
+            ),
+            False,
+        )
+    return found
 
 
 def compiled(function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> tuple[Any, int]:
@@ -199,6 +235,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             programs = {}
             for direction in ("forward", "forward_backward"):
                 for name, (function, is_noisy) in implementations(shape, mask == "causal").items():
+                    if arguments.implementations and name not in arguments.implementations:
+                        continue
                     given = [(*x, k) for x, k in zip(sets, keys, strict=True)] if is_noisy else sets
                     if direction == "forward_backward":
                         if is_noisy or name == "cudnn_posthoc":
@@ -206,17 +244,23 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                         function = forward_and_backward(function)
                     programs[direction, name] = (function, given)
             with futures.ThreadPoolExecutor() as pool:
-                built = pool.map(lambda x: compiled(*x), programs.values())
-                ready = dict(zip(programs, built, strict=True))
+                started = {which: pool.submit(compiled, *x) for which, x in programs.items()}
+            ready = {}
+            for pair, building in started.items():
+                if (error := building.exception()) is None:
+                    ready[pair] = building.result()
+                else:  # what a peer does not serve
+                    print(f"{shape} {mask} {pair}: left out: {error!r:.300}", file=sys.stderr)
             for direction in ("forward", "forward_backward"):
                 found: dict[str, tuple[float, float, int] | None] = {}
                 for (which, name), (program, peak) in ready.items():
                     if which == direction:
                         given = programs[which, name][1]
                         found[name] = (*measure(program, given, arguments.seconds), peak)
-                found["torch_sdpa"] = measure_torch(
-                    shape, mask == "causal", direction == "forward_backward", arguments.seconds
-                )
+                if not arguments.implementations or "torch_sdpa" in arguments.implementations:
+                    found["torch_sdpa"] = measure_torch(
+                        shape, mask == "causal", direction == "forward_backward", arguments.seconds
+                    )
                 for name, result in found.items():
                     if result is None:
                         continue
@@ -241,6 +285,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", help="JSON file to write")
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="the first so many shapes")
+    parser.add_argument("--implementations", nargs="+", help="some of them; all where left out")
     parser.add_argument("--masks", nargs="+", default=["full", "causal"])
     parser.add_argument("--seconds", type=float, default=0.3, help="of timing, for each figure")
     parser.add_argument(
