@@ -21,12 +21,17 @@ from dpfa_jax.kernels.mosaic_gpu import device
 from dpfa_jax.kernels.mosaic_gpu.backward import attention_backward
 from dpfa_jax.kernels.mosaic_gpu.forward import ForwardArrays, ForwardResults, attention_forward
 from dpfa_jax.kernels.mosaic_gpu.tiles import backward_tiles, forward_tiles
+from dpfa_jax.kernels.partitioning import by_batch_and_heads
 from dpfa_jax.kernels.public_maximum import public_maximum
 
 MAX_HEAD_SIZE = 256
 # Past this the accumulators of dK and dV do not fit the registers of a warpgroup.
 MAX_HEAD_SIZE_BACKWARD = 128
 MAX_BATCH = 65535
+# Dimensions of the forward kernel's operands, as `by_batch_and_heads` reads them.
+FORWARD_AXES = ForwardArrays(
+    "btnh", "bskh", "bskh", "b", "b", "bw", "b", head_start="bn", stddevs="bn", grids="bn", ones="b"
+)
 
 
 def _fold_vmap(function: Any) -> Any:
@@ -127,27 +132,39 @@ class MosaicGpuBackend:
                 jnp.broadcast_to(jnp.asarray(x, jnp.float32), (batch, len(x))) for x in per_head
             )
             ones = jnp.ones((batch,), jnp.uint32)
-            noise = inputs.noise._asdict()
+            # The global index of each head, of which every piece of the heads has its own first.
+            start = inputs.noise.head_start[:, None]
+            heads = start + jnp.arange(inputs.query.shape[2], dtype=jnp.uint32)
+            noise = inputs.noise._replace(head_start=heads)._asdict()
             arrays = arrays._replace(**noise, stddevs=stddevs, grids=grids, ones=ones)
         head_size = inputs.query.shape[3]
         tile = forward_tiles(spec, -(-head_size // 64) * 64, inputs.key.shape[1])
         present = [x is not None for x in arrays]
 
-        def run(*operands: jax.Array) -> tuple[jax.Array | None, ...]:
+        def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
             given = iter(operands)
             filled = ForwardArrays(*(next(given) if there else None for there in present))
-            return tuple(
-                attention_forward(
-                    spec,
-                    filled,
-                    tile,
-                    public_maximum=public_maximum(spec, inputs),
-                    keep_unclipped=residuals,
-                    interpret=self.interpret,
-                )
+            if filled.head_start is not None:
+                filled = filled._replace(head_start=filled.head_start[:, 0])
+            results = attention_forward(
+                spec,
+                filled,
+                tile,
+                public_maximum=public_maximum(spec, inputs),
+                keep_unclipped=residuals,
+                interpret=self.interpret,
             )
+            return tuple(x for x in results if x is not None)
 
-        results = ForwardResults(*_fold_vmap(run)(*(x for x in arrays if x is not None)))
+        is_kept = residuals and isinstance(spec.readout, ExampleReadout)
+        run = by_batch_and_heads(
+            run,
+            [axes for axes, there in zip(FORWARD_AXES, present, strict=True) if there],
+            ["btnh", *(["btnh"] if is_kept else []), "bnt"],
+            key_heads=inputs.key.shape[2],
+        )
+        output, *unclipped, lse = _fold_vmap(run)(*(x for x in arrays if x is not None))
+        results = ForwardResults(output, unclipped[0] if unclipped else None, lse)
         outputs = AttentionOutputs(
             results.output, results.unclipped, jnp.swapaxes(results.lse, 1, 2)
         )
@@ -187,6 +204,12 @@ class MosaicGpuBackend:
             )  # fmt: skip
 
         operands = (query, key, value, cotangent.astype(query.dtype), lse, delta, *lengths)
+        run = by_batch_and_heads(
+            run,
+            ["btnh", "bskh", "bskh", "btnh", "bnt", "bnt", *("b" for _ in lengths)],
+            ["btnh", "bskh", "bskh"],
+            key_heads=key.shape[2],
+        )
         d_query, d_key, d_value = _fold_vmap(run)(*operands)
         gradients = AttentionGradients(d_query, d_key, d_value, None)
         return _varying_as((inputs, cotangent), gradients)

@@ -211,7 +211,9 @@ def _body(
             s, factor = _bounded(spec, s)
             if masked:
                 columns = step * block_kv
-                seen = visible(spec, s.shape, row_begin, columns, key_length, query_length)
+                seen = visible(
+                    spec, (block_q, block_kv), row_begin, columns, key_length, query_length
+                )
                 s = jnp.where(seen, s, -jnp.inf)
             p, acc, sums = softmax.step(s, factor * LOG2_E, acc, sums)
             p_stored = p.astype(dtype)

@@ -1,0 +1,105 @@
+"""V10 on eight devices, for what XLA cannot see into: the same numbers, and no gather under jit."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+import functools, sys
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec
+from dpfa_jax.kernels.blocked import BACKEND
+from dpfa_jax.kernels.mosaic_gpu.backend import _fold_vmap
+from dpfa_jax.kernels.partitioning import by_batch_and_heads
+from dpfa_jax.noise import attention_noise
+
+spec = AttentionSpec(0.5, is_causal=True)
+
+def forward(query, key, value, words, batch_index, head_index):
+    outputs = BACKEND.forward(spec, AttentionInputs(query, key, value))
+    noise = attention_noise(words, batch_index, head_index[:, 0], heads=query.shape[2],
+                            row_start=0, rows=query.shape[1], columns=query.shape[3])
+    return outputs.output, noise, jnp.swapaxes(outputs.lse, 1, 2)
+
+def backward(query, key, value, cotangent):
+    inputs = AttentionInputs(query, key, value)
+    outputs = BACKEND.forward(spec, inputs)
+    return BACKEND.backward(spec, inputs, outputs, cotangent, None)[:3]
+
+def kernels(key_heads):
+    wrap = functools.partial(by_batch_and_heads, key_heads=key_heads)
+    return (
+        wrap(forward, ["btnh", "bskh", "bskh", "bw", "b", "bn"], ["btnh", "btnh", "bnt"]),
+        wrap(backward, ["btnh", "bskh", "bskh", "btnh"], ["btnh", "bskh", "bskh"]),
+    )
+
+rng = np.random.default_rng(0)
+
+def check(mesh, key_heads, heads_split, is_ambient, gathers):
+    heads = P("batch", None, "heads")
+    own = heads if heads_split else P("batch")
+    draw = lambda n: jnp.asarray(rng.standard_normal((4, 6, n, 8)), jnp.float32)
+    arrays = [draw(n) for n in (8, key_heads, key_heads, 8)]
+    words = jnp.asarray(rng.integers(0, 2**32, (4, 2), dtype=np.uint32))
+    index = jnp.arange(4, dtype=jnp.uint32)
+    more = (words, index, jnp.arange(8, dtype=jnp.uint32)[None] + jnp.zeros((4, 1), jnp.uint32))
+    specs = [heads, own, own, heads]
+    split = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs)]
+    wrapped = kernels(key_heads)
+    def run(arrays, more):
+        return wrapped[0](*arrays[:3], *more), wrapped[1](*arrays)
+    expected = forward(*arrays[:3], *more), backward(*arrays)
+    if is_ambient:
+        jax.set_mesh(mesh)
+    compiled = jax.jit(run).lower(split, more).compile()
+    found = compiled(split, more)
+    text = compiled.as_text()
+    assert ("all-gather" in text) == gathers, (mesh, key_heads)
+    # The sum over the pieces of one key's query heads is all that passes between devices.
+    assert ("all-reduce" in text) == (key_heads == 1), (mesh, key_heads)
+    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-6, rtol=2e-6)
+    np.testing.assert_array_equal(found[0][1], expected[0][1])  # noise: bit for bit
+    if not gathers:
+        assert found[0][0].sharding.spec[2] == "heads"
+
+def mesh_of(kind, shape=(2, 4)):
+    return jax.make_mesh(shape, ("batch", "heads"), axis_types=(kind,) * 2)
+
+auto = mesh_of(AxisType.Auto)
+if sys.argv[1] == "quick":
+    check(auto, 4, True, False, False)
+    check(auto, 1, False, False, False)
+    check(mesh_of(AxisType.Explicit), 4, True, False, False)
+else:
+    check(auto, 8, True, False, False)
+    check(auto, 2, False, False, True)  # four pieces of two key heads: brought together
+    check(mesh_of(AxisType.Explicit), 1, False, True, False)
+    # Under vmap, and on one device.
+    x = jnp.asarray(rng.standard_normal((3, 2, 4, 6, 2, 8)), jnp.float32)
+    folded = _fold_vmap(kernels(2)[1])
+    mapped = jax.jit(jax.vmap(jax.vmap(lambda q: folded(q, q, q, q))))(x)
+    flat = backward(*[x.reshape(-1, 6, 2, 8)] * 4)
+    for one, other in zip(mapped, flat, strict=True):
+        np.testing.assert_allclose(one.reshape(other.shape), other, atol=2e-6)
+print("passed")
+"""
+
+
+@pytest.mark.parametrize("part", ["quick", pytest.param("rest", marks=pytest.mark.slow)])
+def test_eight_devices(part):
+    """Batch and heads in pieces, GQA and MQA, meshes with automatic and with explicit axes."""
+    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", PROGRAM, part],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "passed"
