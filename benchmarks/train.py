@@ -5,12 +5,15 @@
 A step is forward, backward, clipping, noise and AdamW. Times are medians over windows of queued
 steps, in milliseconds; compare times of one run only. `peak_bytes` is the allocator's peak over
 the run, model and optimizer included. `largest_batch` (with --largest-batch) is the largest batch
-of one pass whose compiled step fits the device. Peers are left out where they are not installed,
-and the run says so.
+of one pass, without micro-batches, whose compiled step fits the device: read from the compiler's
+memory figures, nothing is run for it. `left_out` names what is missing and why: a row beyond
+--row-limit-seconds, one that does not fit, a peer that is not installed.
 """
 
 import argparse
 import datetime
+import functools
+import itertools
 import json
 import math
 import os
@@ -18,6 +21,7 @@ import platform
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -33,6 +37,7 @@ CASES = (
     ("llama-1b", 1024, 8),
 )
 WINDOWS, CLIP, NOISE_MULTIPLIER, PER_EXAMPLE_BYTES = 5, 1.0, 0.7, 2**35
+GRANULE, MOST_BATCH = 4, 4096
 
 
 def measured(step: Callable[[], Any], wait: Callable[[Any], Any], seconds: float) -> dict[str, Any]:
@@ -76,6 +81,98 @@ def in_jax(name: str, length: int, batch: int, method: str, seconds: float) -> d
     return _timed(step, params, frozen, examples, seconds)
 
 
+def lowered(name: str, length: int, batch: int, method: str, **options: Any) -> Any:
+    """The step of a method as a `jax.stages.Lowered`, the batch in one pass; nothing is run."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+    from train_models import MODELS
+
+    from dpfa_jax import dpsgd
+    from dpfa_jax.noise import new_noise_key
+
+    model, optimizer = MODELS[name], optax.adamw(1e-4)
+    params, frozen = jax.eval_shape(model.init, jax.random.key(0))
+    examples = jax.eval_shape(lambda key: model.batch(key, batch, length), jax.random.key(1))
+    if method in ("nonprivate", "jax_privacy"):
+        begin, step = (
+            _plain_step(model, optimizer)
+            if method == "nonprivate"
+            else _jax_privacy_step(model, optimizer, batch, batch)
+        )
+        return step.trace(jax.eval_shape(begin, params), frozen, examples).lower(**options)
+    plan = _plan(params, batch, per_layer=method == "per_layer")
+
+    def update(state: Any, frozen: Any, examples: Any, is_real: Any, key: Any) -> Any:
+        loss = jax.tree_util.Partial(functools.partial(_loss, model), frozen)
+        return dpsgd.make_dp_step(loss, optimizer, plan).step(state, examples, is_real, key)
+
+    state = jax.eval_shape(dpsgd.make_dp_step(_no_loss, optimizer, plan).init, params)
+    everyone = jax.ShapeDtypeStruct((batch,), jnp.bool_)
+    step = jax.jit(update, donate_argnums=0)
+    return step.trace(state, frozen, examples, everyone, new_noise_key()).lower(**options)
+
+
+def step_bytes(name: str, length: int, batch: int, method: str) -> int:
+    """Device memory of the compiled step: arguments, results and what lies between.
+
+    Compiled without autotuning, which would run kernels and moves memory by a workspace at most.
+    """
+    program = lowered(name, length, batch, method)
+    figures = program.compile(compiler_options={"xla_gpu_autotune_level": 0}).memory_analysis()
+    return (
+        figures.temp_size_in_bytes
+        + figures.argument_size_in_bytes
+        + figures.output_size_in_bytes
+        - figures.alias_size_in_bytes
+    )
+
+
+def largest(needed: Callable[[int], int], start: int, limit: int, most: int) -> int | None:
+    """The largest multiple of `GRANULE` up to `most` with needed(batch) <= limit; None without one.
+
+    Memory grows about linearly with the batch, so a line through the last two figures finds it in a
+    few compilations; each step is checked, and halved where the line misleads.
+    """
+    known: dict[int, int] = {}
+
+    def fits(units: int) -> bool:
+        if units not in known:
+            known[units] = needed(units * GRANULE)
+        return known[units] <= limit
+
+    low, high = 0, most // GRANULE + 1  # fits, or is nothing; does not fit, or is too many
+    guess = max(1, min(start // GRANULE, high - 1))
+    for turn in range(40):
+        low, high = (guess, high) if fits(guess) else (low, guess)
+        if high - low <= 1:
+            return low * GRANULE or None
+        guess = (low + high) // 2
+        if turn % 3 != 2:
+            line = _on_line(sorted(known.items()), limit, 2 * max(low, 1))
+            guess = min(max(line, low + 1), high - 1)
+    return low * GRANULE or None
+
+
+def _on_line(known: list[tuple[int, int]], limit: int, otherwise: int) -> int:
+    """Where the line through the two largest batches meets the limit."""
+    if len(known) < 2 or known[-1][1] <= known[-2][1]:
+        return otherwise
+    (x0, y0), (x1, y1) = known[-2:]
+    return math.floor(x0 + (limit - y0) * (x1 - x0) / (y1 - y0))
+
+
+def largest_batch(
+    name: str, length: int, batch: int, method: str, memory_bytes: int | None = None
+) -> int | None:
+    """The largest batch of one pass whose compiled step fits the device, a multiple of GRANULE."""
+    import jax
+
+    statistics_of = jax.local_devices()[0].memory_stats() or {}
+    limit = memory_bytes or statistics_of["bytes_limit"]
+    return largest(lambda size: step_bytes(name, length, size, method), batch, limit, MOST_BATCH)
+
+
 def _timed(make: Any, params: Any, frozen: Any, examples: Any, seconds: float) -> dict[str, Any]:
     import jax
 
@@ -104,14 +201,19 @@ def _plain_step(model: Any, optimizer: Any) -> tuple[Any, Any]:
     return lambda params: (params, optimizer.init(params)), jax.jit(update, donate_argnums=0)
 
 
-def _private_step(
-    model: Any, optimizer: Any, params: Any, batch: int, *, per_layer: bool
-) -> tuple[Any, Any]:
+def _loss(model: Any, frozen: Any, params: Any, examples: Any) -> Any:
+    return model.loss(params, frozen, examples)
+
+
+def _no_loss(params: Any, examples: Any) -> Any:
+    raise AssertionError("only the shapes of the first state are asked for")
+
+
+def _plan(params: Any, batch: int, *, per_layer: bool) -> Any:
+    """The batch as capacity, all of it in one pass; per layer: weights and bias of one together."""
     import jax
-    import numpy as np
 
     from dpfa_jax import TrainingRelease, dpsgd
-    from dpfa_jax.noise import new_noise_key
 
     paths = [
         jax.tree_util.keystr(path, simple=True, separator="/")
@@ -123,29 +225,39 @@ def _private_step(
         noise_multiplier=NOISE_MULTIPLIER,
         dataset_size=100_000,
         expected_batch_size=max(1, batch // 2),
-        num_parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        num_parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(params)),
         truncated_batch_size=batch,
     )
-    plan = dpsgd.DPSGDPlan(
+    return dpsgd.DPSGDPlan(
         release,
-        steps=10_000,
+        steps=1_000_000,
         delta=1e-6,
         micro_batch_size=batch,
         groups=tuple((layer,) for layer in layers) if per_layer else None,
         per_example_bytes=PER_EXAMPLE_BYTES,
     )
+
+
+def _private_step(
+    model: Any, optimizer: Any, params: Any, batch: int, *, per_layer: bool
+) -> tuple[Any, Any]:
+    import jax
+    import numpy as np
+
+    from dpfa_jax import dpsgd
+    from dpfa_jax.noise import new_noise_key
+
+    plan = _plan(params, batch, per_layer=per_layer)
     everyone, key = np.ones(batch, bool), new_noise_key()
+    made: dict[str, Any] = {}
 
     def begin(params: Any) -> Any:
         return params
 
-    made: dict[str, Any] = {}
-
     def step(state: Any, frozen: Any, examples: Any) -> Any:
         if not made:
-            made["step"] = dpsgd.make_dp_step(
-                lambda p, b: model.loss(p, frozen, b), optimizer, plan, donate_state=True
-            )
+            loss = jax.tree_util.Partial(functools.partial(_loss, model), frozen)
+            made["step"] = dpsgd.make_dp_step(loss, optimizer, plan, donate_state=True)
             state = made["step"].init(state)
         return made["step"].step(state, examples, everyone, key)
 
@@ -232,42 +344,88 @@ def one_row(name: str, length: int, batch: int, method: str, seconds: float) -> 
     return in_jax(name, length, batch, method, seconds)
 
 
-def in_its_own_process(case: tuple[str, int, int], method: str, seconds: float) -> dict[str, Any]:
-    """A fresh process, so that no row sees another's memory."""
-    command = [sys.executable, __file__, "--row", *map(str, case), method, str(seconds)]
-    environment = os.environ | {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93"}
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+def in_its_own_process(
+    words: list[str], cache: str, limit_seconds: float
+) -> tuple[dict[str, Any] | None, str]:
+    """(what the process printed, "") or (None, why not). Fresh: no row sees another's memory."""
+    environment = {"JAX_COMPILATION_CACHE_DIR": cache} | os.environ
+    environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.93"
+    try:
+        done = subprocess.run(
+            [sys.executable, __file__, *words],
+            capture_output=True, text=True, env=environment, check=False,
+            timeout=None if math.isinf(limit_seconds) else limit_seconds,
+        )  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return None, f"more than {limit_seconds:g} seconds"
     if done.returncode:
         lines = [line for line in done.stderr.splitlines() if line.strip()]
-        print(f"{case} {method}: left out: {lines[-1][:300] if lines else 'no word'}", flush=True)
-        return {}
-    return json.loads(done.stdout.splitlines()[-1])
+        return None, lines[-1][:300] if lines else f"exit code {done.returncode}"
+    return json.loads(done.stdout.splitlines()[-1]), ""
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    rows: list[dict[str, Any]] = []
-    began = time.perf_counter()
-    for case in CASES:
-        if arguments.cases and "{}:{}:{}".format(*case) not in arguments.cases:
-            continue
-        for method in arguments.methods:
-            if time.perf_counter() - began > arguments.limit_seconds:
-                print(f"{case} {method}: left out: the time limit", flush=True)
-                continue
-            found = in_its_own_process(case, method, arguments.seconds)
-            if found:
-                name, length, batch = case
-                tokens = round(batch * length / found["milliseconds"] * 1e3)
-                row = {"model": name, "T": length, "batch": batch, "method": method} | found
-                rows.append(row | {"tokens_per_second": tokens, "largest_batch": None})
-                print(case, method, found, flush=True)
-    return {
+    began, cases = time.perf_counter(), [_case(text) for text in arguments.cases or ()] or CASES
+    result = {
         "device": _device(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "command": "python benchmarks/train.py " + " ".join(sys.argv[1:]),
         "versions": _versions(),
-        "rows": rows,
+        "rows": [],
+        "left_out": [],
     }
+
+    def one(words: list[str], case: Any, method: str) -> dict[str, Any] | None:
+        left = arguments.limit_seconds - (time.perf_counter() - began)
+        limit = min(arguments.row_limit_seconds, left)
+        found, why = (None, "the time limit of the run")
+        if left > 0.0:
+            words = [*words, *map(str, case), method]
+            found, why = in_its_own_process(words, cache, limit)
+        if found is None:
+            what = dict(zip(("model", "T", "batch"), case, strict=True))
+            what |= {"method": method, "what": words[0].strip("-"), "why": why}
+            result["left_out"].append(what)
+            print(f"left out: {what}", flush=True)
+        return found
+
+    # Rows of one run share compiled programs and, on a GPU, what autotuning found.
+    with tempfile.TemporaryDirectory() as cache:
+        for case, method in itertools.product(cases, arguments.methods):
+            found = one(["--row", str(arguments.seconds)], case, method)
+            if found is None:
+                continue
+            name, length, batch = case
+            tokens = round(batch * length / found["milliseconds"] * 1e3)
+            row = {"model": name, "T": length, "batch": batch, "method": method} | found
+            row |= {"tokens_per_second": tokens, "largest_batch": None}
+            result["rows"].append(row)
+            print(case, method, found, flush=True)
+            _write(arguments.output, result)
+        # Compilations only, and last: what was timed is on the disk by then.
+        for row in result["rows"] if arguments.largest_batch else ():
+            if row["method"] == "opacus_ghost":  # no program whose memory could be read
+                continue
+            case = (row["model"], row["T"], row["batch"])
+            memory = str(arguments.memory_bytes or 0)
+            found = one(["--largest", memory], case, row["method"])
+            if found is not None:
+                row["largest_batch"] = found["largest_batch"]
+                print(case, row["method"], found, flush=True)
+                _write(arguments.output, result)
+    return result
+
+
+def _case(text: str) -> tuple[str, int, int]:
+    name, length, batch = text.split(":")
+    return name, int(length), int(batch)
+
+
+def _write(path: str | None, result: dict[str, Any]) -> None:
+    if path:
+        with open(path, "w") as file:
+            json.dump(result, file, indent=1)
+            file.write("\n")
 
 
 def _device() -> str:
@@ -292,22 +450,32 @@ def _versions() -> dict[str, str]:
 
 
 def main() -> None:
-    if "--row" in sys.argv:
-        name, length, batch, method, seconds = sys.argv[2:]
+    if sys.argv[1:2] == ["--row"]:
+        seconds, name, length, batch, method = sys.argv[2:]
         print(json.dumps(one_row(name, int(length), int(batch), method, float(seconds))))
         return
+    if sys.argv[1:2] == ["--largest"]:
+        memory, name, length, batch, method = sys.argv[2:]
+        found = largest_batch(name, int(length), int(batch), method, int(memory) or None)
+        print(json.dumps({"largest_batch": found}))
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", help="JSON file to write")
-    parser.add_argument("--cases", nargs="*", help="MODEL:T:BATCH, some of the list in this file")
+    parser.add_argument("--output", help="JSON file to write, after each row")
+    parser.add_argument("--cases", nargs="*", help="MODEL:T:BATCH; the list in this file if none")
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing, for each row")
-    parser.add_argument("--limit-seconds", type=float, default=math.inf, help="start no row after")
+    parser.add_argument("--limit-seconds", type=float, default=math.inf, help="of the whole run")
+    parser.add_argument(
+        "--row-limit-seconds", type=float, default=math.inf, help="of one row's process"
+    )
+    parser.add_argument(
+        "--largest-batch", action="store_true", help="also find the largest batch that fits"
+    )
+    parser.add_argument(
+        "--memory-bytes", type=int, help="for --largest-batch; what the device tells if none"
+    )
     arguments = parser.parse_args()
-    result = run(arguments)
-    if arguments.output:
-        with open(arguments.output, "w") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
+    _write(arguments.output, run(arguments))
 
 
 if __name__ == "__main__":

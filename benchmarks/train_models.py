@@ -1,7 +1,7 @@
 """The models of the training benchmark in plain JAX: losses of one number an example.
 
-Parameters are float32, products bfloat16, norms and losses float32, as is usual on a GPU. All
-methods run the same functions.
+Parameters are float32, products bfloat16 on a GPU (and float32 elsewhere), norms and losses
+float32. All methods run the same functions.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from dpfa_jax import dot_product_attention
 
 Params = dict[str, Any]
-HALF = jnp.bfloat16
+HALF = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,4 +235,9 @@ MODELS = {
     "vit-b": vit(12, 768, 12),
     "llama-1b": llama(16, 2048, 32, 8, 8192, None),
     "llama-1b-lora": llama(16, 2048, 32, 8, 8192, 16),
+    # Stand-ins, to try a run anywhere.
+    "gpt2-tiny": gpt2(1, 32, 2, 64),
+    "vit-tiny": vit(1, 32, 2, patch=2, classes=8),
+    "llama-tiny": llama(1, 32, 4, 2, 64, None),
+    "llama-tiny-lora": llama(1, 32, 4, 2, 64, 2),
 }
