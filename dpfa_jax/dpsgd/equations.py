@@ -10,6 +10,7 @@ from jax.extend import core as jex
 from jaxtyping import Array
 
 _CALLS = {"jit": "jaxpr", "closed_call": "call_jaxpr", "core_call": "call_jaxpr"}
+_RESHAPED = ("convert_element_type", "reshape", "slice", "squeeze", "transpose")
 _NAMES = jex.DebugInfo("deferral", "gradient of one example", None, None)
 
 
@@ -55,7 +56,11 @@ def loop_varies(jaxpr: jex.Jaxpr, varies: Sequence[bool], consts: int, carries: 
 
 
 def inlined(jaxpr: jex.Jaxpr) -> jex.Jaxpr:
-    """`jaxpr` with the calls of jitted functions replaced by what they call."""
+    """`jaxpr` with the calls of jitted functions replaced by what they call, but for kernels.
+
+    A jitted function around a kernel (flash attention) stays one function that all its calls share:
+    apart, each would be lowered anew, which takes a second a kernel.
+    """
     if not any(eqn.primitive.name in _CALLS for eqn in jaxpr.eqns):
         return jaxpr
     eqns: list[jex.JaxprEqn] = []
@@ -70,7 +75,7 @@ def _inline(
     for eqn in jaxpr.eqns:
         invars = [_read(names, atom) for atom in eqn.invars]
         inner = eqn.params.get(_CALLS.get(eqn.primitive.name, ""))
-        if not isinstance(inner, jex.ClosedJaxpr) or inner.consts:
+        if not isinstance(inner, jex.ClosedJaxpr) or inner.consts or _is_kernel(inner.jaxpr):
             fresh = [jex.Var(out.aval) for out in eqn.outvars]
             names.update(zip(eqn.outvars, fresh, strict=True))
             eqns.append(eqn.replace(invars=invars, outvars=fresh))
@@ -81,6 +86,22 @@ def _inline(
         _inline(inner.jaxpr, within, eqns)
         results = [_read(within, out) for out in inner.jaxpr.outvars]
         names.update(zip(eqn.outvars, results, strict=True))
+
+
+def _is_kernel(jaxpr: jex.Jaxpr) -> bool:
+    """Whether it calls what brings its own rule for batches, and returns no product beside."""
+    makers = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
+    if not any(eqn.primitive.name == "custom_vmap_call" for eqn in jaxpr.eqns):
+        return False
+
+    def maker_of(out: jex.Var | jex.Literal) -> str:
+        eqn = makers.get(out) if isinstance(out, jex.Var) else None
+        while eqn is not None and eqn.primitive.name in _RESHAPED:
+            source = eqn.invars[0]
+            eqn = makers.get(source) if isinstance(source, jex.Var) else None
+        return "" if eqn is None else eqn.primitive.name
+
+    return all(maker_of(out) in ("", "custom_vmap_call") for out in jaxpr.outvars)
 
 
 def _read(

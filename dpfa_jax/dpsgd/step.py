@@ -1,12 +1,13 @@
 """One private training step: clip each example, add up, noise once, update. Jitted whole."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.sharding import AbstractMesh, NamedSharding
 from jaxtyping import Array, Bool, Float32, Int, Key, PyTree
 
 from dpfa_jax.core import ArgumentError, BudgetExceededError
@@ -75,7 +76,8 @@ def make_dp_step(
       plan: what is promised. Charge it before stepping (`charge`); a step does not charge.
       axis_name: inside `shard_map`: the mesh axes over which the batch is split. Clipped sums are
         added over them first, then every shard adds the same noise, once. Not needed under plain
-        jit with sharded arrays: there the sum is the whole batch's in any case.
+        jit with sharded arrays, on automatic or explicit mesh axes: there the sum is the whole
+        batch's in any case.
       donate_state: let the step reuse the memory of the state it is given; that state is then gone.
 
     `step` takes a batch of exactly `plan.capacity` rows and the mask of the real ones. It returns
@@ -134,7 +136,17 @@ def make_dp_step(
         updates, opt_state = optimizer.update(means, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, *after[1:]
 
-    jitted = jax.jit(updated, donate_argnums=(1, 2, 3, 4) if donate_state else ())
+    def placed(*arguments: Any) -> tuple[PyTree, PyTree, _ClipNorms, PyTree]:
+        kept = arguments[1:5]
+        mesh = _explicit_mesh(arguments)
+        if mesh is None:
+            return updated(*arguments)
+        # The program of one example has no place for the axes of the batch in its types: inside,
+        # the compiler places what is between, and results go where their arguments were.
+        shardings = jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), kept)
+        return jax.sharding.auto_axes(updated, out_sharding=shardings)(*arguments)
+
+    jitted = jax.jit(placed, donate_argnums=(1, 2, 3, 4) if donate_state else ())
 
     def step(
         state: DPState, batch: PyTree, is_real: Bool[Array, " capacity"], noise_key: Key[Array, ""]
@@ -163,6 +175,15 @@ def make_dp_step(
         return DPState(following, *after)
 
     return DPStep(init, step)
+
+
+def _explicit_mesh(arguments: PyTree) -> AbstractMesh | None:
+    """The mesh of arguments whose types say how they are split, if any."""
+    for leaf in jax.tree.leaves(arguments):
+        mesh = jax.typeof(leaf).sharding.mesh
+        if mesh.explicit_axes:
+            return mesh
+    return None
 
 
 def _check_rows(

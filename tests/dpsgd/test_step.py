@@ -168,14 +168,19 @@ real = np.arange(16) < 11
 for clip in (1000.0, 1.0):
     found = []
     for devices in (1, 2, 8):
-        mesh = jax.make_mesh((devices,), ("data",), axis_types=(AxisType.Auto,))
-        place = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
         key = insecure_test_key(0)
-        plan = plan_of(l2_clip_norm=clip, micro_batch_size=8)
-        dp = dpsgd.make_dp_step(linear, _reader(), plan)
-        state = dp.init({"w": jnp.zeros(25)})
-        out = dp.step(state, place(batch, P("data")), place(real, P("data")), key)
-        found.append(np.asarray(out.opt_state["w"]))
+        for kind in (AxisType.Explicit, AxisType.Auto):
+            mesh = jax.make_mesh((devices,), ("data",), axis_types=(kind,))
+            place = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
+            plan = plan_of(l2_clip_norm=clip, micro_batch_size=8)
+            dp = dpsgd.make_dp_step(linear, _reader(), plan)
+            state = dp.init(place({"w": jnp.zeros(25)}, P()))
+            split = place((batch, real), P("data"))
+            out = dp.step(state, *split, key)
+            found.append(np.asarray(out.opt_state["w"]))
+            assert jax.typeof(out.params["w"]).sharding == jax.typeof(state.params["w"]).sharding
+            again = jax.jit(dp.step)(out, *split, key)  # a state that a step gave, traced
+            assert again.params["w"].sharding.is_fully_replicated
         plan = plan_of(l2_clip_norm=clip, micro_batch_size=2)
         dp = dpsgd.make_dp_step(linear, _reader(), plan, axis_name="data")
         for check_vma in (True, False):
