@@ -1,21 +1,43 @@
-"""Figures of stored results, for the documentation.
+"""Figures and tables of stored results, for the documentation.
 
-    python benchmarks/plot.py RESULTS.json FIGURE.svg
+    python benchmarks/plot.py                           all results -> docs/benchmarks.md
+    python benchmarks/plot.py RESULTS.json FIGURE.svg   one figure
 
-Attention results: time against the fastest plain peer over T. Training results: time of a step
-against the non-private one, for each model. Utility results: accuracy against epsilon.
+Attention results: time against cuDNN's over T. Training results: time of a step and peak memory
+against the non-private step, for each model. Utility results: accuracy against epsilon.
 """
 
 import argparse
 import json
+import math
+import statistics
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 Rows = list[dict[str, Any]]
+ROOT = Path(__file__).parents[1]
+RESULTS, DOCS = ROOT / "benchmarks" / "results", ROOT / "docs"
+NAMES = {
+    "nonprivate": "without privacy",
+    "per_layer": "per layer",
+    "flat": "flat",
+    "jax_privacy": "jax_privacy",
+    "opacus_ghost": "Opacus, ghost clipping",
+}
+STYLE = {
+    "font.size": 10,
+    "svg.hashsalt": "dpfa",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.axisbelow": True,
+    "legend.frameon": False,
+}
 
 
-def attention(rows: Rows, axes: Any) -> None:
+def attention(rows: Rows, figure: Any) -> None:
     """Time against cuDNN's, forward; one line an implementation, mask and head size."""
+    axes = figure.subplots()
     forward = [row for row in rows if row["direction"] == "forward"]
     times: dict[tuple[Any, ...], dict[str, float]] = {}
     for row in forward:
@@ -27,72 +49,238 @@ def attention(rows: Rows, axes: Any) -> None:
             if name != "cudnn" and "cudnn" in found and heads == kv_heads:
                 line = lines.setdefault((name, size, mask), [])
                 line.append((length, milliseconds / found["cudnn"]))
+    names = sorted({name for name, _, _ in lines})
+    sizes = sorted({size for _, size, _ in lines})
     for (name, size, mask), points in sorted(lines.items()):
-        style = {"full": "-", "causal": "--"}[mask]
         axes.plot(
-            *zip(*sorted(points), strict=True), style, marker="o", label=f"{name} {size} {mask}"
+            *zip(*sorted(points), strict=True),
+            {"full": "-", "causal": "--"}[mask],
+            color=f"C{names.index(name)}",
+            marker="os^Dv"[sizes.index(size) % 5],
+            label=f"{name}, D = {size}, {mask}",
         )
+    axes.axhline(1.0, color="grey", linewidth=1)
+    lengths = sorted({length for points in lines.values() for length, _ in points})
     axes.set(xscale="log", xlabel="T", ylabel="time / cuDNN", title="Attention, forward")
+    axes.set_xticks(lengths, [str(length) for length in lengths])
+    axes.minorticks_off()
+    _legend(figure, axes, columns=3)
 
 
-def train(rows: Rows, axes: Any) -> None:
-    """Time of a step over the non-private step of the same model; one bar a method."""
+def train(rows: Rows, figure: Any) -> None:
+    """Time of a step and peak memory over those of the same model's non-private step."""
     cases = list(dict.fromkeys((row["model"], row["T"], row["batch"]) for row in rows))
-    methods = list(dict.fromkeys(row["method"] for row in rows))
-    found = {
-        (row["model"], row["T"], row["batch"], row["method"]): row["milliseconds"] for row in rows
-    }
-    width = 0.8 / len(methods)
-    for place, method in enumerate(methods):
-        bars = [
-            found.get((*case, method), 0.0) / found[(*case, "nonprivate")]
-            if (*case, "nonprivate") in found
-            else 0.0
-            for case in cases
-        ]
-        axes.bar([i + place * width for i in range(len(cases))], bars, width, label=method)
-    names = [f"{model}\nT={length} B={batch}" for model, length, batch in cases]
-    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(cases))], names)
-    axes.set(ylabel="time / non-private step", title="Training step")
+    found = {(row["model"], row["T"], row["batch"], row["method"]): row for row in rows}
+    methods = [name for name in NAMES if any(row["method"] == name for row in rows)]
+    methods.remove("nonprivate")  # the base of each ratio, shown as the line at 1
+    panels = figure.subplots(2, 1, sharex=True)
+    width = 0.8 / max(1, len(methods))
+    for axes, number, label in (
+        (panels[0], "milliseconds", "time of a step /\nwithout privacy"),
+        (panels[1], "peak_bytes", "peak memory /\nwithout privacy"),
+    ):
+        for place, method in enumerate(methods):
+            bars = [
+                (index, found[*case, method][number] / found[*case, "nonprivate"][number])
+                for index, case in enumerate(cases)
+                if (*case, method) in found and found.get((*case, "nonprivate"), {}).get(number)
+            ]
+            spots = [index - 0.4 + (place + 0.5) * width for index, _ in bars]
+            drawn = axes.bar(
+                spots, [ratio for _, ratio in bars], width, label=NAMES[method], color=f"C{place}"
+            )
+            axes.bar_label(drawn, fmt="%.2f", fontsize=7, padding=1)
+        axes.axhline(1.0, color="grey", linewidth=1)
+        axes.set_ylabel(label)
+        axes.margins(y=0.15)
+    names = [f"{model}\nT = {length}\nbatch {batch}" for model, length, batch in cases]
+    panels[1].set_xticks(range(len(cases)), names, fontsize=8)
+    _legend(figure, panels[0], columns=4)
 
 
-def utility(rows: Rows, axes: Any) -> None:
-    """Mean accuracy with the range over seeds, against epsilon; one line a clipping mode."""
-    for mode in dict.fromkeys(row["clipping"] for row in rows):
+def utility(rows: Rows, figure: Any) -> None:
+    """Accuracy against epsilon: each seed a dot, the mean with its 95 % interval (Student's t)."""
+    axes = figure.subplots()
+    modes = list(dict.fromkeys(row["clipping"] for row in rows if row["epsilon"] is not None))
+    plain = [row["accuracy"] for row in rows if row["epsilon"] is None]
+    for place, mode in enumerate(modes):
         own = [row for row in rows if row["clipping"] == mode]
-        levels = sorted({row["epsilon"] for row in own if row["epsilon"] is not None})
-        seeds = [[r["accuracy"] for r in own if r["epsilon"] == level] for level in levels]
-        if not levels:
-            values = [row["accuracy"] for row in own]
-            axes.axhline(sum(values) / len(values), color="grey", label=mode)
-            axes.axhspan(min(values), max(values), color="grey", alpha=0.2)
-            continue
-        means = [sum(values) / len(values) for values in seeds]
-        low = [mean - min(values) for mean, values in zip(means, seeds, strict=True)]
-        high = [max(values) - mean for mean, values in zip(means, seeds, strict=True)]
-        axes.errorbar(levels, means, yerr=[low, high], marker="o", capsize=3, label=mode)
-    axes.set(xscale="log", xlabel="epsilon", ylabel="test accuracy", title="Utility on Reuters R8")
+        levels = sorted({row["epsilon"] for row in own})
+        seeds = [[row["accuracy"] for row in own if row["epsilon"] == level] for level in levels]
+        # Side by side, or the intervals would hide each other.
+        spots = [level * 1.05 ** (place - (len(modes) - 1) / 2) for level in levels]
+        axes.errorbar(
+            spots, [statistics.fmean(values) for values in seeds],
+            yerr=[interval(values) for values in seeds],
+            marker="o", capsize=4, color=f"C{place}", label=mode,
+        )  # fmt: skip
+        for spot, values in zip(spots, seeds, strict=True):
+            axes.plot([spot] * len(values), values, ".", color=f"C{place}", alpha=0.4, markersize=5)
+    if plain:
+        mean, half = statistics.fmean(plain), interval(plain)
+        axes.axhline(mean, color="grey", label="without privacy")
+        axes.axhspan(mean - half, mean + half, color="grey", alpha=0.2, linewidth=0)
+    levels = sorted({row["epsilon"] for row in rows if row["epsilon"] is not None})
+    axes.set(xscale="log", xlabel="epsilon", ylabel="accuracy on the test split")
+    axes.set_xticks(levels, [f"{level:g}" for level in levels])
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    _legend(figure, axes, columns=4)
+
+
+def interval(values: list[float]) -> float:
+    """Half the 95 % confidence interval of the mean; 0 of a single number."""
+    if len(values) < 2:
+        return 0.0
+    from scipy import stats
+
+    quantile = float(stats.t.ppf(0.975, len(values) - 1))
+    return quantile * statistics.stdev(values) / math.sqrt(len(values))
+
+
+def _legend(figure: Any, axes: Any, *, columns: int) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=8)
+
+
+def kind_of(rows: Rows) -> Callable[[Rows, Any], None]:
+    return utility if "clipping" in rows[0] else train if "method" in rows[0] else attention
+
+
+def draw(results: Path, path: Path) -> None:
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    found = json.loads(results.read_text(encoding="utf-8"))
+    with matplotlib.rc_context(STYLE):
+        kind = kind_of(found["rows"])
+        figure = Figure(figsize=(9, 6.4 if kind is train else 5), layout="constrained")
+        kind(found["rows"], figure)
+        figure.supxlabel(
+            f"{found['device']}, {found['date']}", x=0.99, ha="right", fontsize=7, color="grey"
+        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # No date inside: the same results give the same file.
+        date = {"Date": None} if path.suffix == ".svg" else {}
+        figure.savefig(path, metadata=date, dpi=150)
+
+
+def _table(header: tuple[str, ...], lines: list[tuple[Any, ...]]) -> str:
+    texts = [header, ("---",) * len(header), *lines]
+    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in texts)
+
+
+def train_table(rows: Rows) -> str:
+    plain = {
+        (row["model"], row["T"], row["batch"]): row for row in rows if row["method"] == "nonprivate"
+    }
+    lines = []
+    for row in rows:
+        base = plain.get((row["model"], row["T"], row["batch"]))
+        ratio = f"{row['milliseconds'] / base['milliseconds']:.2f}" if base else "–"
+        lines.append(
+            (
+                row["model"],
+                row["T"],
+                row["batch"],
+                NAMES.get(row["method"], row["method"]),
+                f"{row['milliseconds']:.1f} ± {row['spread'] / 2:.1f}"
+                if row["spread"] is not None
+                else f"{row['milliseconds']:.1f}",
+                ratio,
+                f"{row['tokens_per_second']:,}",
+                f"{row['peak_bytes'] / 2**30:.1f}",
+                row["largest_batch"] or "–",
+            )
+        )
+    return _table(
+        ("model", "T", "batch", "method", "ms", "/ without privacy", "tokens/s", "peak GiB",
+         "largest batch"),
+        lines,
+    )  # fmt: skip
+
+
+def utility_table(rows: Rows) -> str:
+    groups: dict[tuple[str, Any], list[float]] = {}
+    for row in rows:
+        groups.setdefault((row["clipping"], row["epsilon"]), []).append(row["accuracy"])
+    lines = [
+        (mode, "–" if level is None else f"{level:g}", f"{statistics.fmean(values):.4f}",
+         f"± {interval(values):.4f}", f"{min(values):.4f}", len(values))
+        for (mode, level), values in groups.items()
+    ]  # fmt: skip
+    header = ("clipping", "epsilon", "mean accuracy", "95 % interval", "least", "seeds")
+    return _table(header, lines)
+
+
+def attention_table(rows: Rows) -> str:
+    names = list(dict.fromkeys(row["implementation"] for row in rows))
+    shape = ("direction", "B", "T", "H", "K", "D", "mask")
+    times: dict[tuple[Any, ...], dict[str, float]] = {}
+    for row in rows:
+        key = tuple(row[name] for name in shape)
+        times.setdefault(key, {})[row["implementation"]] = row["milliseconds"]
+    lines = [
+        (*key, *(f"{found[name]:.3f}" if name in found else "–" for name in names))
+        for key, found in times.items()
+    ]
+    return _table((*shape, *names), lines)
+
+
+SECTIONS = {
+    "train": ("Training steps", "A whole step: forward, backward, clipping, noise, AdamW.",
+              train_table),
+    "utility": ("Utility on Reuters R8", "The main job with each kind of clipping, and without "
+                "privacy, on the official test split.", utility_table),
+    "attention": ("Attention", "Milliseconds, medians of one run.", attention_table),
+}  # fmt: skip
+
+
+def page(results: Path, docs: Path) -> Path:
+    """docs/benchmarks.md: a table, and mostly a figure, of each stored result, newest first."""
+    parts = [
+        "# Benchmarks",
+        "Made by `dpfa bench plot` from `benchmarks/results`; each file there names its device, "
+        "date, command and versions. Compare figures of one file only.",
+    ]
+    for name, (title, text, table) in SECTIONS.items():
+        for file in sorted(results.glob(f"*/*-{name}.json"), key=lambda f: f.name, reverse=True):
+            found = json.loads(file.read_text(encoding="utf-8"))
+            parts += [
+                f"## {title}, {found['device']}, {found['date']}",
+                f"{text} From `benchmarks/results/{file.parent.name}/{file.name}`: "
+                f"`{found['command'].strip()}`.",
+            ]
+            if name != "attention" or len({row["T"] for row in found["rows"]}) > 1:
+                figure = f"figures/{file.parent.name}-{file.stem}.svg"
+                draw(file, docs / figure)
+                parts.append(f"![{title}]({figure})")
+            parts.append(table(found["rows"]))
+            parts += [f"Left out: {row}." for row in _left_out(found)]
+    path = docs / "benchmarks.md"
+    path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+    return path
+
+
+def _left_out(found: dict[str, Any]) -> list[str]:
+    return [
+        f"{row['model']}, T = {row['T']}, batch {row['batch']}, "
+        f"{NAMES.get(row['method'], row['method'])}, {row['what']}: `{row['why']}`"
+        for row in found.get("left_out", ())
+    ]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path)
-    parser.add_argument("figure", type=Path)
+    parser.add_argument("results", type=Path, nargs="?", help="one stored result")
+    parser.add_argument("figure", type=Path, nargs="?", help=".svg or .png to write of it")
     arguments = parser.parse_args()
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    found = json.loads(arguments.results.read_text(encoding="utf-8"))
-    rows = found["rows"]
-    kind = utility if "clipping" in rows[0] else train if "method" in rows[0] else attention
-    figure, axes = pyplot.subplots(figsize=(9, 5), layout="constrained")
-    kind(rows, axes)
-    axes.legend(fontsize="small")
-    axes.grid(alpha=0.3)
-    figure.text(0.01, 0.005, f"{found['device']}, {found['date']}", fontsize=7, color="grey")
-    figure.savefig(arguments.figure)
+    if arguments.results is None:
+        print(page(RESULTS, DOCS))
+        return
+    if arguments.figure is None:
+        parser.error("a figure to write is due: RESULTS.json FIGURE.svg")
+    draw(arguments.results, arguments.figure)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import numpy as np
 
 from dpfa_jax import dpsgd
 from dpfa_jax.noise import new_noise_key
+from dpfa_jax.release import AdaptiveClipping
 from dpfa_jax.train.data import ClassificationData, load_data
 from dpfa_jax.train.defaults import Defaults, defaults_for
 from dpfa_jax.train.evaluate import evaluator
@@ -48,7 +49,7 @@ def plan_for(task: Task, mode: str, epsilon: float) -> dpsgd.DPSGDPlan:
         found = dpsgd.per_layer_groups(params, clip)
         more = {"l2_clip_norm": found.l2_clip_norms, "groups": found.groups}
     if mode == "adaptive":
-        more["adaptive_clipping"] = dpsgd.AdaptiveClipping()
+        more["adaptive_clipping"] = AdaptiveClipping()
     return dpsgd.DPSGDPlan.calibrated(
         epsilon=epsilon,
         delta=DELTA,
@@ -109,13 +110,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", help="JSON file to write")
     parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--epsilons", type=float, nargs="+", default=EPSILONS)
+    parser.add_argument("--steps", type=int, help="fewer than the main job's, to try the script")
     arguments = parser.parse_args()
     settings = defaults_for("r8")
+    if arguments.steps is not None:
+        settings = dataclasses.replace(settings, steps=arguments.steps)
     data = load_data("r8", max_length=settings.max_length)
     task = Task(data, build_model(settings.model, data, **architecture(settings)), settings)
     rows = list(plain_runs(task, arguments.seeds))
     for mode in MODES:
-        for epsilon in EPSILONS:
+        for epsilon in arguments.epsilons:
             rows += private_runs(task, mode, epsilon, arguments.seeds)
     result = {
         "device": jax.devices()[0].device_kind,
