@@ -3,11 +3,15 @@
 python -m pytest -m gpu tests/kernels/mosaic_gpu    (-n 8 where pytest-xdist is installed)
 """
 
+import dataclasses
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import attention_oracle as oracle
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from scipy import special, stats
 
 from dpfa_jax.attention import core
@@ -31,6 +35,29 @@ CASES = {
     ),
     "one row, one key, head size 80": ((2, 1, 1, 2, 2, 80), {}, jnp.bfloat16),
     "head size 256": ((1, 130, 300, 2, 2, 256), {"is_causal": True}, jnp.bfloat16),
+    # Without a running maximum; logits here have a standard deviation of 1.
+    "bound": ((2, 512, 512, 4, 2, 128), {"logits_bound": 1.2}, jnp.bfloat16),
+    "bound, wide key tiles": ((1, 260, 1100, 2, 1, 64), {"logits_bound": 8.0}, jnp.bfloat16),
+    "bound, causal, float16": (
+        (2, 333, 259, 4, 1, 128),
+        {"is_causal": True, "logits_bound": 10.0},
+        jnp.float16,
+    ),
+    "bound, window, cap, lengths": (
+        (3, 400, 410, 2, 2, 64),
+        {"local_window": (130, 17), "logits_soft_cap": 8.0, "logits_bound": 1.0, "lengths": True},
+        jnp.bfloat16,
+    ),
+    "bound, head size 256": (
+        (1, 130, 300, 2, 2, 256),
+        {"is_causal": True, "logits_bound": 30.0},
+        jnp.bfloat16,
+    ),
+    "bound that needs a running maximum": (
+        (1, 300, 300, 2, 2, 128),
+        {"logits_bound": 40.0},
+        jnp.bfloat16,
+    ),
 }
 
 
@@ -67,6 +94,8 @@ def naive(spec, lengths, query, key, value):
     logits = logits * spec.scale
     if spec.logits_soft_cap is not None:
         logits = spec.logits_soft_cap * jnp.tanh(logits / spec.logits_soft_cap)
+    if spec.logits_bound is not None:
+        logits = jnp.clip(logits, -spec.logits_bound, spec.logits_bound)
     seen = jnp.asarray(
         oracle.visibility(
             logits.shape, is_causal=spec.is_causal, window=spec.local_window, **lengths
@@ -113,6 +142,7 @@ def test_error_is_within_twice_the_naive_one(case):
         cotangent,
         scale=spec.scale,
         soft_cap=spec.logits_soft_cap,
+        bound=spec.logits_bound,
         is_causal=spec.is_causal,
         window=spec.local_window,
         **lengths,
@@ -132,6 +162,80 @@ def test_error_is_within_twice_the_naive_one(case):
     is_empty = ~seen.any(-1).swapaxes(1, 2)
     assert np.array_equal(np.isneginf(np.asarray(lse)), is_empty)
     assert not np.any(np.asarray(output, np.float32)[is_empty])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("offset", [-1.0, 1.0])
+def test_every_logit_at_the_bound(offset, dtype):
+    """V7: all weights as small, or as large, as they get: their sum is neither 0 nor infinite."""
+    bound = 30.0 if dtype == jnp.bfloat16 else 10.0
+    rows, keys, size = 200, 3000, 128
+    rng = np.random.default_rng(6)
+    query = jnp.full((1, rows, 2, size), 1.0, dtype)
+    key = jnp.full((1, keys, 2, size), offset, dtype)
+    value = draw(rng, (1, keys, 2, size), dtype)
+    spec = AttentionSpec(2 * bound / size, logits_bound=bound)  # logits of twice the bound
+    outputs = jax.jit(lambda *x: BACKEND.forward(spec, AttentionInputs(*x)))(query, key, value)
+    mean = np.asarray(value, np.float64).mean(axis=1, keepdims=True)
+    assert np.abs(np.asarray(outputs.output, np.float64) - mean).max() < 1e-3
+    assert np.abs(np.asarray(outputs.lse) - (offset * bound + np.log(keys))).max() < 1e-4
+
+
+def test_noise_under_a_public_maximum():
+    """V10, V12: the same noise, element by element, as under a running maximum; NaN stays local."""
+    heads, size, rows = 4, 128, 300
+    readout = ExampleReadout(0.3, (0.5,) * heads, (2.0**-5,) * heads)
+    rng = np.random.default_rng(7)
+    query, key, value = (draw(rng, (3, rows, heads, size), jnp.bfloat16) for _ in range(3))
+    value = value.at[1, 7].set(jnp.nan)
+    lengths = jnp.asarray([rows, rows, 200], jnp.int32)
+    key = key.at[2, 200:].set(jnp.nan)
+    inputs = AttentionInputs(query, key, value, key_lengths=lengths, noise=noise_inputs(3))
+    for is_causal in (False, True):
+        spec = AttentionSpec(size**-0.5, is_causal=is_causal, readout=readout)
+        released = {}
+        for bound in (None, 12.0):
+            bounded = dataclasses.replace(spec, largest_logit=bound)
+            run = jax.jit(functools.partial(BACKEND.forward, bounded, residuals=False))
+            released[bound] = np.asarray(run(inputs).output, np.float64)
+        cells = released[12.0] / 2.0**-5
+        assert np.array_equal(cells, np.round(cells))
+        # The two softmaxes differ in their last bits: a value at a cell's edge may change cells.
+        away = np.abs(released[12.0] - released[None])
+        assert away.max() <= 2.0**-5 + 2.0**-7 * np.abs(released[None]).max()
+        assert np.mean(away > 0) < 0.03
+        drawn = 0.5 * np.asarray(
+            attention_noise(*inputs.noise, heads=heads, row_start=0, rows=rows, columns=size)
+        )
+        hurt = slice(7, None) if is_causal else slice(None)  # rows that see the NaN: noise alone
+        off = np.abs(released[12.0][1, hurt] - drawn[1, hurt])
+        assert np.all(off <= 2.0**-6 + 2.0**-8 * np.abs(drawn[1, hurt]) + 1e-5)
+
+
+def test_sharded_jit_gathers_nothing():
+    """V10: on the devices that are there (one: through the same path) the bits do not change."""
+    devices = jax.devices()
+    count = 2 if len(devices) > 1 else 1
+    mesh = Mesh(np.asarray(devices[:count]), ("heads",))
+    readout = ExampleReadout(0.3, (0.5,) * 4, (2.0**-5,) * 4)
+    spec = AttentionSpec(0.1, is_causal=True, readout=readout)
+    rng = np.random.default_rng(8)
+    arrays = [draw(rng, (2, 300, n, 128), jnp.bfloat16) for n in (4, 2, 2, 4)]
+    noise = noise_inputs(2)
+
+    def run(query, key, value, cotangent, noise):
+        inputs = AttentionInputs(query, key, value, noise=noise)
+        return value_and_gradients(spec, inputs, cotangent)
+
+    expected = jax.jit(run)(*arrays, noise)
+    split = [
+        jax.device_put(x, NamedSharding(mesh, PartitionSpec(None, None, "heads"))) for x in arrays
+    ]
+    noise = jax.device_put(noise, NamedSharding(mesh, PartitionSpec()))
+    compiled = jax.jit(run).lower(*split, noise).compile()
+    assert "all-gather" not in compiled.as_text()
+    for one, other in zip(compiled(*split, noise), expected, strict=True):
+        assert np.array_equal(np.asarray(one, np.float32), np.asarray(other, np.float32))
 
 
 @pytest.mark.parametrize("size", [128, 256])
