@@ -47,6 +47,8 @@ def choose(
             reasons.append(error)
             continue
         reason = backend.cannot(spec, inputs, platform)
+        if reason is None and hasattr(backend, "waits"):
+            reason = backend.waits(spec)
         if reason is None:
             return backend
         reasons.append(UnsupportedBackendError(f"{name}: {reason}"))

@@ -17,7 +17,7 @@ from dpfa_jax.kernels.base import (
     ExampleReadout,
     MemoryReadout,
 )
-from dpfa_jax.kernels.mosaic_gpu import device
+from dpfa_jax.kernels.mosaic_gpu import device, memory_call
 from dpfa_jax.kernels.mosaic_gpu.backward import attention_backward
 from dpfa_jax.kernels.mosaic_gpu.forward import ForwardArrays, ForwardResults, attention_forward
 from dpfa_jax.kernels.mosaic_gpu.tiles import backward_tiles, forward_tiles
@@ -92,12 +92,12 @@ class MosaicGpuBackend:
         if len(dtypes) > 1 or next(iter(dtypes)) not in (jnp.bfloat16, jnp.float16):
             names = ", ".join(sorted(str(dtype) for dtype in dtypes))
             return f"query, key and value must share bfloat16 or float16, got {names}"
+        if isinstance(spec.readout, MemoryReadout):
+            return memory_call.cannot(spec, inputs)
         if inputs.bias is not None:
             return "an additive bias is not served by these kernels"
         if inputs.mask is not None:
             return "a mask array is not served (causal, local window and lengths are)"
-        if isinstance(spec.readout, MemoryReadout):
-            return "the memory readout is not served by these kernels"
         if isinstance(spec.readout, ExampleReadout) and spec.readout.clip != "row":
             return (
                 f"clip={spec.readout.clip!r} needs the norm of the whole example; 'row' is served"
@@ -112,10 +112,21 @@ class MosaicGpuBackend:
             return "an axis is empty"
         return None
 
+    def waits(self, spec: AttentionSpec) -> str | None:
+        """Why a call that names no backend is not served yet; None where it is."""
+        if isinstance(spec.readout, MemoryReadout) and not memory_call.PROVED_ON_DEVICE:
+            return 'the memory readout is served where implementation="mosaic_gpu" asks for it'
+        return None
+
     def forward(
         self, spec: AttentionSpec, inputs: AttentionInputs, *, residuals: bool = True
     ) -> AttentionOutputs:
         """The readout and its residuals; without `residuals`, `unclipped` is None."""
+        if isinstance(spec.readout, MemoryReadout):
+            results = memory_call.answer(
+                spec, inputs, fold_vmap=_fold_vmap, interpret=self.interpret
+            )
+            return _varying_as(inputs, memory_call.outputs(results))
         batch = inputs.query.shape[0]
         arrays = ForwardArrays(
             inputs.query,

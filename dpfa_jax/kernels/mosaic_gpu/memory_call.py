@@ -1,5 +1,6 @@
 """A memory readout's call: what the kernel serves, and the operands it takes."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,6 +15,7 @@ from dpfa_jax.kernels.base import AttentionInputs, AttentionOutputs, AttentionSp
 from dpfa_jax.kernels.mosaic_gpu.memory import MemoryArrays, MemoryResults, memory_forward
 from dpfa_jax.kernels.mosaic_gpu.memory_numbers import Numbers, memory_numbers
 from dpfa_jax.kernels.mosaic_gpu.tiles import ForwardTiles
+from dpfa_jax.kernels.partitioning import by_batch_and_heads
 from dpfa_jax.noise import check_attention_ranges
 
 # Until tests/kernels/mosaic_gpu/test_memory_gpu.py has passed on a device, a call gets this kernel
@@ -21,6 +23,11 @@ from dpfa_jax.noise import check_attention_ranges
 PROVED_ON_DEVICE = False
 
 MAX_HEAD_SIZE = 128
+MAX_BATCH = 65535
+# Dimensions of the kernel's operands, as `by_batch_and_heads` reads them.
+_AXES = MemoryArrays(
+    "btnh", "bskh", "bskh", "bs", "bw", "b", "bn", "b", "bn", "bn", "bn", "bn", "b"
+)
 TILE = ForwardTiles(noise_warpgroup=True)
 
 
@@ -28,7 +35,7 @@ def cannot(spec: AttentionSpec, inputs: AttentionInputs) -> str | None:
     """None if the kernel serves this memory readout, else why not; dtypes are checked before."""
     readout = spec.readout
     assert isinstance(readout, MemoryReadout)
-    head_size = inputs.query.shape[3]
+    batch, rows, _, head_size = inputs.query.shape
     if readout.form != "sum":
         return "the ratio form of a memory readout is not served, the sum form is"
     if inputs.bias is not None:
@@ -37,6 +44,14 @@ def cannot(spec: AttentionSpec, inputs: AttentionInputs) -> str | None:
         return f"a mask of shape {inputs.mask.shape} is not served, one over slots alone is"
     if head_size > MAX_HEAD_SIZE:
         return f"head size {head_size} is above {MAX_HEAD_SIZE} for a memory readout"
+    if spec.logits_bound is not None:
+        return f"logits_bound={spec.logits_bound} beside the readout's own bound is not served"
+    if not math.isfinite(spec.scale):
+        return f"scale={spec.scale} must be finite"
+    if batch > MAX_BATCH:
+        return f"batch {batch} is above {MAX_BATCH}"
+    if 0 in (batch, rows, inputs.key.shape[1], head_size):
+        return "an axis is empty"
     numbers = _numbers(readout, inputs)
     return numbers if isinstance(numbers, str) else None
 
@@ -69,11 +84,18 @@ def answer(
     def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
         given = iter(operands)
         filled = MemoryArrays(*(next(given) if there else None for there in present))
+        filled = filled._replace(head_start=filled.head_start[:, 0])
         results = memory_forward(
             spec, filled, tile, numbers, keep_sums=keep_sums, interpret=interpret
         )
         return tuple(x for x in results if x is not None)
 
+    run = by_batch_and_heads(
+        run,
+        [axes for axes, there in zip(_AXES, present, strict=True) if there],
+        ["btnh", *(["btnh", "bnt"] if keep_sums else [])],
+        key_heads=inputs.key.shape[2],
+    )
     return MemoryResults(*fold_vmap(run)(*(x for x in arrays if x is not None)))
 
 
@@ -104,9 +126,7 @@ def _arrays(readout: MemoryReadout, numbers: Numbers, inputs: AttentionInputs) -
         # A hidden slot adds weight * (+0): the same bits whatever it holds.
         value = jnp.where(seen[:, :, None, None], value, jnp.zeros((), dtype))
         normaliser = jnp.where(seen, normaliser, jnp.zeros((), dtype))
-    stddevs, grids = (
-        np.asarray(x, np.float64) for x in (readout.noise_stddevs, readout.grids)
-    )
+    stddevs, grids = (np.asarray(x, np.float64) for x in (readout.noise_stddevs, readout.grids))
     shifts = np.asarray(numbers.shifts, np.int32)
 
     def per_head(x: np.ndarray, dtype: Any = np.float32) -> jax.Array:
@@ -119,7 +139,8 @@ def _arrays(readout: MemoryReadout, numbers: Numbers, inputs: AttentionInputs) -
         normaliser,
         inputs.noise.key_words,
         inputs.noise.batch_index,
-        inputs.noise.head_start,
+        # The global index of each head, of which every piece of the heads has its own first.
+        inputs.noise.head_start[:, None] + jnp.arange(heads, dtype=jnp.uint32),
         jnp.ones((batch,), jnp.uint32),
         per_head(stddevs / grids),
         per_head(grids),

@@ -9,7 +9,8 @@ and all integer additions are the same in two neighbours. Within the block:
   (v, kappa) of norm <= R. Both neighbours together: 2 * 17 * 2^-23 * 16 (1 + .. + b / 16) R.
 - Rounding to the unit moves the difference by at most one unit in each of H + 1 columns.
 
-`value_clip_norm` and `weight_scale` are the readout's, less what these exceed ACCUMULATION_SLACK by.
+`value_clip_norm` and `weight_scale` are the readout's, less what the two terms exceed
+ACCUMULATION_SLACK by.
 """
 
 import dataclasses

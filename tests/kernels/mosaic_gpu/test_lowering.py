@@ -1,5 +1,6 @@
 """Lowering for CUDA on a CPU: layouts, transforms and shared memory, without running."""
 
+import dataclasses
 import functools
 
 import jax
@@ -105,7 +106,7 @@ def test_shard_map_of_gradient_lowers():
         (AttentionSpec(1.0), shapes(keys=0), "empty"),
         (AttentionSpec(1.0), shapes(bias=jnp.zeros((1, 1, 1, 1))), "bias"),
         (AttentionSpec(1.0), shapes(mask=jnp.ones((1, 1, 1, 1), bool)), "mask"),
-        (AttentionSpec(1.0, readout=MEMORY), shapes(), "memory"),
+        (AttentionSpec(1.0, readout=dataclasses.replace(MEMORY, form="ratio")), shapes(), "ratio"),
         (
             AttentionSpec(1.0, readout=ExampleReadout(1.0, (1.0,), (0.1,), clip="example")),
             shapes(),
