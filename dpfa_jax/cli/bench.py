@@ -12,7 +12,8 @@ from dpfa_jax.core import ArgumentError
 BENCHMARKS = {
     "attention": "forward and backward, with noise and without, against cuDNN and others",
     "train": "DP-SGD steps of whole transformers against non-private ones and peers",
-    "plot": "figures of the results that are stored",
+    "utility": "accuracy of the main job at several epsilons, for each kind of clipping",
+    "plot": "figures and tables of all stored results, into docs/benchmarks.md",
 }
 _USAGE = "usage: dpfa bench BENCHMARK [options]   (dpfa bench BENCHMARK --help lists them)"
 
