@@ -49,6 +49,9 @@ def per_layer_groups(
         "encoder/0". None: each parameter is a group of its own.
       weights: "equal": C_l = C / sqrt(L). "size": C_l = C sqrt(d_l / d), d_l the group's numbers.
 
+    A leaf is never divided: where the parameters of all layers are stacked into one for `scan`, it
+    is one group, clipped over all its layers together. Unstack it for one norm a layer.
+
     Errors: ArgumentError for a clip norm, depth or weights out of range.
     Source: McMahan et al., "Learning differentially private recurrent language models" (2018), for
     both ways to divide C.

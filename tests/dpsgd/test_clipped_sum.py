@@ -224,6 +224,44 @@ def test_large_gradients_are_made_late(name, path):
     assert kept["bias"]
 
 
+@pytest.mark.parametrize(("allowed", "anew"), [(2**20, True), (12_000, False)])
+def test_a_normalised_input_is_made_anew_where_gradients_are_made_once(allowed, anew, monkeypatch):
+    """Not kept beside what the normalisation's derivative keeps; kept where bits might differ."""
+    width = 48
+
+    def loss(params, batch):
+        x = jnp.tanh(batch["x"] @ params["a"]).astype(jnp.bfloat16)
+        wide = x.astype(jnp.float32)
+        centred = wide - wide.mean(-1, keepdims=True)
+        scaled = centred * jax.lax.rsqrt(jnp.square(centred).mean(-1, keepdims=True) + 1e-5)
+        hidden = (scaled * params["scale"]).astype(jnp.bfloat16) @ params["b"].astype(jnp.bfloat16)
+        return jnp.sum(jnp.square(hidden.astype(jnp.float32)), axis=(1, 2))
+
+    square = jax.ShapeDtypeStruct((width, width), jnp.float32)
+    params = {"a": square, "b": square, "scale": jax.ShapeDtypeStruct((width,), jnp.float32)}
+    batch = {"x": jax.ShapeDtypeStruct((4, 64, width), jnp.float32)}
+    seen = []
+    made = module._Gradient.made
+
+    def noted(self, l2_clip_norm):
+        seen.append((self.path, self.tail.recomputes))
+        return made(self, l2_clip_norm)
+
+    monkeypatch.setattr(module._Gradient, "made", noted)
+    program = functools.partial(
+        clipped_sum,
+        loss,
+        l2_clip_norms=(1.0,),
+        leaf_groups=(0, 0, 0),
+        micro_batch_size=4,
+        per_example_bytes=allowed,
+    )
+    jax.eval_shape(program, params, batch, jax.ShapeDtypeStruct((4,), jnp.bool_))
+    assert ("b", anew) in seen
+    assert ("b", not anew) not in seen
+    assert ("a", True) not in seen
+
+
 def test_the_plan_bounds_the_memory_of_the_step():
     """The compiled step holds no per-example gradients beyond what it is allowed."""
     width, rows = 512, 32
