@@ -43,10 +43,13 @@ def test_no_key_without_a_charge(tmp_path, monkeypatch):
 
 
 def test_batches_are_secret_unless_seeded():
-    real = [list(index_batches(_plan(False), 8, insecure_seed=None, first=0)) for _ in range(2)]
+    real = [
+        list(index_batches(_plan(False), 8, insecure_seed=None, first=0, charged=0))
+        for _ in range(2)
+    ]
     assert not np.array_equal(*real)
-    whole = list(index_batches(_plan(True), 8, insecure_seed=5, first=0))
-    rest = list(index_batches(_plan(True), 5, insecure_seed=5, first=3))
+    whole = list(index_batches(_plan(True), 8, insecure_seed=5, first=0, charged=0))
+    rest = list(index_batches(_plan(True), 5, insecure_seed=5, first=3, charged=3))
     assert np.array_equal(whole[3:], rest)
 
 
