@@ -123,10 +123,10 @@ class MosaicGpuBackend:
     ) -> AttentionOutputs:
         """The readout and its residuals; without `residuals`, `unclipped` is None."""
         if isinstance(spec.readout, MemoryReadout):
-            results = memory_call.answer(
+            released = memory_call.answer(
                 spec, inputs, fold_vmap=_fold_vmap, interpret=self.interpret
             )
-            return _varying_as(inputs, memory_call.outputs(results))
+            return _varying_as(inputs, memory_call.outputs(released))
         batch = inputs.query.shape[0]
         arrays = ForwardArrays(
             inputs.query,

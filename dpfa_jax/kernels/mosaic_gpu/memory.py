@@ -364,14 +364,12 @@ def memory_forward(
         "noise": tiled_shared((chunks, tile.block_q, tile.noise_columns), jnp.float32),
         "normaliser_noise": plgpu.SMEM((COMPUTE_WARPGROUPS, tile.block_q), jnp.float32),
     }
-    each = {"num_barriers": tile.stages}
-    free = {"num_arrivals": COMPUTE_WARPGROUPS, **each}
     barriers = {
         "query": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
-        "key": plgpu.Barrier(**each),
-        "value": plgpu.Barrier(num_arrivals=2, **each),
-        "key_free": plgpu.Barrier(**free),
-        "value_free": plgpu.Barrier(**free),
+        "key": plgpu.Barrier(num_barriers=tile.stages),
+        "value": plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
+        "key_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=tile.stages),
+        "value_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=tile.stages),
         "turn": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
         "noise": plgpu.Barrier(),
     }

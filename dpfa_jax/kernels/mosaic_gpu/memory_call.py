@@ -76,6 +76,7 @@ def answer(
     `keep_sums` adds the un-noised sums, for tests. Errors: ArgumentError without noise inputs, or
     where the readout is for another number of heads.
     """
+    assert isinstance(spec.readout, MemoryReadout)
     numbers = _numbers(spec.readout, inputs)
     assert isinstance(numbers, Numbers)
     arrays = _arrays(spec.readout, numbers, inputs)

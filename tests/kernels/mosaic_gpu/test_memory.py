@@ -69,6 +69,7 @@ def test_the_additions_bound_by_hand():
     """17 numbers, one unit in the last place of all sums so far each, 8 groups, two neighbours."""
     by_hand = 2 * 17 * 2.0**-23 * sum(16 * g for g in range(1, 9))
     assert by_hand <= memory_numbers.product_slack() <= 1.02 * by_hand
+    assert ETA == memory_numbers.ACCUMULATION_SLACK
     # Negative control: without the smaller clip norm this block would break the bound.
     assert by_hand > ETA
 
