@@ -11,12 +11,21 @@ from dpfa_jax.core.errors import (
     UnsupportedBackendError,
     UnsupportedEventError,
 )
-from dpfa_jax.core.generators import GENERATORS, INSECURE_TEST, THREEFRY, Generator
+from dpfa_jax.core.generators import (
+    GENERATORS,
+    INSECURE_TEST,
+    INSECURE_TEST_LONG,
+    THREEFRY,
+    THREEFRY_LONG,
+    Generator,
+)
 
 __all__ = [
     "GENERATORS",
     "INSECURE_TEST",
+    "INSECURE_TEST_LONG",
     "THREEFRY",
+    "THREEFRY_LONG",
     "ArgumentError",
     "BudgetExceededError",
     "CoverageError",

@@ -86,6 +86,13 @@ def parameter_counter(
     return jnp.zeros_like(pair), pair
 
 
+def long_radius_counter(
+    pair: UInt32[Array, "..."],
+) -> tuple[UInt32[Array, "..."], UInt32[Array, "..."]]:
+    """(hi, lo) = (1, pair) of the block whose first word continues the radius of `pair`."""
+    return jnp.ones_like(pair), pair
+
+
 def _derive(
     key_words: UInt32[Array, "... 2"],
     hi: int | UInt32[Array, "..."],

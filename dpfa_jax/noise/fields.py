@@ -62,6 +62,7 @@ def parameter_noise(
     """Standard normals for leaf `leaf_index` of a parameter tree, by global element index.
 
     Element e of the flattened leaf is part e & 1 of counter pair e >> 1, however it is sharded.
+    Its radius has 64 bits.
 
     Errors: ArgumentError for a leaf of more than 2^32 elements.
     """
@@ -80,7 +81,9 @@ def parameter_noise(
     element = _flat_index(shape)
     is_odd = (element & jnp.uint32(1)) == jnp.uint32(1)
     pair = lax.shift_right_logical(element, jnp.full_like(element, 1))
-    cosine, sine = normal_pair(*threefry2x32(words[0], words[1], *counters.parameter_counter(pair)))
+    drawn = threefry2x32(words[0], words[1], *counters.parameter_counter(pair))
+    more, _ = threefry2x32(words[0], words[1], *counters.long_radius_counter(pair))
+    cosine, sine = normal_pair(*drawn, more)
     return jnp.where(is_odd, sine, cosine)
 
 

@@ -14,7 +14,15 @@ import numpy as np
 from jax.extend.random import define_prng_impl, threefry_prng_impl
 from jaxtyping import Array, Key, UInt32
 
-from dpfa_jax.core import INSECURE_TEST, THREEFRY, ArgumentError, Generator, KeyReuseError, checks
+from dpfa_jax.core import (
+    GENERATORS,
+    INSECURE_TEST,
+    THREEFRY,
+    ArgumentError,
+    Generator,
+    KeyReuseError,
+    checks,
+)
 
 
 def _refuse_seed(seed: Array) -> Array:
@@ -72,18 +80,21 @@ def insecure_test_key(seed: int, shape: tuple[int, ...] = ()) -> Key[Array, "...
 
 
 def generator_of(noise_key: Key[Array, "..."]) -> Generator:
-    """The generator that this key drives. Errors: ArgumentError if it is no noise key."""
+    """The generator that this key drives, by its short form: secret, or of a test seed.
+
+    Errors: ArgumentError if it is no noise key.
+    """
     return _generator("noise_key", noise_key)
 
 
 def require_key(parameter: str, noise_key: object, generator_name: str) -> None:
-    """Refuses all but a noise key of the generator that the release names.
+    """Refuses all but a noise key of the kind, secret or test, that the release names.
 
     Errors: ArgumentError for None, an int, raw words, a `jax.random.key`, a test key where the
     release promises secret noise, and the reverse.
     """
     generator = _generator(parameter, noise_key)
-    if generator.name == generator_name:
+    if generator.is_secret == GENERATORS[generator_name].is_secret:
         return
     if generator.is_secret:
         problem = f"a secret key, but the release names {generator_name}"

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 
-from dpfa_jax.core import INSECURE_TEST, THREEFRY, ArgumentError, checks
+from dpfa_jax.core import INSECURE_TEST_LONG, THREEFRY_LONG, ArgumentError, checks
 from dpfa_jax.release import sensitivity
 from dpfa_jax.release.adaptive_clipping import AdaptiveClipping
 from dpfa_jax.release.gaussian import GaussianRecord, Sampling, noise_grid
@@ -116,7 +116,7 @@ class TrainingRelease:
 
     def record(self) -> GaussianRecord:
         """The frozen record of one step."""
-        generator = INSECURE_TEST if self.insecure_test_noise else THREEFRY
+        generator = INSECURE_TEST_LONG if self.insecure_test_noise else THREEFRY_LONG
         return GaussianRecord(
             kind="training",
             unit=self.unit,

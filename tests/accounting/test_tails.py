@@ -16,7 +16,7 @@ from dpfa_jax.accounting.tails import (
     unreachable_bound,
 )
 from dpfa_jax.core import ArgumentError
-from dpfa_jax.core.generators import BOX_MULLER_TAIL
+from dpfa_jax.core.generators import BOX_MULLER_TAIL, LONG_TAIL
 from dpfa_jax.release import ExampleRelease, TrainingRelease
 
 
@@ -52,7 +52,22 @@ def test_flux_formula_is_the_probability_out_of_reach(tail, shift):
     assert exact_unreachable(shift, tail) == pytest.approx(counted, rel=2e-2)
 
 
-@pytest.mark.parametrize("tail", [4.0, 6.66, BOX_MULLER_TAIL])
+def test_noise_of_a_large_model_is_not_limited_by_the_tail():
+    """1.3e9 parameters, 1e5 steps, little noise: 40 bits of radius would cost more than delta."""
+    release = TrainingRelease(
+        l2_clip_norm=1.0,
+        noise_multiplier=0.5,
+        dataset_size=10**6,
+        expected_batch_size=2048,
+        num_parameters=1_300_000_000,
+    )
+    long = release.record()
+    cost = 1e5 * record_tail_cost(long).delta
+    assert cost < 1e-10
+    assert 1e5 * record_tail_cost(dataclasses.replace(long, tail=BOX_MULLER_TAIL)).delta > 1e-5
+
+
+@pytest.mark.parametrize("tail", [4.0, 6.66, BOX_MULLER_TAIL, LONG_TAIL])
 @pytest.mark.parametrize("shift", [1e-3, 0.1, 0.5, 1.0, 2.0])
 @pytest.mark.parametrize("pairs", [1, 2, 10, 1000])
 def test_bound_covers_every_split_and_is_not_idle(tail, shift, pairs):

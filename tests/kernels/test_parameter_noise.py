@@ -8,7 +8,8 @@ import pytest
 from dpfa_jax.core import ArgumentError, UnsupportedBackendError
 from dpfa_jax.kernels import parameter_noise
 from dpfa_jax.kernels.mosaic_gpu import device
-from dpfa_jax.noise import fields, insecure_test_key
+from dpfa_jax.noise import fields, insecure_test_key, normal_pair
+from dpfa_jax.noise.threefry import threefry2x32
 
 KEY = insecure_test_key(5)
 
@@ -28,6 +29,18 @@ def test_the_mean_is_sum_and_noise_on_the_grid():
     assert np.all(mean * 8 % 2.0**-6 == 0)
     exact = np.asarray(total, np.float64) + 1.5 * noise
     assert np.all(np.abs(mean * 8 - exact) <= 2.0**-7 + 1e-5)
+
+
+def test_the_field_continues_a_radius(monkeypatch):
+    """V9: XLA's field too: with this key pair 479 has first word 0."""
+    words = jnp.asarray([7, 3158553], jnp.uint32)
+    monkeypatch.setattr(fields.counters, "bind_parameter", lambda *_: words)
+    noise = np.asarray(fields.parameter_noise(KEY, 0, (960,)))
+    drawn = [threefry2x32(*words, jnp.uint32(high), jnp.uint32(479)) for high in (0, 1)]
+    assert int(drawn[0][0]) == 0
+    exact = np.ravel(normal_pair(*drawn[0], drawn[1][0]))
+    np.testing.assert_allclose(noise[958:], exact, rtol=1e-6)
+    assert np.hypot(*noise[958:]) > 6.6
 
 
 def test_one_fused_pass_without_a_second_copy():

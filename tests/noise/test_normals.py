@@ -10,7 +10,7 @@ from helpers.statistics import (
 )
 from scipy import special
 
-from dpfa_jax.core.generators import BOX_MULLER_TAIL, THREEFRY
+from dpfa_jax.core.generators import BOX_MULLER_TAIL, LONG_TAIL, THREEFRY, THREEFRY_LONG
 from dpfa_jax.noise import insecure_test_key, normal_pair, parameter_noise
 
 DRAWS = 200_000
@@ -68,6 +68,24 @@ def test_declared_tail_is_the_largest_draw():
     assert every.max() <= BOX_MULLER_TAIL * (1 + 2e-7)
     assert THREEFRY.tail == BOX_MULLER_TAIL
     assert 2e6 * special.ndtr(-THREEFRY.tail) < 1e-6
+
+
+def test_third_word_continues_the_radius_and_changes_nothing_else():
+    """V9: where w0 = 0 the radius has 64 bits, to its declared end; elsewhere it is unread."""
+    rng = np.random.default_rng(2)
+    n, fine = rng.integers(0, 256, 5000), 2.0 ** rng.uniform(0, 24, 5000)
+    n[:2], fine[:2] = 0, 0
+    fine = fine.astype(np.int64)
+    more = jnp.asarray((fine << 8 | 255).astype(np.uint32))  # its low 8 bits are not used
+    k = np.full_like(n, 2**23)
+    z0, z1 = (np.asarray(z, np.float64) for z in normal_pair(*_words(n, k), more))
+    radius = np.sqrt(-2 * np.log((n + (fine + 0.5) * 2.0**-24) * 2.0**-40))
+    assert np.abs(np.hypot(z0, z1) / radius - 1).max() < 4e-7
+    assert np.abs(z0).max() == pytest.approx(LONG_TAIL, rel=4e-7)
+    assert THREEFRY_LONG.tail == LONG_TAIL > 9.4
+    words = _words(rng.integers(256, 2**40, 5000), rng.integers(0, 2**24, 5000))
+    for z, short in zip(normal_pair(*words, more), normal_pair(*words), strict=True):
+        assert np.array_equal(np.asarray(z), np.asarray(short))
 
 
 def test_twenty_three_bit_noise_would_be_caught():

@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 
 from dpfa_jax.kernels import manual_axes
-from dpfa_jax.noise.counters import parameter_counter
+from dpfa_jax.noise.counters import long_radius_counter, parameter_counter
 from dpfa_jax.noise.grid import snap
 from dpfa_jax.noise.normals import normal_pair
 from dpfa_jax.noise.threefry import threefry2x32
@@ -81,8 +81,15 @@ def released_mean(
         layout = plgpu.Layout.WG_STRIDED(half, VECTOR // 2)
         offset = plgpu.broadcasted_iota(jnp.uint32, half, 0, layout=layout)
         pair = lax.convert_element_type(begin >> 1, jnp.uint32) + offset
-        words = threefry2x32(key_ref[0], key_ref[1], *parameter_counter(pair))
-        noise = _interleaved(*normal_pair(*words), simulate=simulate)
+        key = key_ref[0], key_ref[1]
+        words = threefry2x32(*key, *parameter_counter(pair))
+        # A radius is continued once in 2^32 pairs: hardly ever a program makes the blocks for it.
+        more = lax.cond(
+            jnp.min(words[0]) == 0,
+            lambda: threefry2x32(*key, *long_radius_counter(pair))[0],
+            lambda: words[0],
+        )
+        noise = _interleaved(*normal_pair(*words, more), simulate=simulate)
         stddev, grid, divisor = (numbers_ref[i] for i in range(3))
         out_ref[own] = snap(x + stddev * noise, grid) / divisor
 

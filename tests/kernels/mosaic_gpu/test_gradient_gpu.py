@@ -14,7 +14,9 @@ from dpfa_jax.kernels import gradient_products as products
 from dpfa_jax.kernels import parameter_noise
 from dpfa_jax.kernels.mosaic_gpu import device
 from dpfa_jax.kernels.mosaic_gpu import gradient_products as product_kernel
-from dpfa_jax.noise import insecure_test_key
+from dpfa_jax.kernels.mosaic_gpu import parameter_noise as noise_kernel
+from dpfa_jax.noise import insecure_test_key, normal_pair
+from dpfa_jax.noise.threefry import threefry2x32
 
 pytestmark = pytest.mark.gpu
 KERNEL = {"implementation": "mosaic_gpu"}
@@ -112,3 +114,17 @@ def test_noise_is_the_oracle_s(shape):
     assert np.mean(away > 0) < 1e-3
     # Negative control: another leaf's noise is elsewhere.
     assert np.mean(away > 0) < np.mean(np.abs(mine - np.roll(theirs, 2)) > 0)
+
+
+def test_the_pair_whose_radius_goes_on():
+    """V9, V10: pair 479 of this key has first word 0; its program alone draws the third word."""
+    words, pair = jnp.asarray([7, 3158553], jnp.uint32), 479
+    w0, w1 = threefry2x32(words[0], words[1], jnp.uint32(0), jnp.uint32(pair))
+    more, _ = threefry2x32(words[0], words[1], jnp.uint32(1), jnp.uint32(pair))
+    assert int(w0) == 0
+    numbers = jnp.asarray([1.0, 2.0**-14, 1.0], jnp.float32)
+    mean = np.asarray(noise_kernel.released_mean(jnp.zeros(2**15), words, numbers))
+    long, short = (np.ravel(normal_pair(w0, w1, third)) for third in (more, None))
+    found = mean[2 * pair : 2 * pair + 2]
+    assert np.abs(found - long).max() <= 2.0**-13
+    assert np.abs(found - short).max() > 2.0**-10

@@ -15,7 +15,8 @@ from dpfa_jax.kernels.mosaic_gpu import device
 from dpfa_jax.kernels.mosaic_gpu import gradient_products as product_kernel
 from dpfa_jax.kernels.mosaic_gpu import parameter_noise as noise_kernel
 from dpfa_jax.kernels.mosaic_gpu.gradient_products import SUM_TILE, ProductTiles
-from dpfa_jax.noise import counters, insecure_test_key, key_words
+from dpfa_jax.noise import counters, insecure_test_key, key_words, normal_pair
+from dpfa_jax.noise.threefry import threefry2x32
 
 SIMULATE = plgpu.InterpretGPUParams()
 TEAMS = ProductTiles(rows=64, columns=64, tokens=32, stages=2, buffers=1)
@@ -93,6 +94,22 @@ def test_noise_is_the_oracle_s(size):
     )
     cells = np.abs(np.asarray(mean, np.float64) - np.asarray(exact, np.float64)) * 250 * 2**10
     assert cells.max() <= 1.01
+
+
+def test_the_pair_whose_radius_goes_on():
+    """V9, V10: of this key's pairs 479 has first word 0; the program around it draws more."""
+    words, pair = jnp.asarray([7, 3158553], jnp.uint32), 479
+    w0, w1 = threefry2x32(words[0], words[1], jnp.uint32(0), jnp.uint32(pair))
+    more, _ = threefry2x32(words[0], words[1], jnp.uint32(1), jnp.uint32(pair))
+    assert int(w0) == 0
+    numbers = jnp.asarray([1.0, 2.0**-14, 1.0], jnp.float32)
+    mean = noise_kernel.released_mean(
+        jnp.zeros(1024), words, numbers, block=512, interpret=SIMULATE
+    )
+    found = np.asarray(mean)[2 * pair : 2 * pair + 2]
+    long, short = (np.ravel(normal_pair(w0, w1, third)) for third in (more, None))
+    assert np.abs(found - long).max() <= 2.0**-14
+    assert np.abs(found - short).max() > 2.0**-10
 
 
 @pytest.mark.slow
