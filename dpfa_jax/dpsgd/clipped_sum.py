@@ -10,10 +10,9 @@ a batch-coupled layer (batch normalisation, in-batch negatives) sees a batch of 
 has the norm that is promised, because norms are taken of the very numbers that are added.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,19 +20,22 @@ from jaxtyping import Array, Bool, Float, Float32, PyTree
 
 from dpfa_jax.clipping import trees
 from dpfa_jax.core import ArgumentError
-from dpfa_jax.dpsgd.deferral import Split, Tail, defer
-from dpfa_jax.dpsgd.forms import Product, Rows
+from dpfa_jax.dpsgd.deferral import defer
+from dpfa_jax.dpsgd.late_gradients import (
+    ClipNorm,
+    LateGradient,
+    largest_divisor,
+    late_gradients,
+    source_bytes,
+)
 from dpfa_jax.dpsgd.parameters import leaf_paths
-from dpfa_jax.kernels import gradient_products
+from dpfa_jax.dpsgd.split import Split, Tail
 
 PerExampleLoss = Callable[[PyTree, PyTree], Float[Array, " batch"]]
 
 
 # Held at a time where the plan says nothing: 5 % of a GPU of 80 GB.
 DEFAULT_PER_EXAMPLE_BYTES = 2**32
-
-# A clip norm: the plan's, or one that follows what was released.
-ClipNorm = float | Float32[Array, ""]
 
 
 class ClippedSum(NamedTuple):
@@ -93,14 +95,14 @@ def clipped_sum(
         split = split_with(recompute=True)
 
     def sum_of(examples: PyTree, real: Bool[Array, " micro"]) -> list[Float32[Array, "..."]]:
-        losses, gradients = _gradients(split, leaves, examples, real.shape[0], paths)
+        losses, gradients = late_gradients(split, leaves, examples, real.shape[0], paths)
         left = _check_memory(gradients, real.shape[0], allowed)
         counts = real & jnp.isfinite(losses)
         sums: dict[int, Array] = {}
         unclipped = []
         for l2_clip_norm, members in groups:
             parts = [gradients[i] for i in members]
-            memory = max(left, _source_bytes(parts)) if per_example_bytes is None else left
+            memory = max(left, source_bytes(parts)) if per_example_bytes is None else left
             *found, count = _clipped_group(parts, counts, l2_clip_norm, memory)
             sums.update(zip(members, found, strict=True))
             unclipped.append(count)
@@ -125,103 +127,6 @@ def clipped_sum(
     return result(jax.lax.scan(add, zeros, micro_batches)[0])
 
 
-@dataclasses.dataclass(frozen=True)
-class _Gradient:
-    """The per-example gradients of one parameter, not made yet.
-
-    Attributes:
-      path: the parameter's name.
-      tail: makes the gradient of one example.
-      values: what it is made from; with a leading axis of `rows` examples where `mapped`.
-      parameter: the parameter itself.
-    """
-
-    path: str
-    tail: Tail
-    values: tuple[Array, ...]
-    mapped: tuple[bool, ...]
-    rows: int
-    parameter: Array
-
-    def chunks(self, most: int) -> list[Array]:
-        """The mapped values in pieces of equal size, `most` examples or fewer each."""
-        size = _largest_divisor(self.rows, most)
-        held = zip(self.values, self.mapped, strict=True)
-        return [value.reshape(-1, size, *value.shape[1:]) for value, mapped in held if mapped]
-
-    def holding(self, values: list[Array], rows: int) -> "_Gradient":
-        """The same for other examples: one piece of `chunks`."""
-        new = iter(values)
-        held = zip(self.values, self.mapped, strict=True)
-        chosen = tuple(next(new) if mapped else value for value, mapped in held)
-        return dataclasses.replace(self, values=chosen, rows=rows)
-
-    def made(self, l2_clip_norm: ClipNorm) -> trees.PerExample:
-        """The gradients. The barrier keeps what is measured the same numbers as what is added."""
-        operands = self._operands(l2_clip_norm)
-        if operands is not None:
-            assert isinstance(l2_clip_norm, float)
-            left, right = (x.reshape(-1, *x.shape[2:]) for x in operands)
-            products, squares = gradient_products.gradient_products(left, right, unit=l2_clip_norm)
-            values = products.reshape(self.rows, -1, *products.shape[1:])
-            return trees.Measured(values, squares.reshape(self.rows, -1).sum(axis=1))
-        if not isinstance(self.tail.form, Rows):
-            return jax.lax.optimization_barrier(self._mapped(self.tail.make))
-        places, rows = self._mapped(self.tail.form.entries)
-        size = self.parameter.shape[0]
-        places, values, _ = trees.table_rows(places, rows, size)
-        return trees.TableRows(places, jax.lax.optimization_barrier(values), size)
-
-    def summed(
-        self, made: trees.PerExample, scales: Float32[Array, " rows"]
-    ) -> Float32[Array, "..."]:
-        """Weighted sum of what was made, in the parameter's shape."""
-        total = trees.weighted_sum(made, scales)
-        if not isinstance(made, trees.Measured):
-            return total
-        assert isinstance(self.tail.form, Product)
-        return self.tail.form.finish(total)
-
-    def _operands(self, l2_clip_norm: ClipNorm) -> tuple[Array, Array] | None:
-        """Operands of the matrix product that this gradient is, where a kernel makes it."""
-        # The kernel squares in units of a number that is known to the compiler.
-        if not isinstance(self.tail.form, Product) or not isinstance(l2_clip_norm, float):
-            return None
-        left, right = self._mapped(self.tail.form.operands)
-        one = left.reshape(-1, *left.shape[2:]), right.reshape(-1, *right.shape[2:])
-        return (left, right) if gradient_products.chosen(*one) else None
-
-    def losses(self) -> Float[Array, " rows"]:
-        return self._mapped(self.tail.make)
-
-    def _mapped(self, make: Callable[..., Any]) -> Any:
-        axes = tuple(0 if mapped else None for mapped in self.mapped)
-        # The barrier keeps what is recomputed from being what the forward pass has made, kept.
-        again = self.tail.recomputes
-        values = jax.lax.optimization_barrier(self.values) if again else self.values
-        return jax.vmap(make, in_axes=axes, axis_size=self.rows)(*values)
-
-
-def _gradients(
-    split: Split, leaves: list[Array], examples: PyTree, rows: int, paths: tuple[str, ...]
-) -> tuple[Float[Array, " micro"], list[_Gradient]]:
-    """Runs the head for all examples: (losses, gradients to be made)."""
-
-    def head(example: PyTree) -> list[Array]:
-        return split.head(*leaves, *jax.tree.leaves(example))
-
-    values = jax.vmap(head, out_axes=[0 if mapped else None for mapped in split.mapped])(examples)
-
-    def gradient(path: str, tail: Tail, leaf: Array) -> _Gradient:
-        picked = tuple(values[i] for i in tail.cut)
-        mapped = tuple(split.mapped[i] for i in tail.cut)
-        return _Gradient(path, tail, picked, mapped, rows, leaf)
-
-    loss = gradient("loss", split.tails[0], leaves[0]).losses()
-    found = [gradient(*each) for each in zip(paths, split.tails[1:], leaves, strict=True)]
-    return loss, found
-
-
 def _made_once(
     tails: Sequence[Tail], leaf_groups: tuple[int, ...], rows: int, allowed: int
 ) -> bool:
@@ -233,16 +138,8 @@ def _made_once(
     return max(needed.values(), default=0) <= allowed
 
 
-def _source_bytes(parts: list[_Gradient]) -> int:
-    """Memory of what the gradients not made yet are made from, for all examples."""
-    late = [part for part in parts if not part.tail.kept]
-    pairs = [pair for part in late for pair in zip(part.values, part.mapped, strict=True)]
-    held = {id(value): value for value, mapped in pairs if mapped}
-    return sum(value.size * value.dtype.itemsize for value in held.values())
-
-
 def _clipped_group(
-    parts: list[_Gradient], counts: Bool[Array, " micro"], l2_clip_norm: ClipNorm, memory: int
+    parts: list[LateGradient], counts: Bool[Array, " micro"], l2_clip_norm: ClipNorm, memory: int
 ) -> list[Float32[Array, "..."]]:
     """Clipped sums of one group, its gradients made within `memory` bytes; last its count."""
     together = sum(part.tail.example_bytes for part in parts if not part.tail.kept)
@@ -261,7 +158,7 @@ def _clipped_group(
 
 
 def _clipped(
-    parts: list[_Gradient], counts: Bool[Array, " chunk"], *, l2_clip_norm: ClipNorm
+    parts: list[LateGradient], counts: Bool[Array, " chunk"], *, l2_clip_norm: ClipNorm
 ) -> list[Float32[Array, "..."]]:
     made = [part.made(l2_clip_norm) for part in parts]
     scales = trees.clip_scales([trees.squared_norms(one, l2_clip_norm) for one in made], counts)
@@ -270,16 +167,16 @@ def _clipped(
 
 
 def _weighted(
-    parts: list[_Gradient], scales: Float32[Array, " chunk"], *, l2_clip_norm: ClipNorm
+    parts: list[LateGradient], scales: Float32[Array, " chunk"], *, l2_clip_norm: ClipNorm
 ) -> list[Float32[Array, "..."]]:
     sums = [part.summed(part.made(l2_clip_norm), scales) for part in parts]
     return [*sums, trees.centred_count(scales)]
 
 
-def _measured(part: _Gradient, l2_clip_norm: ClipNorm, most: int) -> Float32[Array, " micro"]:
+def _measured(part: LateGradient, l2_clip_norm: ClipNorm, most: int) -> Float32[Array, " micro"]:
     """Squared norms of one parameter's gradients, `most` examples at a time."""
 
-    size = _largest_divisor(part.rows, most)
+    size = largest_divisor(part.rows, most)
 
     def norms_of(carry: None, values: list[Array]) -> tuple[None, Float32[Array, " chunk"]]:
         return carry, trees.squared_norms(
@@ -291,14 +188,14 @@ def _measured(part: _Gradient, l2_clip_norm: ClipNorm, most: int) -> Float32[Arr
 
 
 def _added(
-    sums_of: Callable[[list[_Gradient], Array], list[Array]],
-    parts: list[_Gradient],
+    sums_of: Callable[[list[LateGradient], Array], list[Array]],
+    parts: list[LateGradient],
     per_row: Array,
     most: int,
 ) -> list[Float32[Array, "..."]]:
     """Sums over the batch of `sums_of(gradients, their rows)`, `most` examples at a time."""
     rows = per_row.shape[0]
-    size = _largest_divisor(rows, most)
+    size = largest_divisor(rows, most)
     if size == rows:
         return sums_of(parts, per_row)
 
@@ -312,17 +209,12 @@ def _added(
     return jax.lax.scan(add, zeros, chunks)[0]
 
 
-def _largest_divisor(rows: int, most: int) -> int:
-    most = min(rows, max(most, 1))  # gradients that exist already may be larger than what is left
-    return max(size for size in range(1, most + 1) if rows % size == 0)
-
-
 def _zeros_like(leaf: Array) -> Float32[Array, "..."]:
     """Zeros of the leaf's own kind (varying over shards or not), as its sum will be."""
     return jnp.where(leaf == leaf, 0.0, 0.0).astype(jnp.float32)
 
 
-def _check_memory(gradients: list[_Gradient], rows: int, allowed: int) -> int:
+def _check_memory(gradients: list[LateGradient], rows: int, allowed: int) -> int:
     """What is left of `allowed` beside the gradients that the head has made for all examples."""
     kept = {part.path: rows * part.tail.example_bytes for part in gradients if part.tail.kept}
     largest = max((part for part in gradients), key=lambda part: part.tail.example_bytes)
@@ -346,7 +238,7 @@ def _check_memory(gradients: list[_Gradient], rows: int, allowed: int) -> int:
     return left
 
 
-def _check_repeatable(parts: list[_Gradient], needed: int, memory: int) -> None:
+def _check_repeatable(parts: list[LateGradient], needed: int, memory: int) -> None:
     """What is made once for the norm and once for the sum must be the same both times."""
     for part in parts:
         if not part.tail.repeatable:

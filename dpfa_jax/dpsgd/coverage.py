@@ -6,9 +6,9 @@ import jax
 from jaxtyping import PyTree
 
 from dpfa_jax.dpsgd.clipped_sum import PerExampleLoss, split_gradient
-from dpfa_jax.dpsgd.deferral import Tail
 from dpfa_jax.dpsgd.forms import Rows
 from dpfa_jax.dpsgd.parameters import leaf_paths
+from dpfa_jax.dpsgd.split import Tail
 
 
 class Covered(NamedTuple):

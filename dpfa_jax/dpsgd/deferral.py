@@ -36,6 +36,7 @@ from dpfa_jax.dpsgd.equations import (
     varying_vars,
 )
 from dpfa_jax.dpsgd.forms import Product, Rows, form_of, stacked
+from dpfa_jax.dpsgd.split import Split, Tail
 
 # A gradient stays in the head where its cut would be this many times larger than itself: biases,
 # norm scales and low-rank factors are small, the inputs they come from are not.
@@ -72,50 +73,6 @@ _ELEMENTWISE = {"add", "broadcast_in_dim", "convert_element_type", "mul", "neg",
 _UNORDERED = {"scatter-add", "conv_general_dilated"}
 
 Make = Callable[[dict[jex.Var, Array]], Array]
-
-
-@dataclasses.dataclass(frozen=True)
-class Tail:
-    """How one gradient is made from values of the head.
-
-    Attributes:
-      cut: which outputs of the head it needs.
-      make: those outputs, in the same order -> the gradient of one example, not yet widened to
-        the parameter's dtype where a narrower one holds the same numbers.
-      made: shape and dtype of what is made; of the rows where the form is `Rows`.
-      kept: whether the head makes the gradient itself.
-      repeatable: whether making it twice gives the same bits on every device.
-      form: what more is known of it, as functions of the same values.
-      recomputes: whether it makes anew what the forward pass has made.
-    """
-
-    cut: tuple[int, ...]
-    make: Callable[..., Array]
-    made: jax.ShapeDtypeStruct
-    kept: bool
-    repeatable: bool
-    form: Rows | Product | None
-    recomputes: bool = False
-
-    @property
-    def example_bytes(self) -> int:
-        """Memory of one example's gradient."""
-        return self.made.size * self.made.dtype.itemsize
-
-
-@dataclasses.dataclass(frozen=True)
-class Split:
-    """A program in two parts.
-
-    Attributes:
-      head: the program's inputs -> values that the tails need, a list.
-      mapped: for each of these values, whether it can differ from example to example.
-      tails: one for each output of the program.
-    """
-
-    head: Callable[..., list[Array]]
-    mapped: tuple[bool, ...]
-    tails: tuple[Tail, ...]
 
 
 def defer(program: jex.ClosedJaxpr, varies: Sequence[bool], *, recompute: bool = False) -> Split:
@@ -237,7 +194,8 @@ class _Scope:
         what lies between. At most a sixteenth more than `var` itself would be kept then."""
         if not self._backward or found.cost > size + size // KEEP_RATIO:
             return False
-        between, todo = set(), [var]
+        between: set[jex.Var] = set()
+        todo = [var]
         while todo:
             eqn = self.maker[todo.pop()]
             if eqn.primitive.name not in _ELEMENTWISE:

@@ -15,6 +15,7 @@ from dpfa_jax.clipping.trees import CLIP_MARGIN
 from dpfa_jax.core import ArgumentError
 from dpfa_jax.dpsgd import clipped_sum as module
 from dpfa_jax.dpsgd.coverage import coverage
+from dpfa_jax.dpsgd.late_gradients import LateGradient
 from dpfa_jax.kernels import gradient_products
 
 
@@ -241,13 +242,13 @@ def test_a_normalised_input_is_made_anew_where_gradients_are_made_once(allowed, 
     params = {"a": square, "b": square, "scale": jax.ShapeDtypeStruct((width,), jnp.float32)}
     batch = {"x": jax.ShapeDtypeStruct((4, 64, width), jnp.float32)}
     seen = []
-    made = module._Gradient.made
+    made = LateGradient.made
 
     def noted(self, l2_clip_norm):
         seen.append((self.path, self.tail.recomputes))
         return made(self, l2_clip_norm)
 
-    monkeypatch.setattr(module._Gradient, "made", noted)
+    monkeypatch.setattr(LateGradient, "made", noted)
     program = functools.partial(
         clipped_sum,
         loss,

@@ -1,0 +1,128 @@
+"""Per-example gradients that are not made yet: what they will be made from, and how."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Float32, PyTree
+
+from dpfa_jax.clipping import trees
+from dpfa_jax.dpsgd.forms import Product, Rows
+from dpfa_jax.dpsgd.split import Split, Tail
+from dpfa_jax.kernels import gradient_products
+
+# A clip norm: the plan's, or one that follows what was released.
+ClipNorm = float | Float32[Array, ""]
+
+
+@dataclasses.dataclass(frozen=True)
+class LateGradient:
+    """The per-example gradients of one parameter, not made yet.
+
+    Attributes:
+      path: the parameter's name.
+      tail: makes the gradient of one example.
+      values: what it is made from; with a leading axis of `rows` examples where `mapped`.
+      parameter: the parameter itself.
+    """
+
+    path: str
+    tail: Tail
+    values: tuple[Array, ...]
+    mapped: tuple[bool, ...]
+    rows: int
+    parameter: Array
+
+    def chunks(self, most: int) -> list[Array]:
+        """The mapped values in pieces of equal size, `most` examples or fewer each."""
+        size = largest_divisor(self.rows, most)
+        held = zip(self.values, self.mapped, strict=True)
+        return [value.reshape(-1, size, *value.shape[1:]) for value, mapped in held if mapped]
+
+    def holding(self, values: list[Array], rows: int) -> "LateGradient":
+        """The same for other examples: one piece of `chunks`."""
+        new = iter(values)
+        held = zip(self.values, self.mapped, strict=True)
+        chosen = tuple(next(new) if mapped else value for value, mapped in held)
+        return dataclasses.replace(self, values=chosen, rows=rows)
+
+    def made(self, l2_clip_norm: ClipNorm) -> trees.PerExample:
+        """The gradients. The barrier keeps what is measured the same numbers as what is added."""
+        operands = self._operands(l2_clip_norm)
+        if operands is not None:
+            assert isinstance(l2_clip_norm, float)
+            left, right = (x.reshape(-1, *x.shape[2:]) for x in operands)
+            products, squares = gradient_products.gradient_products(left, right, unit=l2_clip_norm)
+            values = products.reshape(self.rows, -1, *products.shape[1:])
+            return trees.Measured(values, squares.reshape(self.rows, -1).sum(axis=1))
+        if not isinstance(self.tail.form, Rows):
+            return jax.lax.optimization_barrier(self._mapped(self.tail.make))
+        places, rows = self._mapped(self.tail.form.entries)
+        size = self.parameter.shape[0]
+        places, values, _ = trees.table_rows(places, rows, size)
+        return trees.TableRows(places, jax.lax.optimization_barrier(values), size)
+
+    def summed(
+        self, made: trees.PerExample, scales: Float32[Array, " rows"]
+    ) -> Float32[Array, "..."]:
+        """Weighted sum of what was made, in the parameter's shape."""
+        total = trees.weighted_sum(made, scales)
+        if not isinstance(made, trees.Measured):
+            return total
+        assert isinstance(self.tail.form, Product)
+        return self.tail.form.finish(total)
+
+    def _operands(self, l2_clip_norm: ClipNorm) -> tuple[Array, Array] | None:
+        """Operands of the matrix product that this gradient is, where a kernel makes it."""
+        # The kernel squares in units of a number that is known to the compiler.
+        if not isinstance(self.tail.form, Product) or not isinstance(l2_clip_norm, float):
+            return None
+        left, right = self._mapped(self.tail.form.operands)
+        one = left.reshape(-1, *left.shape[2:]), right.reshape(-1, *right.shape[2:])
+        return (left, right) if gradient_products.chosen(*one) else None
+
+    def losses(self) -> Float[Array, " rows"]:
+        """Of the program's first output: one number an example."""
+        return self._mapped(self.tail.make)
+
+    def _mapped(self, make: Callable[..., Any]) -> Any:
+        axes = tuple(0 if mapped else None for mapped in self.mapped)
+        # The barrier keeps what is recomputed from being what the forward pass has made, kept.
+        again = self.tail.recomputes
+        values = jax.lax.optimization_barrier(self.values) if again else self.values
+        return jax.vmap(make, in_axes=axes, axis_size=self.rows)(*values)
+
+
+def late_gradients(
+    split: Split, leaves: list[Array], examples: PyTree, rows: int, paths: tuple[str, ...]
+) -> tuple[Float[Array, " micro"], list[LateGradient]]:
+    """Runs the head for all examples: (losses, gradients to be made)."""
+
+    def head(example: PyTree) -> list[Array]:
+        return split.head(*leaves, *jax.tree.leaves(example))
+
+    values = jax.vmap(head, out_axes=[0 if mapped else None for mapped in split.mapped])(examples)
+
+    def gradient(path: str, tail: Tail, leaf: Array) -> LateGradient:
+        picked = tuple(values[i] for i in tail.cut)
+        mapped = tuple(split.mapped[i] for i in tail.cut)
+        return LateGradient(path, tail, picked, mapped, rows, leaf)
+
+    loss = gradient("loss", split.tails[0], leaves[0]).losses()
+    found = [gradient(*each) for each in zip(paths, split.tails[1:], leaves, strict=True)]
+    return loss, found
+
+
+def source_bytes(parts: list[LateGradient]) -> int:
+    """Memory of what the gradients not made yet are made from, for all examples."""
+    late = [part for part in parts if not part.tail.kept]
+    pairs = [pair for part in late for pair in zip(part.values, part.mapped, strict=True)]
+    held = {id(value): value for value, mapped in pairs if mapped}
+    return sum(value.size * value.dtype.itemsize for value in held.values())
+
+
+def largest_divisor(rows: int, most: int) -> int:
+    """The largest piece of at most `most` rows (one at least) into which `rows` can be cut."""
+    most = min(rows, max(most, 1))  # gradients that exist already may be larger than what is left
+    return max(size for size in range(1, most + 1) if rows % size == 0)
