@@ -105,18 +105,16 @@ def spec(
     if not isinstance(is_causal, bool):
         raise ArgumentError("is_causal", is_causal, "not a Python bool", "Pass True or False.")
     cap = None if logits_soft_cap is None else host.positive("logits_soft_cap", logits_soft_cap)
-    bound = None if logits_bound is None else host.positive("logits_bound", logits_bound)
+    bounds = [] if logits_bound is None else [host.positive("logits_bound", logits_bound)]
     factor = 1.0 / math.sqrt(inputs.query.shape[-1]) if scale is None else host.real("scale", scale)
-    largest = None if query_key_norm is None else abs(factor) * query_key_norm**2
-    if bound is not None and any(x is not None and x <= bound for x in (cap, largest)):
-        bound = None  # nothing lies beyond it
+    if query_key_norm is not None:
+        bounds.append(abs(factor) * query_key_norm**2)
     return AttentionSpec(
         scale=factor,
         is_causal=is_causal,
         local_window=_window(local_window_size, inputs),
         logits_soft_cap=cap,
-        logits_bound=bound,
-        largest_logit=largest,
+        largest_logit=min(bounds, default=None),
         readout=readout,
     )
 

@@ -89,12 +89,14 @@ def dot_product_attention(
         forward-mode and higher derivatives.
       return_residual: also return the log-sum-exp of each row's logits, without gradient.
       logits_soft_cap: c: scale q.k becomes c tanh(scale q.k / c), before bias and mask.
-      logits_bound: B: scale q.k, capped, becomes clip(scale q.k, -B, B) before bias and mask, with
-        gradient 0 where it lies beyond. State it where query and key are normalised, with room for
-        their rounding (1 % in bfloat16): where the bound holds it changes nothing, and without bias
-        a kernel on Hopper then needs no running maximum and is faster. It is of no use there above
-        31 (bfloat16) or 10 (float16): the running maximum serves, with the same result. A
-        `logits_soft_cap` is such a bound by itself.
+      logits_bound: B: the caller's statement that |scale q.k| <= B, as where query and key are
+        normalised. It defines nothing: without bias, and up to B = 62 (float16: 10), a kernel on
+        Hopper then takes weights exp(s) and no running maximum, which is faster; all else ignores
+        it. A `logits_soft_cap` is such a bound by itself. Where the statement is false, a row is
+        still its softmax while its largest logit L keeps exp(L) in range: bfloat16 -70 < L <
+        87 - log(S max(1, |v|)), with the row's largest |v|; float16, which stores the weights,
+        |L| < 10.3. A row above that is NaN, infinite or 0, a row below it loses weights and ends
+        as a row that sees no key.
 
     Returns:
       The output in the query's shape and dtype, and with `return_residual` the log-sum-exp,

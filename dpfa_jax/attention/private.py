@@ -49,7 +49,8 @@ def dp_attention(
       query, key, value: (B, T, N, H), (B, S, K, H), (B, S, K, H), not float64.
       bias, mask, is_causal, query_seq_lengths, key_value_seq_lengths: as `dot_product_attention`.
       scale, local_window_size, logits_soft_cap, implementation: likewise; scale is a Python float.
-      logits_bound: likewise, and refused for a `RecordRelease`, which has its own.
+      logits_bound: likewise; no guarantee rests on it: a row that leaves float32 counts as zero, as
+        every row that is not finite. Refused for a `RecordRelease`, which has its own.
       release: the promise, which must match the shapes (rows T, heads N, head size H).
       noise_key: the key of this release, from `charge`. An argument, never closed over.
       release_id, layer: tell several uses of one key apart, 32 bits each. Each use is one release

@@ -64,10 +64,10 @@ def fits(
 ) -> None:
     """Refuses arrays that are not what the release promises about. Errors: ArgumentError."""
     _, rows, heads, size = inputs.query.shape
-    if isinstance(release, RecordRelease) and spec.logits_bound is not None:
+    if isinstance(release, RecordRelease) and spec.largest_logit is not None:
         raise ArgumentError(
             "logits_bound",
-            spec.logits_bound,
+            spec.largest_logit,
             f"release.logit_bound is {release.logit_bound}",
             "Leave it out: a record release is bounded by its own number.",
         )

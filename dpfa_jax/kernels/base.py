@@ -65,10 +65,8 @@ class AttentionSpec:
       is_causal: query row t sees keys s <= t (no shift where T != S), as in jax.nn.
       local_window: (left, right): row t sees keys t - left <= s <= t + right; None: all.
       logits_soft_cap: c: logits become c tanh(logits / c) before bias and mask; None: none.
-      logits_bound: B: (capped) logits become clip(logits, -B, B) before bias and mask, with
-        derivative 0 where they lie beyond; None: none.
-      largest_logit: what |scale q.k| cannot exceed, by how query and key were made. It changes
-        no result: it lets a kernel do without a running maximum. None: not known.
+      largest_logit: what |scale q.k| is said not to exceed. It defines nothing: a kernel may do
+        without a running maximum where it is small enough. None: nothing is said.
       readout: what becomes of the normalised output.
     """
 
@@ -76,7 +74,6 @@ class AttentionSpec:
     is_causal: bool = False
     local_window: tuple[int, int] | None = None
     logits_soft_cap: float | None = None
-    logits_bound: float | None = None
     largest_logit: float | None = None
     readout: Readout = Plain()
 

@@ -196,8 +196,7 @@ def forward(spec: AttentionSpec, inputs: AttentionInputs) -> SoftmaxResults:
 
     if blocks.is_single:
         weights = rows = None
-        is_linear = spec.logits_soft_cap is None and spec.logits_bound is None
-        if blocks.rows * blocks.keys <= KEPT_WEIGHTS and is_linear:
+        if blocks.rows * blocks.keys <= KEPT_WEIGHTS and spec.logits_soft_cap is None:
             values, lse, weights = tiles.attend_keeping_weights(spec, tile_of(0, 0))
             output = unshielded(values)
         else:

@@ -96,11 +96,7 @@ def finite_or_zero(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
 
 
 def raw_logits(spec: AttentionSpec, tile: Tile) -> Float[Array, "B K G t s"]:
-    """scale q.k, capped and bounded, in the accumulator's type; neither bias nor mask yet."""
-    return _bounded(spec, _capped_logits(spec, tile))
-
-
-def _capped_logits(spec: AttentionSpec, tile: Tile) -> Float[Array, "B K G t s"]:
+    """scale q.k, capped, in the accumulator's type; neither bias nor mask yet."""
     dtype = accumulator(tile.query.dtype)
     logits_BKGTS = contracted("btkgh,bskh->bkgts", tile.query, tile.key, dtype)
     logits_BKGTS = logits_BKGTS * jnp.asarray(spec.scale, dtype)
@@ -108,14 +104,6 @@ def _capped_logits(spec: AttentionSpec, tile: Tile) -> Float[Array, "B K G t s"]
         cap = jnp.asarray(spec.logits_soft_cap, dtype)
         logits_BKGTS = cap * jnp.tanh(logits_BKGTS / cap)
     return logits_BKGTS
-
-
-def _bounded(spec: AttentionSpec, logits: Float[Array, "B K G t s"]) -> Float[Array, "B K G t s"]:
-    """Logits within the bound. NaN stays NaN; the bound itself keeps its derivative."""
-    if spec.logits_bound is None:
-        return logits
-    bound = jnp.asarray(spec.logits_bound, logits.dtype)
-    return jnp.where(jnp.abs(logits) > bound, jnp.copysign(bound, logits), logits)
 
 
 def biased(logits: Float[Array, "B K G t s"], tile: Tile) -> Float[Array, "B K G t s"]:
@@ -206,20 +194,17 @@ def normalised(
 def recomputed_weights(
     spec: AttentionSpec, tile: Tile, rows: SoftmaxRows
 ) -> tuple[Float[Array, "B K G t s"], Float[Array, "B K G t s"] | None]:
-    """Softmax weights of one rectangle from `rows`, and the logits' derivative where it is not 1.
+    """Softmax weights of one rectangle from `rows`, and the cap's derivative where there is one.
 
-    That is the derivative of cap and bound. `rows` are grouped, (B, t, K, G).
+    `rows` are grouped, (B, t, K, G).
     """
-    capped_BKGTS = _capped_logits(spec, tile)
+    capped_BKGTS = raw_logits(spec, tile)
     maximum, total = (jnp.moveaxis(x, 1, 3)[..., None] for x in rows)
-    weights_BKGTS = jnp.exp(biased(_bounded(spec, capped_BKGTS), tile) - maximum) / total
+    weights_BKGTS = jnp.exp(biased(capped_BKGTS, tile) - maximum) / total
     slope = None
     if spec.logits_soft_cap is not None:
         ratio = capped_BKGTS / jnp.asarray(spec.logits_soft_cap, capped_BKGTS.dtype)
         slope = 1.0 - ratio * ratio
-    if spec.logits_bound is not None:
-        inside = 1.0 if slope is None else slope
-        slope = jnp.where(jnp.abs(capped_BKGTS) > spec.logits_bound, 0.0, inside)
     return weights_BKGTS, slope
 
 
@@ -233,7 +218,7 @@ def attend_backward(
 ) -> tuple[jax.Array, jax.Array, jax.Array, Float[Array, "B K G t s"]]:
     """Gradients of one rectangle with respect to query, key, value and biased logits.
 
-    `weights` are the softmax weights, `slope` the derivative of cap and bound. `output_dot` is the
+    `weights` are the softmax weights, `slope` the derivative of the cap. `output_dot` is the
     row-wise product of output and cotangent, less the cotangent of the log-sum-exp (Dao et al.,
     2022); None where the rectangle is the whole matrix and shows it itself. Results are in the
     accumulator's type.

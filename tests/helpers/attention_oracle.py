@@ -24,9 +24,7 @@ def visibility(
     return seen
 
 
-def attention(
-    query, key, value, cotangent=None, *, bias=None, scale=None, soft_cap=None, bound=None, **hiding
-):
+def attention(query, key, value, cotangent=None, *, bias=None, scale=None, soft_cap=None, **hiding):
     """Output and, with `cotangent`, gradients of (query, key, value, logits); all float64.
 
     Shapes as in jax.nn (BTNH, BSKH). Rows that see no key give zeros.
@@ -40,9 +38,6 @@ def attention(
     raw = scale * (query @ np.swapaxes(key, 2, 3))
     capped = raw if soft_cap is None else soft_cap * np.tanh(raw / soft_cap)
     slope = 1.0 if soft_cap is None else 1 - (capped / soft_cap) ** 2
-    if bound is not None:
-        slope = np.where(np.abs(capped) <= bound, slope, 0.0)
-        capped = np.clip(capped, -bound, bound)
     logits = capped if bias is None else capped + np.asarray(bias, np.float64)
     seen = visibility(raw.shape, **hiding)
     logits = np.where(seen, logits, -np.inf)

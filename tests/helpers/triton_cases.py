@@ -28,8 +28,7 @@ OPTIONS = {
     "mask": {"mask": "NTS"},
     "mask by key, causal": {"mask": "S", "is_causal": True},
     "cap, scale": {"cap": 2.0, "scale": 0.7},
-    "bound, causal": {"bound": 0.8, "is_causal": True},
-    "bound, cap": {"bound": 1.1, "cap": 2.0, "lengths": True},
+    "cap, lengths": {"cap": 2.0, "lengths": True},
     "all": {"bias": "NTS", "mask": "TS", "is_causal": True, "window": (50, 2), "lengths": True,
             "cap": 3.0, "scale": 0.4},
 }  # fmt: skip
@@ -74,8 +73,6 @@ def naive(spec, seen, query, key, value, bias):
     logits = logits * spec.scale
     if spec.logits_soft_cap is not None:
         logits = spec.logits_soft_cap * jnp.tanh(logits / spec.logits_soft_cap)
-    if spec.logits_bound is not None:
-        logits = jnp.clip(logits, -spec.logits_bound, spec.logits_bound)
     if bias is not None:
         logits = logits + bias
     weights = jax.nn.softmax(jnp.where(seen, logits, -1e30), axis=-1)
@@ -122,9 +119,7 @@ def case(shape, dtype, options, seed=0):
         }
     is_causal, window = options.pop("is_causal", False), options.pop("window", None)
     scale = options.pop("scale", size**-0.5)
-    spec = AttentionSpec(
-        scale, is_causal, window, options.pop("cap", None), options.pop("bound", None)
-    )
+    spec = AttentionSpec(scale, is_causal, window, options.pop("cap", None))
     assert not options
     hiding = {"mask": mask, "is_causal": is_causal, "window": window, **lengths}
     seen = oracle.visibility(full, **hiding)
@@ -136,7 +131,6 @@ def case(shape, dtype, options, seed=0):
         bias=bias,
         scale=scale,
         soft_cap=spec.logits_soft_cap,
-        bound=spec.logits_bound,
         **hiding,
     )
     terms = None if bias is None else oracle.reduced_like(np.abs(exact[4]), bias.shape)

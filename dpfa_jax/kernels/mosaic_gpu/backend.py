@@ -22,7 +22,7 @@ from dpfa_jax.kernels.mosaic_gpu.backward import attention_backward
 from dpfa_jax.kernels.mosaic_gpu.forward import ForwardArrays, ForwardResults, attention_forward
 from dpfa_jax.kernels.mosaic_gpu.tiles import backward_tiles, forward_tiles
 from dpfa_jax.kernels.partitioning import by_batch_and_heads
-from dpfa_jax.kernels.public_maximum import public_maximum
+from dpfa_jax.kernels.public_maximum import has_public_maximum
 
 MAX_HEAD_SIZE = 256
 # Past this the accumulators of dK and dV do not fit the registers of a warpgroup.
@@ -161,7 +161,7 @@ class MosaicGpuBackend:
                 spec,
                 filled,
                 tile,
-                public_maximum=public_maximum(spec, inputs),
+                has_public_maximum=has_public_maximum(spec, inputs),
                 keep_unclipped=residuals,
                 interpret=self.interpret,
             )

@@ -60,17 +60,12 @@ def _multiply(acc: Any, lhs: jax.Array, rhs: Any, spare: Any) -> None:
 
 
 def _weights(spec: AttentionSpec, s: jax.Array, lse2: jax.Array, axis: int, seen: Any):
-    """(p, derivative of cap and bound or None) from raw products and the rows' log-sum-exp."""
+    """(p, derivative of the cap or None) from raw products and the rows' log-sum-exp."""
     factor, slope = spec.scale, None
     if spec.logits_soft_cap is not None:
         s = jnp.tanh(s * (factor / spec.logits_soft_cap))
         slope = 1.0 - s * s
         factor = spec.logits_soft_cap
-    if spec.logits_bound is not None:
-        bound = spec.logits_bound / factor
-        inside = jnp.ones_like(s) if slope is None else slope
-        slope = jnp.where(jnp.abs(s) > bound, 0.0, inside)
-        s = jnp.clip(s, -bound, bound)
     p = jnp.exp2(s * (factor * LOG2_E) - lax.broadcast_in_dim(lse2, s.shape, [axis]))
     return (p if seen is None else jnp.where(seen, p, 0.0)), slope
 

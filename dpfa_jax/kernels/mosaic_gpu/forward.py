@@ -90,13 +90,13 @@ class RunningMaximum:
 
 @dataclasses.dataclass(frozen=True)
 class PublicMaximum:
-    """Weights relative to a number that no logit exceeds; nothing is ever rescaled.
+    """Weights 2^shift exp(logit), which arguments say to be normal numbers; nothing is rescaled.
 
     Attributes:
-      maximum: in base 2, less the shift that the weights' dtype wants.
+      shift: what the weights' dtype wants.
     """
 
-    maximum: float
+    shift: float
 
     def start(self, rows: int) -> tuple[jax.Array, ...]:
         """As `RunningMaximum`, less the maximum."""
@@ -106,30 +106,20 @@ class PublicMaximum:
         self, s: jax.Array, factor: float, acc: jax.Array, sums: tuple[jax.Array, ...]
     ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
         """As `RunningMaximum`; `acc` as it is."""
-        p = jnp.exp2(s * factor - self.maximum)
+        exponent = s * factor
+        p = jnp.exp2(exponent + self.shift if self.shift else exponent)
         # The sum's shuffles keep ptxas from moving the exponentials past the wait for the turn.
         return p, acc, (sums[0] + p.sum(axis=1),)
 
     def finish(self, sums: tuple[jax.Array, ...]) -> tuple[float, jax.Array]:
         """As `RunningMaximum`."""
-        return self.maximum, sums[0]
+        return -self.shift, sums[0]
 
 
-def _softmax(public_maximum: float | None, dtype: Any) -> RunningMaximum | PublicMaximum:
-    if public_maximum is None:
-        return RunningMaximum()
-    return PublicMaximum(public_maximum * LOG2_E - SHIFT[jnp.dtype(dtype).name])
-
-
-def _bounded(spec: AttentionSpec, s: jax.Array) -> tuple[jax.Array, float]:
-    """Products q.k, capped and bounded, and the factor that makes logits of them."""
-    factor = spec.scale
-    if spec.logits_soft_cap is not None:
-        s = jnp.tanh(s * (factor / spec.logits_soft_cap))
-        factor = spec.logits_soft_cap
-    if spec.logits_bound is not None:
-        s = jnp.clip(s, -spec.logits_bound / factor, spec.logits_bound / factor)
-    return s, factor
+def _capped(spec: AttentionSpec, s: jax.Array) -> tuple[jax.Array, float]:
+    """Products q.k, capped, and the factor that makes logits of them."""
+    cap = spec.logits_soft_cap
+    return (s, spec.scale) if cap is None else (jnp.tanh(s * (spec.scale / cap)), cap)
 
 
 def _body(
@@ -206,7 +196,7 @@ def _body(
                 s = logits_of(step, None)
             slot = slot_of(step)
             v_shared = shared["value"].at[slot]
-            s, factor = _bounded(spec, s)
+            s, factor = _capped(spec, s)
             if masked:
                 columns = step * block_kv
                 seen = visible(
@@ -400,7 +390,7 @@ def attention_forward(
     arrays: ForwardArrays,
     tile: ForwardTiles,
     *,
-    public_maximum: float | None = None,
+    has_public_maximum: bool = False,
     keep_unclipped: bool = True,
     interpret: Any = None,
 ) -> ForwardResults:
@@ -411,7 +401,7 @@ def attention_forward(
       arrays: query (B, T, N, H), key and value (B, S, K, H), bfloat16 or float16; the noise
         operands where the readout asks for noise.
       tile: tile sizes that fit shared memory for H rounded up to a multiple of 64.
-      public_maximum: what no logit exceeds, within `kernels.public_maximum`; None: not known.
+      has_public_maximum: whether weights fit without a running one, by `kernels.public_maximum`.
       keep_unclipped: whether a backward pass will want `unclipped`.
       interpret: parameters of the Mosaic GPU simulator, None on a GPU.
 
@@ -466,7 +456,7 @@ def attention_forward(
             *refs[len(out_type) :],
             spec=spec,
             tile=tile,
-            softmax=_softmax(public_maximum, dtype),
+            softmax=PublicMaximum(SHIFT[dtype.name]) if has_public_maximum else RunningMaximum(),
             keys=keys,
             group=heads // kv_heads,
             simulate=interpret is not None,

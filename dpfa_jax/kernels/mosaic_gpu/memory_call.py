@@ -44,8 +44,6 @@ def cannot(spec: AttentionSpec, inputs: AttentionInputs) -> str | None:
         return f"a mask of shape {inputs.mask.shape} is not served, one over slots alone is"
     if head_size > MAX_HEAD_SIZE:
         return f"head size {head_size} is above {MAX_HEAD_SIZE} for a memory readout"
-    if spec.logits_bound is not None:
-        return f"logits_bound={spec.logits_bound} beside the readout's own bound is not served"
     if not math.isfinite(spec.scale):
         return f"scale={spec.scale} must be finite"
     if batch > MAX_BATCH:

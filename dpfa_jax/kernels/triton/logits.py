@@ -137,7 +137,7 @@ def tile_logits(
     *,
     is_keys_first: bool = False,
 ) -> tuple[jax.Array, jax.Array | None]:
-    """scale q.k, capped, bounded and biased, in their base; the derivative of cap and bound."""
+    """scale q.k, capped and biased, in their base; the derivative of the cap or None."""
     unit = Base.of(query.dtype).unit
     first, second = (key, query) if is_keys_first else (query, key)
     logits = dot(first, second, trans_b=True)
@@ -148,11 +148,6 @@ def tile_logits(
         ratio = jnp.tanh(logits * (spec.scale / spec.logits_soft_cap))
         logits = ratio * (spec.logits_soft_cap * unit)
         slope = 1.0 - ratio * ratio
-    if spec.logits_bound is not None:
-        bound = spec.logits_bound * unit
-        is_beyond = jnp.abs(logits) > bound
-        slope = jnp.where(is_beyond, 0.0, 1.0 if slope is None else slope)
-        logits = jnp.where(is_beyond, jnp.where(logits > 0.0, bound, -bound), logits)
     if arrays.bias is not None:
         bias = load_per_pair(arrays.bias, place, is_keys_first=is_keys_first)
         logits = logits + bias.astype(jnp.float32) * unit

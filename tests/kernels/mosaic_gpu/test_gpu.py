@@ -19,6 +19,7 @@ from dpfa_jax.kernels import epilogue
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, ExampleReadout, NoiseInputs
 from dpfa_jax.kernels.mosaic_gpu.backend import MosaicGpuBackend
 from dpfa_jax.kernels.mosaic_gpu.tiles import ForwardTiles
+from dpfa_jax.kernels.public_maximum import has_public_maximum
 from dpfa_jax.noise.fields import attention_noise
 
 pytestmark = pytest.mark.gpu
@@ -35,27 +36,32 @@ CASES = {
     ),
     "one row, one key, head size 80": ((2, 1, 1, 2, 2, 80), {}, jnp.bfloat16),
     "head size 256": ((1, 130, 300, 2, 2, 256), {"is_causal": True}, jnp.bfloat16),
-    # Without a running maximum; logits here have a standard deviation of 1.
-    "bound": ((2, 512, 512, 4, 2, 128), {"logits_bound": 1.2}, jnp.bfloat16),
-    "bound, wide key tiles": ((1, 260, 1100, 2, 1, 64), {"logits_bound": 8.0}, jnp.bfloat16),
+    # Without a running maximum; logits here have a standard deviation of 1, at most 5.3.
+    "bound": ((2, 512, 512, 4, 2, 128), {"largest_logit": 6.0}, jnp.bfloat16),
+    "bound, wide key tiles": ((1, 260, 1100, 2, 1, 64), {"largest_logit": 8.0}, jnp.bfloat16),
     "bound, causal, float16": (
         (2, 333, 259, 4, 1, 128),
-        {"is_causal": True, "logits_bound": 10.0},
+        {"is_causal": True, "largest_logit": 10.0},
         jnp.float16,
     ),
-    "bound, window, cap, lengths": (
+    "cap, window, lengths": (
         (3, 400, 410, 2, 2, 64),
-        {"local_window": (130, 17), "logits_soft_cap": 8.0, "logits_bound": 1.0, "lengths": True},
+        {"local_window": (130, 17), "logits_soft_cap": 2.0, "lengths": True},
         jnp.bfloat16,
     ),
     "bound, head size 256": (
         (1, 130, 300, 2, 2, 256),
-        {"is_causal": True, "logits_bound": 30.0},
+        {"is_causal": True, "largest_logit": 60.0},
+        jnp.bfloat16,
+    ),
+    "bound that logits exceed by 4": (
+        (1, 300, 300, 2, 2, 128),
+        {"largest_logit": 1.0},
         jnp.bfloat16,
     ),
     "bound that needs a running maximum": (
         (1, 300, 300, 2, 2, 128),
-        {"logits_bound": 40.0},
+        {"largest_logit": 80.0},
         jnp.bfloat16,
     ),
 }
@@ -94,8 +100,6 @@ def naive(spec, lengths, query, key, value):
     logits = logits * spec.scale
     if spec.logits_soft_cap is not None:
         logits = spec.logits_soft_cap * jnp.tanh(logits / spec.logits_soft_cap)
-    if spec.logits_bound is not None:
-        logits = jnp.clip(logits, -spec.logits_bound, spec.logits_bound)
     seen = jnp.asarray(
         oracle.visibility(
             logits.shape, is_causal=spec.is_causal, window=spec.local_window, **lengths
@@ -142,7 +146,6 @@ def test_error_is_within_twice_the_naive_one(case):
         cotangent,
         scale=spec.scale,
         soft_cap=spec.logits_soft_cap,
-        bound=spec.logits_bound,
         is_causal=spec.is_causal,
         window=spec.local_window,
         **lengths,
@@ -164,21 +167,53 @@ def test_error_is_within_twice_the_naive_one(case):
     assert not np.any(np.asarray(output, np.float32)[is_empty])
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("offset", [-1.0, 1.0])
-def test_every_logit_at_the_bound(offset, dtype):
+# Logits as far as a statement may lie, and beyond it up to where the docstring promises a softmax.
+@pytest.mark.parametrize(
+    ("logit", "dtype"),
+    [(x, jnp.bfloat16) for x in (-69.0, -62.0, 62.0, 78.0)]
+    + [(x, jnp.float16) for x in (-10.3, -10.0, 10.0, 10.3)],
+)
+def test_every_logit_at_the_bound(logit, dtype):
     """V7: all weights as small, or as large, as they get: their sum is neither 0 nor infinite."""
-    bound = 30.0 if dtype == jnp.bfloat16 else 10.0
     rows, keys, size = 200, 3000, 128
     rng = np.random.default_rng(6)
     query = jnp.full((1, rows, 2, size), 1.0, dtype)
-    key = jnp.full((1, keys, 2, size), offset, dtype)
-    value = draw(rng, (1, keys, 2, size), dtype)
-    spec = AttentionSpec(2 * bound / size, logits_bound=bound)  # logits of twice the bound
-    outputs = jax.jit(lambda *x: BACKEND.forward(spec, AttentionInputs(*x)))(query, key, value)
+    key = jnp.full((1, keys, 2, size), 1.0, dtype)
+    value = jnp.clip(draw(rng, (1, keys, 2, size), dtype), -2, 2)
+    bound = 62.0 if dtype == jnp.bfloat16 else 10.0
+    spec = AttentionSpec(abs(logit) / size, largest_logit=bound)
+    key = key if logit > 0 else -key
+    inputs = AttentionInputs(query, key, value)
+    assert has_public_maximum(spec, inputs)
+    outputs = jax.jit(lambda *x: BACKEND.forward(spec, AttentionInputs(*x)))(*inputs[:3])
     mean = np.asarray(value, np.float64).mean(axis=1, keepdims=True)
     assert np.abs(np.asarray(outputs.output, np.float64) - mean).max() < 1e-3
-    assert np.abs(np.asarray(outputs.lse) - (offset * bound + np.log(keys))).max() < 1e-4
+    assert np.abs(np.asarray(outputs.lse) - (logit + np.log(keys))).max() < 1e-4
+
+
+@pytest.mark.parametrize("size", [128, 256])
+@pytest.mark.parametrize("logit", [95.0, 200.0])
+def test_a_false_bound_costs_no_privacy(logit, size):
+    """V4, V5: rows that leave float32 are released as noise, the others within clip and noise."""
+    clip, grid, rows = 0.5, 2.0**-4, 256
+    readout = ExampleReadout(clip, (1.0, 1.0), (grid, grid))
+    spec = AttentionSpec(logit / size, largest_logit=5.0, readout=readout)
+    rng = np.random.default_rng(9)
+    query = jnp.ones((2, rows, 2, size), jnp.bfloat16).at[1].set(0.0)
+    value = draw(rng, (2, rows, 2, size), jnp.bfloat16)
+    inputs = AttentionInputs(query, jnp.ones_like(query), value, noise=noise_inputs(2))
+    assert has_public_maximum(spec, inputs)
+    outputs = jax.jit(lambda inputs: BACKEND.forward(spec, inputs))(inputs)
+    inside = np.asarray(outputs.unclipped, np.float32)
+    assert not np.any(np.isfinite(inside[0]) & (inside[0] != 0))  # the bound is false there
+    drawn = np.asarray(
+        attention_noise(*inputs.noise, heads=2, row_start=0, rows=rows, columns=size), np.float64
+    )
+    moved = np.asarray(outputs.output, np.float64) - drawn
+    slack = grid / 2 + np.abs(drawn) * 2.0**-7 + 1e-3  # grid, bfloat16
+    assert np.all(np.abs(moved[0]) <= slack[0])
+    assert np.all(np.linalg.norm(moved[1], axis=-1) <= clip + np.linalg.norm(slack[1], axis=-1))
+    assert np.abs(moved[1]).max() > grid
 
 
 def test_noise_under_a_public_maximum():

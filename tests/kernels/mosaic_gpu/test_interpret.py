@@ -16,7 +16,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dpfa_jax.kernels import epilogue
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, ExampleReadout, NoiseInputs
 from dpfa_jax.kernels.mosaic_gpu import backend
-from dpfa_jax.kernels.public_maximum import public_maximum
+from dpfa_jax.kernels.public_maximum import has_public_maximum
+from dpfa_jax.noise import attention_noise
 
 BACKEND = backend.MosaicGpuBackend(interpret=plgpu.InterpretGPUParams())
 
@@ -66,24 +67,26 @@ def test_everything_at_once():
         assert relative(mine, theirs) < 6e-3
 
 
+# Logits here are 5.9 at most; 5 more than is said, or 50 less than -B, is still their softmax.
+PUBLIC = {
+    "above the bound": ({"largest_logit": 0.9}, jnp.bfloat16),
+    "float16": ({"largest_logit": 7.0}, jnp.float16),
+    "large bound": ({"largest_logit": 60.0}, jnp.bfloat16),
+    "cap": ({"logits_soft_cap": 4.0}, jnp.bfloat16),
+    "running maximum": ({"largest_logit": 70.0}, jnp.bfloat16),
+}
+
+
 @pytest.mark.parametrize(
-    ("options", "dtype"),
-    [
-        ({"logits_bound": 0.9}, jnp.bfloat16),
-        pytest.param({"logits_bound": 9.0}, jnp.float16, marks=pytest.mark.slow),
-        pytest.param({"logits_soft_cap": 4.0}, jnp.bfloat16, marks=pytest.mark.slow),
-        pytest.param({"logits_bound": 1.5, "logits_soft_cap": 4.0}, jnp.float16,
-                     marks=pytest.mark.slow),
-        pytest.param({"logits_bound": 60.0}, jnp.bfloat16, marks=pytest.mark.slow),
-    ],
-)  # fmt: skip
-def test_public_maximum(options, dtype):
+    "name", ["above the bound", *(pytest.param(n, marks=pytest.mark.slow) for n in [*PUBLIC][1:])]
+)
+def test_public_maximum(name):
     """V7, V8: no running maximum where it fits the dtype; rows without keys, NaN past a length."""
+    options, dtype = PUBLIC[name]
     rows, keys, length = 70, 90, 60
     spec = AttentionSpec(0.3, is_causal=True, local_window=(20, 20), **options)
-    assert (
-        public_maximum(spec, AttentionInputs(*[draw(1, 1, 1, 1, dtype=dtype)] * 3)) is None
-    ) == (options == {"logits_bound": 60.0})
+    arrays = [draw(1, 1, 1, 1, dtype=dtype)] * 3
+    assert has_public_maximum(spec, AttentionInputs(*arrays)) == (name != "running maximum")
     query, key, value, cotangent = (
         draw(1, n, heads, 40, seed=seed, dtype=dtype)
         for seed, (n, heads) in enumerate(((rows, 2), (keys, 1), (keys, 1), (rows, 2)))
@@ -99,7 +102,6 @@ def test_public_maximum(options, dtype):
         *(query, key, value, cotangent),
         scale=spec.scale,
         soft_cap=spec.logits_soft_cap,
-        bound=spec.logits_bound,
         is_causal=True,
         window=spec.local_window,
         key_lengths=length,
@@ -108,15 +110,59 @@ def test_public_maximum(options, dtype):
     outputs = BACKEND.forward(spec, inputs)
     assert relative(outputs.output, expected[0]) < 4e-3
     assert np.array_equal(np.isneginf(outputs.lse[0, :, 0]), np.arange(rows) >= rows - 3)
-    if options == {"logits_bound": 0.9}:
+    if name == "above the bound":
         return  # the quick case; the others do all
-    if options == {"logits_bound": 9.0}:  # which no logit here exceeds
-        running = BACKEND.forward(dataclasses.replace(spec, logits_bound=1e3), inputs)
+    if spec.logits_soft_cap is None:
+        running = BACKEND.forward(dataclasses.replace(spec, largest_logit=None), inputs)
         seen = np.isfinite(outputs.lse)
         assert np.abs(np.where(seen, outputs.lse - running.lse, 0.0)).max() < 1e-5
     gradients = BACKEND.backward(spec, inputs, outputs, cotangent, None)
     for mine, theirs in zip(gradients[:3], expected[1:4], strict=True):
         assert relative(mine, theirs) < 6e-3
+
+
+# Within the promise: the largest logits of rows of 64 keys are 14, then 75 and -69.
+@pytest.mark.parametrize(
+    ("logit", "is_softmax"),
+    [(75.0, True), *(pytest.param(x, x > -80, marks=pytest.mark.slow) for x in (-69.0, -95.0))],
+)
+def test_how_false_a_bound_may_be(logit, is_softmax):
+    """V7: the softmax of all equal logits, whatever was said; far below, a row that sees no key."""
+    size = 64
+    spec = AttentionSpec(abs(logit) / size, largest_logit=1.0)
+    query = jnp.ones((1, 64, 1, size), jnp.bfloat16)
+    value = draw(1, 64, 1, size)
+    inputs = AttentionInputs(query, query if logit > 0 else -query, value)
+    outputs = BACKEND.forward(spec, inputs)
+    mean = np.asarray(value, np.float64).mean(axis=1, keepdims=True)
+    if is_softmax:
+        assert relative(outputs.output, np.broadcast_to(mean, value.shape)) < 4e-3
+        assert np.abs(outputs.lse - (logit + np.log(64))).max() < 1e-4
+    else:
+        assert not np.any(np.asarray(outputs.output, np.float32))
+        assert np.all(np.isneginf(outputs.lse))
+
+
+def test_a_false_bound_costs_no_privacy():
+    """V4, V5: rows that leave float32 inside are released as noise alone, the others as ever."""
+    clip, grid = 0.5, 2.0**-4
+    readout = ExampleReadout(clip, (1.0,), (grid,))
+    spec = AttentionSpec(100.0 / 64, largest_logit=5.0, readout=readout)
+    query = jnp.ones((2, 64, 1, 64), jnp.bfloat16).at[1].set(0.0)
+    value = draw(2, 64, 1, 64)
+    noise = NoiseInputs(*(jnp.asarray(x, jnp.uint32) for x in ([[1, 2], [3, 4]], [5, 6], [0, 0])))
+    inputs = AttentionInputs(query, jnp.ones_like(query), value, noise=noise)
+    outputs = BACKEND.forward(spec, inputs)
+    inside = np.asarray(outputs.unclipped, np.float32)
+    assert not np.any(np.isfinite(inside[0]))
+    drawn = attention_noise(*noise, heads=1, row_start=0, rows=64, columns=64)
+    moved = np.asarray(outputs.output, np.float64) - drawn
+    slack = grid / 2 + np.abs(drawn) * 2.0**-7 + 1e-3  # grid, bfloat16
+    assert np.all(np.abs(moved[0]) <= slack[0])
+    assert np.all(np.linalg.norm(moved[1], axis=-1) <= clip + np.linalg.norm(slack[1], axis=-1))
+    # Negative control: the second example, whose logits are 0, is an answer and no mere noise.
+    assert np.all(np.isfinite(inside[1]))
+    assert np.abs(moved[1]).max() > 1.5 * grid
 
 
 def test_example_release_is_the_blocked_one():

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, PartitionSpec
 
 from dpfa_jax.attention import core
@@ -16,6 +17,7 @@ from dpfa_jax.kernels.base import (
     ExampleReadout,
     MemoryReadout,
     NoiseInputs,
+    Plain,
 )
 from dpfa_jax.kernels.mosaic_gpu import backend
 
@@ -57,7 +59,7 @@ def loss(spec, query, inputs):
         ),
         (AttentionSpec(0.1, readout=RELEASE), shapes(head_size=128, noise=noise_shapes())),
         (
-            AttentionSpec(0.1, logits_bound=5.0, readout=RELEASE),
+            AttentionSpec(0.1, largest_logit=5.0, readout=RELEASE),
             shapes(head_size=128, noise=noise_shapes()),
         ),
     ],
@@ -85,6 +87,36 @@ def test_private_program_is_one_kernel():
     assert kernel.split("->")[-1].count("tensor<") == 2
     (main,) = (line for line in text.splitlines() if "@main" in line)
     assert main.split("->")[-1].count("tensor<") == 1
+
+
+def primitives_on(shape, jaxpr):
+    """Names of the operations that take or make an array of `shape`, inner programs included."""
+    names = set()
+    for equation in jaxpr.eqns:
+        if any(
+            getattr(x.aval, "shape", None) == shape for x in (*equation.invars, *equation.outvars)
+        ):
+            names.add(equation.primitive.name)
+        for inner in jaxprs_in_params(equation.params):
+            names |= primitives_on(shape, inner)
+    return names
+
+
+@pytest.mark.parametrize("readout", [Plain(), RELEASE])
+def test_a_stated_bound_leaves_no_maximum_and_no_clamp(readout):
+    """Nothing compares logits, 64 rows by 128 keys a step, where their range is said."""
+    noise = None if readout == Plain() else noise_shapes()
+    inputs = shapes(rows=128, keys=256, head_size=64, noise=noise)
+
+    def comparisons(bound):
+        spec = AttentionSpec(0.1, largest_logit=bound, readout=readout)
+        found = jax.make_jaxpr(functools.partial(BACKEND.forward, spec))(inputs)
+        names = primitives_on((64, 128), found.jaxpr)
+        assert "exp2" in names
+        return names & {"max", "min", "clamp", "reduce_max", "select_n", "lt", "gt"}
+
+    assert comparisons(5.0) == set()
+    assert comparisons(None) == comparisons(70.0) == {"reduce_max"}
 
 
 def test_shard_map_of_gradient_lowers():

@@ -197,7 +197,6 @@ def test_private_program_is_one_kernel(spec, options):
             "slots",
         ),
         (AttentionSpec(1.0, readout=READOUT), structs(keys=0), "empty"),
-        (AttentionSpec(1.0, logits_bound=1.0, readout=READOUT), structs(), "logits_bound"),
     ],
 )
 def test_cannot_says_why(spec, inputs, words):
