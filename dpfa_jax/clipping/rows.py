@@ -71,11 +71,21 @@ def _identity_gradient_jvp(
 
 
 def _toward_zero(x: Float32[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
+    """`x` rounded toward zero, by cutting bits off.
+
+    Not by rounding and comparing: XLA may drop a cast to 16 bits and back (on a GPU it does, under
+    jit), and the comparison with it.
+    """
     if dtype == jnp.float32:
         return x
-    rounded = jax.lax.stop_gradient(x).astype(dtype)
-    # One unit less in the magnitude bits is the next value toward zero.
-    bits = jax.lax.bitcast_convert_type(rounded, jnp.uint16)
-    grew = jnp.abs(rounded.astype(jnp.float32)) > jnp.abs(x)
-    bits = jnp.where(grew, bits - jnp.uint16(1), bits)
-    return _identity_gradient(x, jax.lax.bitcast_convert_type(bits, dtype))
+    value = jax.lax.stop_gradient(x)
+    bits = jax.lax.bitcast_convert_type(value, jnp.uint32)
+    if dtype == jnp.bfloat16:
+        cut = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), dtype)
+        return _identity_gradient(x, cut)
+    # float16 has 13 bits less of mantissa; below 2^-14 its numbers are the multiples of 2^-24.
+    normal = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFFE000), jnp.float32)
+    small = jnp.trunc(value * jnp.float32(2.0**24)) * jnp.float32(2.0**-24)
+    cut = jnp.where(jnp.abs(value) < jnp.float32(2.0**-14), small, normal)
+    most = float(jnp.finfo(jnp.float16).max)
+    return _identity_gradient(x, jnp.clip(cut, -most, most).astype(dtype))

@@ -56,6 +56,23 @@ def test_stored_norm_of_a_million_rows(dtype):
     _assert_clipped(1_000_000, 16, dtype, 1.0)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_stored_norm_on_a_gpu(dtype):
+    """V4: rounding toward zero by a comparison, which a GPU's compiler drops, failed this."""
+    _assert_clipped(200_000, 64, dtype, 1.0)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_no_step_can_be_dropped_by_a_compiler(dtype):
+    """V4: nothing is cast to 16 bits and back, which XLA may take for no change at all."""
+    program = jax.make_jaxpr(lambda x: clip_rows_stored(x, 1.0))(jnp.zeros((4, 8), dtype))
+    jaxpr = program.jaxpr
+    casts = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "convert_element_type"]
+    widened = [eqn for eqn in casts if eqn.outvars[0].aval.dtype == jnp.float32]
+    assert [eqn.invars[0] for eqn in widened] == [jaxpr.invars[0]]
+
+
 def test_a_cast_scale_factor_would_be_caught():
     """V4, negative control: scaling by a factor cast to bfloat16 overshoots the bound."""
     x = _hostile(20_000, 33, jnp.bfloat16)

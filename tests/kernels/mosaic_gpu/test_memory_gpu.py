@@ -111,7 +111,7 @@ def worst_records(rng, n, size, kind):
         value = np.zeros((n, size))
         value[:, size // 2] = rng.uniform(0.99, 1.0, n)
         return value  # of slightly different norms: equal numbers would add up exactly
-    elif kind == "alternating":
+    if kind == "alternating":
         value *= np.where(np.arange(n) % 2, -1.0, 1.0)[:, None]
     elif kind == "large then small":
         small = np.arange(n) % SUM_BLOCK >= SUM_BLOCK // 2
