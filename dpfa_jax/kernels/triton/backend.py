@@ -112,8 +112,11 @@ class TritonBackend:
             unclipped = results.output
             output = epilogue.example(readout, unclipped, inputs.noise).astype(dtype)
         else:
-            results = run(None, dtype=dtype, keep_unclipped=False)
-            output, unclipped = results.output, None
+            # The backward pass takes each row's product of output and cotangent: from an output
+            # rounded to 16 bits, every gradient of a row would share that error.
+            is_rounded = dtype != jnp.float32
+            results = run(None, dtype=dtype, keep_unclipped=residuals and is_rounded)
+            output, unclipped = results.output, results.unclipped
         rows = SoftmaxRows(jnp.swapaxes(results.maximum, 1, 2), jnp.swapaxes(results.total, 1, 2))
         is_empty = rows.total == 0.0
         rows = rows._replace(total=jnp.where(is_empty, 1.0, rows.total))
@@ -136,6 +139,7 @@ class TritonBackend:
             # A row that saw no key is the constant 0: a NaN that arrives there goes no further.
             cotangent = jnp.where(is_empty[..., None], jnp.zeros((), cotangent.dtype), cotangent)
         answer = outputs.output if outputs.unclipped is None else outputs.unclipped
+        cotangent = cotangent.astype(inputs.query.dtype)  # as the kernels multiply it
         delta = jnp.sum(answer.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
         if lse_cotangent is not None:
             delta = delta - jnp.where(is_empty, 0.0, lse_cotangent.astype(jnp.float32))
@@ -145,9 +149,7 @@ class TritonBackend:
             # exp(logit - lse) would round as coarsely as the log-sum-exp, all of a row alike.
             shift, factor = outputs.rows.maximum, by_head(1.0 / outputs.rows.total)
         shift = jnp.where(is_empty, jnp.inf, shift * Base.of(inputs.query.dtype).unit)
-        given = BackwardArrays(
-            cotangent.astype(inputs.query.dtype), by_head(shift), by_head(delta), factor
-        )
+        given = BackwardArrays(cotangent, by_head(shift), by_head(delta), factor)
         return AttentionGradients(
             *attention_backward(
                 spec, _arrays(inputs), given, _tiles(inputs), interpret=self.interpret

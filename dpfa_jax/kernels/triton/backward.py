@@ -100,7 +100,7 @@ def _weights(
     if row.factor is not None:
         p = p * row.factor[along_rows]
     first, second = (key.value, row.cotangent) if is_keys_first else (row.cotangent, key.value)
-    d_biased = p * (logits.dot(first, second, trans_b=True) - row.delta[along_rows])
+    d_biased = p * (logits.row_products(first, second) - row.delta[along_rows])
     if is_edge:
         seen = logits.visible(spec, arrays, place, key_length, is_keys_first=is_keys_first)
         p, d_biased = (jnp.where(seen, x, 0.0) for x in (p, d_biased))

@@ -36,7 +36,7 @@ class NoiseArrays(NamedTuple):
 
 
 class ForwardResults(NamedTuple):
-    """`output`, `unclipped` like query; the others (B, N, T) float32.
+    """`output` like query; `unclipped` too, in float32; the others (B, N, T) float32.
 
     A row's weights are exp(logit - maximum) / total; both are finite, and a row that sees no key
     has total 0.
@@ -142,7 +142,7 @@ def attention_forward(
         *(jax.ShapeDtypeStruct((batch, heads, length), jnp.float32) for _ in range(2)),
     ]
     if keep_unclipped:
-        shapes.append(jax.ShapeDtypeStruct(arrays.query.shape, arrays.query.dtype))
+        shapes.append(jax.ShapeDtypeStruct(arrays.query.shape, jnp.float32))
     grid = (pl.cdiv(length, tile.block_q), heads, batch)
     results = launch(
         _body, (arrays, noise), shapes, grid, tile, name="forward", interpret=interpret, spec=spec

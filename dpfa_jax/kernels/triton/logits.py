@@ -19,6 +19,9 @@ from dpfa_jax.kernels.triton import tiles
 from dpfa_jax.kernels.triton.tiles import Scalar
 
 LOG2_E = math.log2(math.e)
+# Columns of a float32 product that one sum holds; without tensor cores its terms are added one by
+# one, and the error of 256 would be twice that of 4 x 64.
+MOST_TERMS = 64
 # Start of a running maximum: finite, so that a row with no key yet gives exp(-inf) = 0, no NaN.
 LOWEST = -1e38
 
@@ -71,10 +74,24 @@ class Place(NamedTuple):
     keys: jax.Array
 
 
-def dot(a: jax.Array, b: jax.Array, **transposed: bool) -> jax.Array:
+def dot(a: jax.Array, b: jax.Array) -> jax.Array:
     """Product of two tiles, summed in float32; float32 factors are not rounded to tf32."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    return plt.dot(a, b, precision=precision, **transposed)
+    return plt.dot(a, b, precision=precision)
+
+
+def row_products(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Products of each row of `a` with each row of `b`, as `dot`; float32 rows piece by piece."""
+    if a.dtype != jnp.float32:
+        return plt.dot(a, b, trans_b=True)
+    pieces = max(1, a.shape[1] // MOST_TERMS)
+    products = [
+        plt.dot(x, y, trans_b=True, precision=lax.Precision.HIGHEST)
+        for x, y in zip(*(jnp.split(x, pieces, axis=1) for x in (a, b)), strict=True)
+    ]
+    while len(products) > 1:
+        products = [x + y for x, y in zip(products[::2], products[1::2], strict=True)]
+    return products[0]
 
 
 def indices(begin: Scalar, count: int) -> jax.Array:
@@ -140,7 +157,7 @@ def tile_logits(
     """scale q.k, capped and biased, in their base; the derivative of the cap or None."""
     unit = Base.of(query.dtype).unit
     first, second = (key, query) if is_keys_first else (query, key)
-    logits = dot(first, second, trans_b=True)
+    logits = row_products(first, second)
     slope = None
     if spec.logits_soft_cap is None:
         logits = logits * (spec.scale * unit)
