@@ -6,7 +6,7 @@ Every time is a median over queued calls on iid normal bf16 inputs, in milliseco
 of one run only. Peers: cuDNN through jax.nn, tokamax's Mosaic kernel and the best of torch's SDPA
 backends where they are installed, and cuDNN followed by a clip and `jax.random.normal`.
 
-`dpfa_bound` and `dpfa_example_bound` state a bound of the logits, to which the kernel clamps them;
+`dpfa_bound` and `dpfa_example_bound` state a bound of the logits, which spares the running maximum;
 `dpfa_example_clipped` clips query and key rows instead, in a pass of its own that is part of its
 time (a model's compiler makes one pass of it and of what makes queries and keys).
 `dpfa_memory` is the sum form over a private memory with 16 bits a value.

@@ -19,9 +19,9 @@ from dpfa_jax.kernels.triton import tiles
 from dpfa_jax.kernels.triton.tiles import Scalar
 
 LOG2_E = math.log2(math.e)
-# Columns of a float32 product that one sum holds; without tensor cores its terms are added one by
-# one, and the error of 256 would be twice that of 4 x 64.
-MOST_TERMS = 64
+# Without tensor cores the terms of a float32 product are added one by one. Up to 128 columns that
+# stays within the budget of errors; 256 do not, and are added 64 at a time.
+MOST_TERMS, PIECE = 128, 64
 # Start of a running maximum: finite, so that a row with no key yet gives exp(-inf) = 0, no NaN.
 LOWEST = -1e38
 
@@ -81,10 +81,10 @@ def dot(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def row_products(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Products of each row of `a` with each row of `b`, as `dot`; float32 rows piece by piece."""
+    """Products of each row of `a` with each row of `b`, as `dot`; long float32 rows in pieces."""
     if a.dtype != jnp.float32:
         return plt.dot(a, b, trans_b=True)
-    pieces = max(1, a.shape[1] // MOST_TERMS)
+    pieces = a.shape[1] // PIECE if a.shape[1] > MOST_TERMS else 1
     products = [
         plt.dot(x, y, trans_b=True, precision=lax.Precision.HIGHEST)
         for x, y in zip(*(jnp.split(x, pieces, axis=1) for x in (a, b)), strict=True)
