@@ -165,8 +165,7 @@ def make_dp_step(
                     "released. Plan, and charge, more steps."
                 )
         if not jax.config.jax_disable_jit:  # else noisy_sum's own guard already sees the key
-            traced = isinstance(step_number, jax.core.Tracer)
-            uses = () if traced else (step_number, TRAINING_LAYER)
+            uses = (step_number, TRAINING_LAYER)
             noise_key = hazards.guard(noise_key, step_number, uses=uses)
         after = jitted(step_number, *state[1:], batch, is_real, noise_key, held)
         following = step_number + 1

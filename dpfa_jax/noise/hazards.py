@@ -6,6 +6,7 @@ it is called. What only the whole program shows is found by `check_no_reuse`.
 """
 
 import threading
+import weakref
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,9 @@ _SEE_THROUGH = {"BatchTrace", "JVPTrace", "LinearizeTrace"}
 _Box = tuple[tuple[int, int], ...]
 _used: dict[tuple[bytes, tuple[int, ...]], list[_Box]] = {}
 _used_lock = threading.Lock()
+# The same for programs that are being traced: what each has drawn so far, as (key, uses, starts,
+# sizes). A traced number is known by its variable.
+_drawn_in: weakref.WeakKeyDictionary[Any, list[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
 
 
 def guard(
@@ -51,11 +55,12 @@ def guard(
       - where the key is closed over by jit, scan, while, cond, checkpoint or shard_map, or made
         inside from what is: only as an argument is it new in each call (or derive one inside from
         an argument: `jax.random.fold_in(key, step)`). Test keys may be made inside;
-      - at a second eager use of the same (key, uses) in this process whose spans overlap those of
-        the first. Test keys are exempt.
+      - at a second use of the same (key, uses) whose spans overlap those of the first: eager ones
+        in this process, staged ones in one traced program. Test keys are exempt.
 
-    A compiled function that is called twice with one key cannot be seen from inside it; take keys
-    from `charge`, which gives each once.
+    Not seen from inside: a compiled function that is called twice with one key, a key that a loop
+    carries unchanged or picks twice from an array (`check_no_reuse` finds some of these in one
+    program). Take keys from `charge`, which gives each once.
     """
     generator = generator_of(noise_key)
     if _scope_of_value(noise_key) is not _scope_of_trace(find_top_trace(())):
@@ -76,6 +81,8 @@ def guard(
     staged = concrete is None or len(numbers) < len(uses)
     if generator is not INSECURE_TEST and not staged:
         _register(concrete, numbers, [size for _, size in spans])
+    if generator is not INSECURE_TEST and staged:
+        _register_staged(noise_key, uses, [size for _, size in spans])
     operands = [jax.numpy.asarray(use, np.uint32) for use in uses]
     operands += [jax.lax.stop_gradient(w) for leaf in witnesses for w in jax.tree.leaves(leaf)]
     return guard_p.bind(noise_key, *operands, num_uses=len(uses))
@@ -159,14 +166,61 @@ def _register(noise_key: Any, numbers: list[Array | np.ndarray], sizes: list[int
             _used.setdefault(use, []).extend(boxes)
 
 
+def _register_staged(noise_key: object, uses: tuple[Any, ...], sizes: list[int]) -> None:
+    """Notes each use in the program that is being traced; numbers it cannot compare differ.
+
+    Errors: KeyReuseError at the second time.
+    """
+    key = _staged(noise_key)
+    if not isinstance(key, jax.core.Tracer):
+        return
+    names = [_name(use) for use in uses]
+    plain = len(names) - len(sizes)
+    new = (_name(key), tuple(names[:plain]), tuple(names[plain:]), tuple(sizes))
+    with _used_lock:
+        drawn = _drawn_in.setdefault(key._trace, [])
+        if any(_same_draw(new, old) for old in drawn):
+            raise KeyReuseError(
+                "noise_key serves two answers of one program: their difference is noise-free. "
+                "Take one key for each: charge(ledger, release) gives one each time; release_id "
+                "and layer tell charged uses of one key apart."
+            )
+        drawn.append(new)
+
+
+def _same_draw(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
+    if one[:2] != other[:2]:
+        return False
+    places = zip(one[2], other[2], one[3], other[3], strict=True)
+    return all(
+        a == b or (isinstance(a, int) and isinstance(b, int) and a < b + m and b < a + n)
+        for a, b, n, m in places
+    )
+
+
+def _name(value: object) -> object:
+    """What tells a number: itself, or the variable that stands for it in the traced program."""
+    known = _concrete(value)
+    if known is None:
+        tracer = _staged(value)
+        return getattr(tracer, "val", tracer)
+    return int(known) if np.size(known) == 1 else tuple(np.ravel(known).tolist())
+
+
+def _staged(value: object) -> object:
+    """The value below vmap and differentiation."""
+    while type(value).__name__ in _WRAPPED_IN:
+        value = getattr(value, _WRAPPED_IN[type(value).__name__])
+    return value
+
+
 def _overlap(one: _Box, other: _Box) -> bool:
     return all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True))
 
 
 def _concrete(value: object) -> Array | np.ndarray | None:
     """The concrete array below vmap and differentiation, or None where a program is staged."""
-    while type(value).__name__ in _WRAPPED_IN:
-        value = getattr(value, _WRAPPED_IN[type(value).__name__])
+    value = _staged(value)
     if isinstance(value, jax.core.Tracer):
         return None
     return value if isinstance(value, jax.Array) else np.asarray(value)
@@ -174,8 +228,7 @@ def _concrete(value: object) -> Array | np.ndarray | None:
 
 def _new_in_each_call(value: object) -> bool:
     """Whether a staged value depends on an argument of the program that is being traced."""
-    while type(value).__name__ in _WRAPPED_IN:
-        value = getattr(value, _WRAPPED_IN[type(value).__name__])
+    value = _staged(value)
     if not isinstance(value, jax.core.Tracer):
         return True
     frame = getattr(value._trace, "frame", None)  # None in an eager shard_map
@@ -184,8 +237,7 @@ def _new_in_each_call(value: object) -> bool:
 
 def _scope_of_value(value: object) -> object:
     """The trace of the staged program that holds `value`; None for a concrete value."""
-    while type(value).__name__ in _WRAPPED_IN:
-        value = getattr(value, _WRAPPED_IN[type(value).__name__])
+    value = _staged(value)
     return value._trace if isinstance(value, jax.core.Tracer) else None
 
 

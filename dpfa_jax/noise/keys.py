@@ -71,9 +71,7 @@ def insecure_test_key(seed: int, shape: tuple[int, ...] = ()) -> Key[Array, "...
 
     Errors: ArgumentError for a seed outside 0 .. 2^63 - 1.
     """
-    checks.count("seed", seed, minimum=0)
-    if seed >= 2**63:
-        raise ArgumentError("seed", seed, "not below 2^63", "Pass a smaller int.")
+    seed = checks.count("seed", seed, minimum=0, maximum=2**63 - 1)
     words = np.asarray([seed >> 32, seed & 0xFFFFFFFF], np.uint32)
     noise_key = jax.random.wrap_key_data(jnp.asarray(words), impl=_TEST)
     return jax.random.split(noise_key, shape) if shape else noise_key

@@ -135,6 +135,51 @@ def test_second_eager_use_is_refused():
     use(insecure_test_key(0), X)
 
 
+@pytest.mark.parametrize(
+    ("second", "is_same"),
+    [
+        ({"uses": (1, 0)}, True),
+        ({"uses": (1, 1)}, False),
+        ({"uses": (1, 0), "spans": ((2, 2),)}, True),
+        ({"uses": (1, 0), "spans": ((4, 2),)}, False),
+        ({"uses": (1, "layer")}, True),
+        ({"uses": (1, "layer + 1")}, False),
+    ],
+)
+@pytest.mark.parametrize("mapped", [False, True])
+def test_second_use_in_one_program_is_refused(second, is_same, mapped):
+    """V11: two answers of one traced program, of one key; layers and parts tell uses apart."""
+
+    def program(key, layer):
+        known = {"layer": layer, "layer + 1": layer + 1}
+
+        def once(key, shift=0.0, **use_of):
+            uses = tuple(known.get(use, use) for use in use_of.pop("uses"))
+            return use(key, X + shift, uses=uses, **use_of)
+
+        first = {"uses": second["uses"] if "layer" in second["uses"] else (1, 0)}
+        if "spans" in second:
+            first["spans"] = ((0, 3),)
+        if "layer + 1" in second["uses"]:
+            first["uses"] = (1, "layer")
+        if mapped:
+            answers = [jax.vmap(lambda k, u=u: once(k, **u))(key) for u in (first, second)]
+        else:
+            answers = [once(key, **first), once(key, 1.0, **second)]
+        return answers
+
+    key = jax.random.split(new_noise_key(), 3) if mapped else new_noise_key()
+    run = jax.jit(program)
+    if is_same:
+        with pytest.raises(KeyReuseError, match="two answers of one program"):
+            run(key, jnp.uint32(0))
+    else:
+        run(key, jnp.uint32(0))
+        run(key, jnp.uint32(0))  # not traced anew: nothing to see
+    test_key = insecure_test_key(0, (3,) if mapped else ())
+    run(test_key, jnp.uint32(0))
+
+
 def test_parts_of_one_answer_may_not_overlap():
     """V11: batch rows and heads drawn under one key; a row number is not a call number."""
     key = new_noise_key()
