@@ -9,6 +9,8 @@ from dpfa_jax.core import ArgumentError, checks
 from dpfa_jax.noise import new_noise_key
 from dpfa_jax.release import Release
 
+_MOST_KEYS = 2**24  # 128 MiB of keys: a larger count would be charged and then not fit
+
 
 @overload
 def charge(
@@ -31,7 +33,7 @@ def charge(
       ledger: a `Ledger` (a new one is returned) or an open `LedgerFile` (written before this
         returns; it is handed back).
       release: what is about to be answered.
-      count: None for one answer; an int for that many, each with its own key.
+      count: None for one answer; an int for that many, each with its own key; at most 2^24.
 
     Returns:
       The ledger that knows of the charge, and a key of shape () or (count,).
@@ -41,8 +43,9 @@ def charge(
     key split off it) is one more release and is due one more charge; `count` gives one key for
     each. A crash after the charge wastes budget; nothing can spend it twice.
 
-    Errors: ArgumentError for a release with test noise, which no ledger should count as private;
-    BudgetExceededError from a ledger file with a budget.
+    Errors: ArgumentError for a release with test noise, which no ledger should count as private,
+    or a count that is out of range (nothing is charged then); BudgetExceededError from a ledger
+    file with a budget.
     """
     if release.insecure_test_noise:
         raise ArgumentError(
@@ -51,7 +54,7 @@ def charge(
             "noise from a test seed protects nobody",
             "Use insecure_test_key(seed) directly, and record(ledger, release) to note the run.",
         )
-    number = 1 if count is None else checks.count("count", count)
+    number = 1 if count is None else checks.count("count", count, maximum=_MOST_KEYS)
     if isinstance(ledger, LedgerFile):
         ledger.charge(release, number)
     elif isinstance(ledger, Ledger):

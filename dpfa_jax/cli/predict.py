@@ -8,6 +8,7 @@ import tyro
 
 from dpfa_jax.cli.entry import DONE
 from dpfa_jax.core import ArgumentError
+from dpfa_jax.core.texts import is_unicode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +36,7 @@ def run(arguments: list[str]) -> int:
     config = tyro.cli(PredictConfig, prog="dpfa predict", args=arguments)
     texts = list(config.texts)
     if config.file is not None:
-        lines = config.file.read_text(encoding="utf-8").splitlines()
-        texts += [line for line in lines if line.strip()]
+        texts += _lines(config.file)
     if not texts:
         raise ArgumentError("texts", (), "nothing to classify", "Pass texts, or --file FILE.")
     for text in texts:
@@ -44,6 +44,8 @@ def run(arguments: list[str]) -> int:
             raise ArgumentError(
                 "texts", text, "holds nothing to classify", "Pass texts with at least one word."
             )
+        if not is_unicode(text):
+            raise ArgumentError("texts", text, "not UTF-8", "Pass it in UTF-8, or by --file.")
     from dpfa_jax.train.saved_model import load_model  # heavy: only once the arguments make sense
 
     model = load_model(config.model)
@@ -64,3 +66,12 @@ def run(arguments: list[str]) -> int:
             shown = text if len(text) <= 60 else text[:59] + "…"
             print(f"{model.class_names[best]:<12} {100 * row[best]:5.1f} %  {shown}")
     return DONE
+
+
+def _lines(file: Path) -> list[str]:
+    """Its lines that are not blank. Errors: ArgumentError where it is not UTF-8; OSError."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError:
+        raise ArgumentError("file", str(file), "not UTF-8", "Save it as UTF-8.") from None
+    return [line for line in lines if line.strip()]

@@ -5,6 +5,9 @@ import numbers
 
 from dpfa_jax.core.errors import ArgumentError
 
+# Largest integer up to which every integer is a float too: beyond it, arithmetic on counts rounds.
+LARGEST_COUNT = 2**53
+
 
 def real(name: str, value: object) -> float:
     """`value` as a finite Python float.
@@ -20,7 +23,12 @@ def real(name: str, value: object) -> float:
             "not a concrete real number",
             "Pass a Python float that does not depend on traced or private values: float(x).",
         )
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        raise ArgumentError(
+            name, _shown(value), "too large for a float", "Pass a finite number."
+        ) from None
     if not math.isfinite(number):
         raise ArgumentError(name, value, "not finite", "Pass a finite number.")
     return number
@@ -61,13 +69,17 @@ def probability(name: str, value: object) -> float:
     return number
 
 
-def count(name: str, value: object, *, minimum: int = 1) -> int:
-    """`value` as a Python int >= `minimum`. Errors: ArgumentError."""
+def count(name: str, value: object, *, minimum: int = 1, maximum: int = LARGEST_COUNT) -> int:
+    """`value` as a Python int in `minimum` .. `maximum`. Errors: ArgumentError."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
         raise ArgumentError(name, value, "not an integer", "Pass a Python int.")
     number = int(value)
     if number < minimum:
-        raise ArgumentError(name, value, f"less than {minimum}", f"Pass an int >= {minimum}.")
+        problem = f"less than {minimum}"
+        raise ArgumentError(name, _shown(value), problem, f"Pass an int >= {minimum}.")
+    if number > maximum:
+        problem = f"more than {maximum}"
+        raise ArgumentError(name, _shown(value), problem, f"Pass an int <= {maximum}.")
     return number
 
 
@@ -95,4 +107,11 @@ def choice(name: str, value: object, options: tuple[str, ...]) -> str:
     if value not in options:
         raise ArgumentError(name, value, "not an option", f"Pass one of {', '.join(options)}.")
     assert isinstance(value, str)
+    return value
+
+
+def _shown(value: object) -> object:
+    """`value` for a message: a very long int by its size, as Python refuses to print it."""
+    if isinstance(value, numbers.Integral) and abs(value) >= 10**40:
+        return f"<an int of {int(value).bit_length()} bits>"
     return value

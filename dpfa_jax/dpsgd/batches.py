@@ -67,12 +67,21 @@ def take_batch(examples: PyTree, indices: np.ndarray) -> tuple[PyTree, np.ndarra
 
     Args:
       examples: pytree of numpy arrays with leading axis n.
-      indices: (capacity,), -1 for padding.
+      indices: (capacity,), -1 for padding. No example may be in a batch twice: each of its rows
+        is clipped by itself, so together they would weigh twice what was accounted.
 
-    Errors: ArgumentError for an index outside -1 .. n-1.
+    Errors: ArgumentError for an index outside -1 .. n-1 or an example that is in the batch twice.
     """
     indices = np.asarray(indices)
     is_real = indices != PADDING
+    drawn = np.sort(indices[is_real])
+    if (drawn[1:] == drawn[:-1]).any():
+        raise ArgumentError(
+            "indices",
+            int(drawn[1:][drawn[1:] == drawn[:-1]][0]),
+            "this example is in the batch more than once, and would count beyond its clip norm",
+            "Draw each example at most once a batch, as plan.index_batches does.",
+        )
 
     def rows(leaf: np.ndarray) -> np.ndarray:
         if indices.size and (indices.min() < PADDING or indices.max() >= len(leaf)):

@@ -9,7 +9,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpfa_jax.core import ArgumentError, checks
+from dpfa_jax.core.texts import is_unicode
 from dpfa_jax.release import AdaptiveClipping
+from dpfa_jax.train.data.tokens import LONGEST
+from dpfa_jax.train.models import MODELS
 
 # Where a run lives and how it is entered; not part of what it computes.
 PLACE = ("out", "resume", "config")
@@ -45,7 +48,7 @@ class TrainConfig:
       batch: expected number of examples in a step (Poisson sampling).
       steps: number of steps; the noise is calibrated to them.
       learning_rate: peak learning rate of the optimizer.
-      max_length: tokens read of each text.
+      max_length: tokens read of each text; at most 65536.
       micro_batch: examples whose gradients are held in memory at once.
       checkpoint_every: steps between two checkpoints, which is also how many are charged at once.
       evaluate_every: steps between two looks at the held-out examples.
@@ -88,6 +91,9 @@ class TrainConfig:
 
     def check(self) -> None:
         """Refuses numbers that no run could use. Errors: ArgumentError."""
+        self._check_texts()
+        if self.model is not None:
+            checks.choice("model", self.model, MODELS)
         checks.positive("epsilon", self.epsilon)
         checks.delta("delta", self.delta)
         checks.count("seed", self.seed, minimum=0)
@@ -101,7 +107,7 @@ class TrainConfig:
         checks.count("noise_bands", self.noise_bands)
         self._check_adaptive()
         if self.max_length is not None:
-            checks.count("max_length", self.max_length, minimum=2)
+            checks.count("max_length", self.max_length, minimum=2, maximum=LONGEST)
         if self.resume and self.out is None:
             raise ArgumentError(
                 "resume", True, "no run to go on with", "Pass --out with the folder of the run."
@@ -117,6 +123,15 @@ class TrainConfig:
         except ArgumentError as error:
             name = f"clip_{error.parameter}"
             raise ArgumentError(name, error.value, error.problem, error.advice) from error
+
+    def _check_texts(self) -> None:
+        """Ledger and report hold these in UTF-8: refused here rather than after the training."""
+        names = ("data", "text_column", "label_column", "model", "out")
+        texts = [(name, getattr(self, name)) for name in names]
+        texts += [("class_names", name) for name in self.class_names or ()]
+        for name, text in texts:
+            if text is not None and not is_unicode(str(text)):
+                raise ArgumentError(name, str(text), "not UTF-8", "Rename it.")
 
     def _check_adaptive(self) -> None:
         self.adaptive()
@@ -175,6 +190,8 @@ def read_config(path: Path) -> TrainConfig:
         raise ArgumentError("config", str(path), error.strerror or "unreadable", "") from error
     except ValueError as error:
         raise ArgumentError("config", str(path), f"malformed ({error})", "Mend it.") from error
+    except RecursionError:
+        raise ArgumentError("config", str(path), "nested too deeply", "Mend it.") from None
     if not isinstance(settings, dict):
         raise ArgumentError("config", str(path), "not a table of settings", 'Write {"epsilon": 3}.')
     return from_settings(settings, path)
@@ -188,7 +205,7 @@ def _converted(name: str, value: Any, annotation: Any) -> Any:
     if typing.get_origin(annotation) is Literal:
         annotation = str  # `check` knows the options
     if annotation is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return checks.real(name, value)
     if annotation is Path and isinstance(value, str):
         return Path(value)
     if annotation == tuple[str, ...] and isinstance(value, list):

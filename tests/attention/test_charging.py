@@ -57,7 +57,7 @@ def test_over_budget_there_is_no_key(tmp_path, monkeypatch):
         assert not made and file.ledger.total_count == 1
 
 
-@pytest.mark.parametrize("count", [0, -1, 1.5, True])
+@pytest.mark.parametrize("count", [0, -1, 1.5, True, 2**24 + 1, 10**15])
 def test_a_bad_count_is_refused_and_not_charged(count, tmp_path):
     """V23."""
     with LedgerFile.create(tmp_path / "ledger.jsonl") as file:

@@ -88,7 +88,20 @@ BAD = {
     "batch above n": (lambda t, c: ["train", "--data", c, "--batch", "5000"], "batch = 5000"),
     "negative seed": (lambda t, c: ["train", "--seed", "-1"], "seed = -1"),
     "no rate": (lambda t, c: ["train", "--learning-rate", "0"], "learning_rate = 0.0"),
-    "unknown model": (lambda t, c: ["train", "--data", c, "--model", "magic"], "magic"),
+    "unknown model": (lambda t, c: ["train", "--data", c, "--model", "magic"], "model = 'magic'"),
+    "vast seed": (lambda t, c: ["train", "--seed", "1" + "0" * 23], "seed = 1"),
+    "vast steps": (
+        lambda t, c: ["train", "--steps", "1" + "0" * 400],
+        "steps = '<an int of 1329 bits>'",
+    ),
+    "vast length": (
+        lambda t, c: ["train", "--data", c, "--max-length", "100000000"],
+        "max_length = 100000000",
+    ),
+    "file of no known letters": (
+        lambda t, c: ["train", "--data", c[:-4] + "\udcff.csv"],
+        "not UTF-8",
+    ),
     "unknown data": (lambda t, c: ["train", "--data", "nothing"], "nothing"),
     "missing file": (lambda t, c: ["train", "--data", f"{t}/none.csv"], "none.csv"),
     "empty file": (lambda t, c: ["train", "--data", _file(t, "")], "data.csv"),
@@ -122,6 +135,14 @@ BAD = {
     "predict by nothing": (lambda t, c: ["predict", "--model", str(t), "hi"], "no trained model"),
     "no ledger": (lambda t, c: ["account", f"{t}/none.jsonl"], "none.jsonl"),
     "predict blank": (lambda t, c: ["predict", "--model", str(t), "oil", " "], "texts = ' '"),
+    "predict undecodable": (
+        lambda t, c: ["predict", "--model", str(t), "caf\udce9"],
+        r"texts = 'caf\udce9': not UTF-8",
+    ),
+    "predict a file in Latin-1": (
+        lambda t, c: ["predict", "--model", str(t), "--file", _latin(t)],
+        "latin.txt': not UTF-8",
+    ),
     "per head": (lambda t, c: ["train", "--clipping", "per-head"], "per-head"),
     "quantile of nothing": (lambda t, c: ["train", "--clip-quantile", "0.5"], "clip_quantile"),
     "adaptive and correlated": (
@@ -140,6 +161,12 @@ BAD = {
 def _file(folder, text):
     path = folder / "data.csv"
     path.write_text(text)
+    return str(path)
+
+
+def _latin(folder):
+    path = folder / "latin.txt"
+    path.write_bytes(b"caf\xe9\n")
     return str(path)
 
 

