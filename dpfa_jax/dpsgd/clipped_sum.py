@@ -30,6 +30,8 @@ from dpfa_jax.dpsgd.late_gradients import (
 )
 from dpfa_jax.dpsgd.parameters import leaf_paths
 from dpfa_jax.dpsgd.split import Split, Tail
+from dpfa_jax.kernels import compensated
+from dpfa_jax.kernels.compensated import TwoFloat
 
 PerExampleLoss = Callable[[PyTree, PyTree], Float[Array, " batch"]]
 
@@ -119,12 +121,9 @@ def clipped_sum(
     def interleaved(x: Array) -> Array:
         return jnp.swapaxes(x.reshape(micro_batch_size, -1, *x.shape[1:]), 0, 1)
 
-    def add(total: list[Array], micro: tuple[PyTree, Array]) -> tuple[list[Array], None]:
-        return [t + s for t, s in zip(total, sum_of(*micro), strict=True)], None
-
     micro_batches = jax.tree.map(interleaved, (batch, is_real))
     zeros = [*map(_zeros_like, leaves), jnp.stack([_zeros_like(is_real[0])] * len(groups))]
-    return result(jax.lax.scan(add, zeros, micro_batches)[0])
+    return result(_total(lambda micro: sum_of(*micro), micro_batches, zeros))
 
 
 def _made_once(
@@ -199,14 +198,31 @@ def _added(
     if size == rows:
         return sums_of(parts, per_row)
 
-    def add(total: list[Array], chunk: tuple[list[list[Array]], Array]) -> tuple[list[Array], None]:
+    def sums_of_chunk(chunk: tuple[list[list[Array]], Array]) -> list[Array]:
         values, these = chunk
         held = [part.holding(own, size) for part, own in zip(parts, values, strict=True)]
-        return [t + s for t, s in zip(total, sums_of(held, these), strict=True)], None
+        return sums_of(held, these)
 
     zeros = [*(_zeros_like(part.parameter) for part in parts), _zeros_like(per_row[0])]
     chunks = [part.chunks(most) for part in parts], per_row.reshape(-1, size)
-    return jax.lax.scan(add, zeros, chunks)[0]
+    return _total(sums_of_chunk, chunks, zeros)
+
+
+def _total(
+    sums_of: Callable[[PyTree], list[Array]], pieces: PyTree, zeros: list[Array]
+) -> list[Float32[Array, "..."]]:
+    """Sums over `pieces`, rounded once.
+
+    In plain float32 the rounding of a sum of 10^5 examples that agree moves by more than one of
+    them may, once their places change.
+    """
+
+    def add(total: list[TwoFloat], piece: PyTree) -> tuple[list[TwoFloat], None]:
+        parts = zip(total, sums_of(piece), strict=True)
+        return [compensated.add(so_far, part) for so_far, part in parts], None
+
+    start = [TwoFloat(zero, zero) for zero in zeros]
+    return [total.high for total in jax.lax.scan(add, start, pieces)[0]]
 
 
 def _zeros_like(leaf: Array) -> Float32[Array, "..."]:

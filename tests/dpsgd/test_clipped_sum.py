@@ -453,3 +453,47 @@ def test_products_that_a_kernel_makes_and_measures(name, least_shapes, monkeypat
     check_against_the_oracle(name, ALLOWED["some"], flat_groups=True, dtype=jnp.bfloat16)
     check_against_the_oracle(name, 2**24, flat_groups=False, dtype=jnp.float32)
     assert len({shape[1:] for shape in seen}) >= least_shapes
+
+
+def test_order_of_a_large_batch_hardly_matters():
+    """V4: one of 2^17 examples that agree is removed, all others move up a place, as a loader's do.
+
+    The sum must move by that example. Negative control: in plain float32, micro-batch by
+    micro-batch, rounding adds several times as much.
+    """
+    rows, micro, size = 2**17, 4, 16
+    rng = np.random.default_rng(0)
+    direction = rng.standard_normal(size)
+    direction /= np.linalg.norm(direction)
+    x = (direction * rng.uniform(0.5, 1.0, (rows, 1))).astype(np.float32)
+    x[0] = direction * 1e3
+    fewer = np.roll(x, -1, axis=0)
+
+    @jax.jit
+    def total(x, is_real):
+        return clipped_sum(
+            lambda params, batch: batch @ params,
+            jnp.zeros(size),
+            x,
+            is_real,
+            l2_clip_norms=(1.0,),
+            leaf_groups=(0,),
+            micro_batch_size=micro,
+            per_example_bytes=None,
+        )
+
+    @jax.jit
+    def plainly(x, is_real):
+        norms = jnp.linalg.norm(x, axis=1, keepdims=True)
+        x = jnp.where(is_real[:, None], x * jnp.minimum(1.0, 1.0 / norms), 0.0)
+        parts = jnp.swapaxes(x.reshape(micro, -1, size), 0, 1)
+        start = jnp.zeros(size)
+        return jax.lax.scan(lambda so_far, part: (so_far + part.sum(0), None), start, parts)[0]
+
+    def further(sum_of):
+        sums = sum_of(x, np.ones(rows, bool)), sum_of(fewer, np.arange(rows) < rows - 1)
+        moved = np.subtract(*(np.asarray(getattr(s, "gradients", s), np.float64) for s in sums))
+        return np.linalg.norm(moved - direction)
+
+    assert further(total) < 2e-3
+    assert further(plainly) > 5e-3
