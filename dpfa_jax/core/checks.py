@@ -112,6 +112,6 @@ def choice(name: str, value: object, options: tuple[str, ...]) -> str:
 
 def _shown(value: object) -> object:
     """`value` for a message: a very long int by its size, as Python refuses to print it."""
-    if isinstance(value, numbers.Integral) and abs(value) >= 10**40:
+    if isinstance(value, numbers.Integral) and abs(int(value)) >= 10**40:
         return f"<an int of {int(value).bit_length()} bits>"
     return value

@@ -23,6 +23,7 @@ from dpfa_jax.train.options import less_than_asked, options_text, privacy_option
 from dpfa_jax.train.progress import Progress, progress_for
 from dpfa_jax.train.report import make_report, write_report
 from dpfa_jax.train.run_folder import RunFolder, new_run_folder, require_same_settings
+from dpfa_jax.train.same_data import require_same_data
 from dpfa_jax.train.saved_model import save_model
 from dpfa_jax.train.stop import StopRequest, stop_requests
 from dpfa_jax.train.twin import Twin, train_twin
@@ -64,6 +65,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
         if head is not None:  # the ledger must hold the charges that paid for these steps
             ledger_file.require_head(head)
         _require_model(job, folder, course, ledger_file)
+        require_same_data(folder.checkpoints, job.data, step=course.step)
         stop = stack.enter_context(stop_requests())
         stack.enter_context(shown)
         _announce(job, folder, course, ledger_file, shown)
