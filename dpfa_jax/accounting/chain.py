@@ -1,19 +1,39 @@
 """The file form of a ledger as text: one canonical JSON line an event, each hashing the one before.
 
-A line is {"body": ..., "hash": ..., "previous": ...}: `hash` is SHA-256 over the canonical form of
-body and previous. A line is accepted only if it is, byte for byte, its own canonical form.
+A line is {"body": ..., "hash": ..., "id": ..., "previous": ...}: `hash` is SHA-256 over the
+canonical form of the other three. `id` is fresh from the operating system, so that no two ledgers,
+and no two continuations of one, share a hash, whatever they charge. A line is accepted only if it
+is, byte for byte, its own canonical form.
 """
 
 import dataclasses
 import hashlib
 import json
-from typing import Any
+import re
+import secrets
+from typing import Any, NamedTuple
 
 from dpfa_jax.accounting.ledger import NonPrivateRecord, Record
 from dpfa_jax.core import DPFAError, LedgerError
 from dpfa_jax.release import GaussianRecord, Sampling
 
 GENESIS = "0" * 64
+_ID_BYTES = 16  # 128 bits: no collision among all lines ever written
+_IDS = re.compile("[0-9a-f]{32}")
+
+
+class Line(NamedTuple):
+    """One verified line.
+
+    Attributes:
+      body: the event.
+      id: 128 random bits, hexadecimal; None in a line of format 1, which had none.
+      hash: SHA-256 of the line, hexadecimal.
+    """
+
+    body: dict[str, Any]
+    id: str | None
+    hash: str
 
 
 def canonical(value: Any) -> str:
@@ -24,27 +44,34 @@ def canonical(value: Any) -> str:
 
 
 def chained_line(body: dict[str, Any], previous: str) -> tuple[bytes, str]:
-    """The line (newline included) that follows the line of hash `previous`, and its own hash."""
-    digest = _digest(body, previous)
-    text = canonical({"body": body, "hash": digest, "previous": previous})
-    return text.encode("ascii") + b"\n", digest
+    """The line (newline included) that follows the line of hash `previous`, and its own hash.
+
+    Its id is fresh: two calls never return the same line.
+    """
+    hashed = {"body": body, "id": secrets.token_hex(_ID_BYTES), "previous": previous}
+    digest = _digest(hashed)
+    return canonical({**hashed, "hash": digest}).encode("ascii") + b"\n", digest
 
 
-def verified_body(line: bytes, previous: str, number: int) -> tuple[dict[str, Any], str]:
-    """Body and hash of one complete line (newline included). Errors: LedgerError."""
+def verified_line(line: bytes, previous: str, number: int) -> Line:
+    """The content of one complete line (newline included). Errors: LedgerError."""
     try:
         value = json.loads(line)
-        body, digest, follows = value["body"], value["hash"], value["previous"]
+        body, digest, follows = value["body"], value.pop("hash"), value["previous"]
+        hashed, value = value, {**value, "hash": digest}
+        named = "id" not in value or _IDS.fullmatch(value["id"]) is not None
         intact = (canonical(value) + "\n").encode("ascii") == line
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise _broken(number, "it is no JSON line of a ledger") from error
     if not intact:
         raise _broken(number, "it is not in canonical form")
+    if not named or not value.keys() <= {"body", "hash", "id", "previous"}:
+        raise _broken(number, "it holds what no line of a ledger holds")
     if follows != previous:
         raise _broken(number, "it does not follow the line before it")
-    if digest != _digest(body, previous):
+    if digest != _digest(hashed):
         raise _broken(number, "its hash does not match its content")
-    return body, digest
+    return Line(body, value.get("id"), digest)
 
 
 def is_torn(fragment: bytes) -> bool:
@@ -85,9 +112,8 @@ def record_from_json(value: dict[str, Any]) -> Record:
         raise LedgerError(f"record = {value!r}: not a record of this version: {error}") from error
 
 
-def _digest(body: dict[str, Any], previous: str) -> str:
-    text = canonical({"body": body, "previous": previous})
-    return hashlib.sha256(text.encode("ascii")).hexdigest()
+def _digest(hashed: dict[str, Any]) -> str:
+    return hashlib.sha256(canonical(hashed).encode("ascii")).hexdigest()
 
 
 def _broken(number: int, problem: str) -> LedgerError:

@@ -17,7 +17,8 @@ from dpfa_jax.accounting.locks import exclusive
 from dpfa_jax.core import ArgumentError, DPFAError, LedgerError, checks
 from dpfa_jax.release import GaussianRecord, Release
 
-FORMAT = 1
+FORMAT = 2
+_WITHOUT_IDS = 1
 
 
 class LedgerFile:
@@ -28,7 +29,10 @@ class LedgerFile:
       holds at least what was released. A crash may waste budget; it never overspends it.
     * A flipped, dropped, reordered or doubled line is found on opening and refused. Whole lines
       cut off the END are not visible in the file alone: keep `head` elsewhere (a checkpoint, say)
-      and pass it back as `expect_head`.
+      and pass it back as `expect_head`. Every line has random bits of its own, so a charge that
+      is written again after such a cut has another hash, also where it charges the same.
+    * A file that was removed, renamed or replaced while it is open is refused at the next charge,
+      before and after its line is written.
     * The chain detects damage and mistakes. It has no secret key: whoever can write the file can
       write another valid one.
     * Processes may share one file: each charge reads what the others appended, under an exclusive
@@ -43,7 +47,10 @@ class LedgerFile:
       metadata: what `create` was given.
       insecure_test_noise: True where the file takes answers whose noise came from a test seed.
       ledger: all charges so far, as last read.
-      head: SHA-256 of the last line, hexadecimal.
+      has_line_ids: False in a ledger of format 1: charges that were cut off and written again may
+        have the same head.
+      head: SHA-256 of the last line, hexadecimal; with line ids, no other file or continuation
+        ever has it.
     """
 
     def __init__(self, path: str, descriptor: int, read_only: bool, timeout_seconds: float):
@@ -51,8 +58,11 @@ class LedgerFile:
         self.budget: Budget | None = None
         self.metadata: Mapping[str, Any] = {}
         self.insecure_test_noise = False
+        self.has_line_ids = True
         self.ledger = Ledger()
         self.head = chain.GENESIS
+        # What `path` means now: the process may go to another folder.
+        self._place = os.path.join(os.getcwd(), path)
         self._descriptor = descriptor
         self._read_only = read_only
         self._timeout_seconds = timeout_seconds
@@ -109,6 +119,7 @@ class LedgerFile:
 
         A last line that a crash left unfinished was never acknowledged, so nothing was released
         for it: it is dropped, and the chain says so. Anything else that does not verify is refused.
+        A ledger of format 1, whose lines have no random ids, opens with `read_only` only.
 
         Args:
           path: the file.
@@ -153,7 +164,8 @@ class LedgerFile:
 
         Returns: the ledger with the charge in it.
         Errors: BudgetExceededError where it would pass the budget, LedgerError where it cannot be
-          written; then nothing may be released. UnsupportedEventError where unit or relation
+          written, or the file is not in its place; then nothing may be released.
+          UnsupportedEventError where unit or relation
           differ from the ledger's.
         """
         checks.count("count", count)
@@ -170,7 +182,10 @@ class LedgerFile:
             return charged
 
     def refresh(self) -> Ledger:
-        """The ledger with what other processes have charged meanwhile. Errors: LedgerError."""
+        """The ledger with what other processes have charged meanwhile.
+
+        Errors: LedgerError, also where the file was removed or replaced.
+        """
         with self._locked():
             return self.ledger
 
@@ -210,6 +225,7 @@ class LedgerFile:
                     "known. Open it again."
                 )
             if self._held is not None:
+                self._require_in_place(self._end)
                 yield
                 return
             with exclusive(self._descriptor, self.path, self._timeout_seconds):
@@ -230,13 +246,21 @@ class LedgerFile:
             self._threads.release()
 
     def _read_new_lines(self) -> None:
-        *lines, fragment = storage.read_from(self._descriptor, self._end, self.path).split(b"\n")
-        for line in lines:
-            body, self.head = chain.verified_body(line + b"\n", self.head, self._lines + 1)
-            self._apply(body)
+        new = storage.read_from(self._descriptor, self._end, self.path)
+        self._require_in_place(self._end + len(new))
+        *lines, fragment = new.split(b"\n")
+        for text in lines:
+            line = chain.verified_line(text + b"\n", self.head, self._lines + 1)
+            self._apply(line.body)
+            if (line.id is not None) != self.has_line_ids:
+                raise LedgerError(
+                    f"path = {self.path!r}, line {self._lines + 1}: a line of another format. The "
+                    "file was altered; restore it from a copy."
+                )
+            self.head = line.hash
             self._heads.add(self.head)
             self._lines += 1
-            self._end += len(line) + 1
+            self._end += len(text) + 1
         if not fragment:
             return
         if not chain.is_torn(fragment):
@@ -252,11 +276,16 @@ class LedgerFile:
         line, head = chain.chained_line(body, self.head)
         self._broken = True
         storage.append_durably(self._descriptor, line, self._end, self.path)
+        end = self._end + len(line)
+        self._require_in_place(end)
         self._broken = False
         self.head = head
         self._heads.add(head)
         self._lines += 1
-        self._end += len(line)
+        self._end = end
+
+    def _require_in_place(self, end: int) -> None:
+        storage.require_in_place(self._descriptor, self._place, end, self.path)
 
     def _apply(self, body: dict[str, Any]) -> None:
         try:
@@ -275,8 +304,15 @@ class LedgerFile:
             raise LedgerError(f"path = {self.path!r}, line {self._lines + 1}: {error}") from error
 
     def _apply_header(self, body: dict[str, Any]) -> None:
-        if body["format"] != FORMAT:
+        if body["format"] not in (_WITHOUT_IDS, FORMAT):
             raise LedgerError(f"format = {body['format']!r}: unknown. Update the library.")
+        if body["format"] == _WITHOUT_IDS and not self._read_only:
+            raise LedgerError(
+                f"format = {_WITHOUT_IDS}: its lines have no random ids, so charges that were cut "
+                "off and written again would not show. It opens with read_only=True (`dpfa "
+                "account` does so); charge to a new ledger, whose budget counts on top of this one."
+            )
+        self.has_line_ids = body["format"] != _WITHOUT_IDS
         self.budget = None if body["budget"] is None else Budget(**body["budget"])
         self.metadata = body["metadata"]
         self.insecure_test_noise = body["insecure_test_noise"]

@@ -81,6 +81,32 @@ def read_from(descriptor: int, start: int, path: str) -> bytes:
         raise LedgerError(f"path = {path!r}: cannot be read: {error}.") from error
 
 
+def require_in_place(descriptor: int, place: str, end: int, path: str) -> None:
+    """Refuse an open file that is no longer the file at `place`, or does not end at byte `end`.
+
+    A removed or replaced file takes writes without a word, and nobody ever reads them.
+
+    Errors: LedgerError.
+    """
+    try:
+        opened, present = os.fstat(descriptor), os.stat(place)
+    except FileNotFoundError as error:
+        raise _elsewhere(path, "the file was removed or renamed") from error
+    except OSError as error:
+        raise _elsewhere(path, f"the file cannot be looked up ({error})") from error
+    if not os.path.samestat(opened, present):
+        raise _elsewhere(path, "the file was replaced by another one")
+    if opened.st_size != end:
+        raise _elsewhere(path, f"the file has {opened.st_size} bytes, where {end} are its own,")
+
+
+def _elsewhere(path: str, problem: str) -> LedgerError:
+    return LedgerError(
+        f"path = {path!r}: {problem} while it was open. Nothing may be released. Put the ledger "
+        "that was charged back in its place and open it again."
+    )
+
+
 def cut(descriptor: int, end: int, path: str) -> None:
     """Drop all bytes from `end`, durably. Errors: LedgerError."""
     try:

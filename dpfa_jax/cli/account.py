@@ -28,6 +28,7 @@ class AccountConfig:
       delta: at which epsilon is stated; the budget's own where not given.
       expect_head: a head that the chain must hold, from a report or a checkpoint: a file whose end
         was cut off is whole in itself. Where not given, that of the report beside the ledger.
+        The head at a run's start, which its config.json names, is due in any case.
     """
 
     ledger: tyro.conf.Positional[Path]
@@ -42,7 +43,8 @@ def run(arguments: list[str]) -> int:
     if not path.exists():
         raise LedgerError(f"ledger = {str(path)!r}: no such file. Pass the ledger.jsonl of a run.")
     in_use = _in_use(path)
-    expected = config.expect_head or _reported_head(path)
+    expected = config.expect_head or _named_head(path, "report.json", "ledger", "head")
+    started = _named_head(path, "config.json", "ledger_head")
     with tempfile.TemporaryDirectory() as folder:
         # A copy: a run holds the lock of its ledger from its first step to its last. A line that
         # it is just writing reads as unfinished, and stands for nothing that was released yet.
@@ -50,6 +52,8 @@ def run(arguments: list[str]) -> int:
         shutil.copyfile(path, copy)
         try:
             file = LedgerFile.open(copy, read_only=True, expect_head=expected)
+            if started is not None:
+                file.require_head(started)
         except LedgerError as error:
             print(f"NOT VERIFIED  {str(error).replace(str(copy), str(path))}")
             return FAILED
@@ -57,17 +61,23 @@ def run(arguments: list[str]) -> int:
             if in_use:
                 print("in use by a run: what follows is the ledger at this moment; it may grow")
             print(f"verified: the chain is whole; head {file.head}")
+            if not file.has_line_ids:
+                print(
+                    "not known: whether charges were cut off and written again; no line has an id"
+                )
             if expected is None:
                 print("not known: whether its end was cut off; --expect-head HEAD would tell")
             _print_account(file, config.delta)
     return DONE
 
 
-def _reported_head(path: Path) -> str | None:
-    """The head that the report in the ledger's folder names; None without a report."""
+def _named_head(path: Path, beside: str, *names: str) -> str | None:
+    """The head that a file beside the ledger names; None where it names none."""
     try:
-        report = json.loads((path.parent / "report.json").read_text(encoding="utf-8"))
-        return str(report["ledger"]["head"])
+        value = json.loads((path.parent / beside).read_text(encoding="utf-8"))
+        for name in names:
+            value = value[name]
+        return str(value)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

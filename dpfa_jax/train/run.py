@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from dpfa_jax.accounting import Budget, LedgerFile
+from dpfa_jax.accounting import LedgerFile
 from dpfa_jax.accounting.guarantee import answers_epsilon
 from dpfa_jax.accounting.losses import COARSE
 from dpfa_jax.dpsgd import make_dp_step, take_batch
@@ -19,17 +19,17 @@ from dpfa_jax.train.evaluate import Metrics, evaluator
 from dpfa_jax.train.job import Job, architecture, prepare
 from dpfa_jax.train.loop import Course, LoopState, run_steps
 from dpfa_jax.train.models import Params
-from dpfa_jax.train.options import less_than_asked, options_text, privacy_options
+from dpfa_jax.train.options import less_than_asked, options_text
 from dpfa_jax.train.progress import Progress, progress_for
 from dpfa_jax.train.report import make_report, write_report
 from dpfa_jax.train.run_folder import RunFolder, new_run_folder, require_same_settings
+from dpfa_jax.train.run_ledger import create_run_ledger, open_run_ledger
 from dpfa_jax.train.same_data import require_same_data
 from dpfa_jax.train.saved_model import save_model
 from dpfa_jax.train.stop import StopRequest, stop_requests
 from dpfa_jax.train.twin import Twin, train_twin
 
 _LOOK_EXAMPLES = 512
-_LOCK_SECONDS = 2.0
 
 
 def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, Any]:
@@ -56,9 +56,7 @@ def train(config: TrainConfig, progress: Progress | None = None) -> dict[str, An
         step_fn = make_dp_step(job.classifier.per_example_loss, job.optimizer, job.plan)
         course = Course(LoopState(step_fn.init(job.params), job.params))
         # One lock from here to the end: nobody else is at work here, so what looks left over is.
-        ledger_file = stack.enter_context(
-            LedgerFile.open(folder.ledger, lock_timeout_seconds=_LOCK_SECONDS)
-        )
+        ledger_file = stack.enter_context(open_run_ledger(folder, job))
         checkpoints = Checkpoints(folder.checkpoints)
         stack.callback(checkpoints.close)
         head = _restore(course, checkpoints)
@@ -117,13 +115,8 @@ def _start(job: Job, folder: RunFolder) -> None:
             f"cannot be made ({error.strerror})",
             "Pass --out with a folder that you may write.",
         ) from error
-    LedgerFile.create(
-        folder.ledger,
-        budget=Budget(job.config.epsilon, job.config.delta),
-        metadata={"purpose": "dpfa train", "data": job.data.name, **privacy_options(job.plan)},
-        insecure_test_noise=job.config.insecure_test_noise,
-    ).close()
-    folder.start(job.config, job.resolved())
+    head = create_run_ledger(folder, job)
+    folder.start(job.config, job.resolved(), ledger_head=head)
 
 
 def _restore(course: Course, checkpoints: Checkpoints) -> str | None:

@@ -61,6 +61,29 @@ class RunFolder:
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise RunError(self.config, f"cannot be read ({error})", "Start a new run.") from error
 
+    def ledger_heads(self) -> list[str]:
+        """Heads that the ledger must hold: at the start, and at the report where there is one.
+
+        Errors: RunError where a file that would tell does not.
+        """
+        places: list[tuple[Path, tuple[str, ...]]] = [(self.config, ("ledger_head",))]
+        if self.report.exists():
+            places.append((self.report, ("ledger", "head")))
+        heads = []
+        for file, names in places:
+            try:
+                value = json.loads(file.read_text(encoding="utf-8"))
+                for name in names:
+                    value = value[name]
+            except (OSError, ValueError, KeyError, TypeError) as error:
+                raise RunError(
+                    file,
+                    f"does not name the head of the run's ledger ({error})",
+                    "Restore it from a copy; without it nobody knows whether charges are missing.",
+                ) from error
+            heads.append(str(value))
+        return heads
+
     def require_run(self) -> None:
         """Refuses what is no run, or has lost its ledger. Errors: RunError."""
         self.read()
@@ -84,11 +107,12 @@ class RunFolder:
             return False
         return not self.ledger.exists() or self.ledger.read_bytes().count(b"\n") <= 1
 
-    def start(self, config: TrainConfig, resolved: dict[str, Any]) -> None:
-        """Makes the folder and writes the settings. Errors: RunError."""
+    def start(self, config: TrainConfig, resolved: dict[str, Any], *, ledger_head: str) -> None:
+        """Makes the folder and writes the settings, bound to the new ledger. Errors: RunError."""
+        content = {"config": config.settings(), "resolved": resolved, "ledger_head": ledger_head}
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            atomic.write_json(self.config, {"config": config.settings(), "resolved": resolved})
+            atomic.write_json(self.config, content)
         except OSError as error:
             raise RunError(self.path, f"cannot be written ({error.strerror})", _PLACE) from error
 

@@ -1,18 +1,30 @@
 """V20 and V21: the durable ledger under kills, full disks, several processes and damage."""
 
+import contextlib
 import dataclasses
 import errno
+import hashlib
+import json
 import math
 import os
 import random
+import secrets
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from dpfa_jax.accounting import Budget, Ledger, LedgerFile, NonPrivateRecord, epsilon, record
-from dpfa_jax.accounting.chain import is_torn, record_from_json, record_to_json
+from dpfa_jax.accounting import (
+    Budget,
+    Ledger,
+    LedgerFile,
+    NonPrivateRecord,
+    epsilon,
+    record,
+    storage,
+)
+from dpfa_jax.accounting.chain import GENESIS, canonical, is_torn, record_from_json, record_to_json
 from dpfa_jax.core import ArgumentError, BudgetExceededError, LedgerError, UnsupportedEventError
 from dpfa_jax.release import ExampleRelease, RecordRelease, TrainingRelease
 
@@ -377,6 +389,173 @@ def test_v21_rollback_needs_the_anchor(path):
     LedgerFile.open(path, expect_head=early).close()
     with pytest.raises(LedgerError, match="rolled back"):
         LedgerFile.open(path, expect_head=late)
+
+
+def _charged_cut_charged_again(path):
+    """Two charges, the last one cut off, one more like it: the head before the cut."""
+    with LedgerFile.create(path, budget=BUDGET) as file:
+        file.charge(STEP)
+        file.charge(STEP)
+        head = file.head
+    path.write_bytes(b"".join(path.read_bytes().splitlines(True)[:-1]))
+    with LedgerFile.open(path) as file:
+        assert file.charge(STEP).total_count == 2
+    return head
+
+
+def _without_randomness(patch):
+    """The planted defect: every line has the same id."""
+    patch.setattr(secrets, "token_hex", lambda count: "0" * (2 * count))
+
+
+def test_v21_a_rollback_that_is_charged_again_has_another_head(path, monkeypatch, tmp_path):
+    """V21: three answers were released, two are charged; the head that was kept tells."""
+    head = _charged_cut_charged_again(path)
+    with pytest.raises(LedgerError, match="rolled back"):
+        LedgerFile.open(path, expect_head=head)
+    with monkeypatch.context() as patch:  # the negative control: without ids it is not seen
+        _without_randomness(patch)
+        head = _charged_cut_charged_again(tmp_path / "blind")
+        LedgerFile.open(tmp_path / "blind", expect_head=head).close()
+
+
+def test_v21_no_two_ledgers_share_a_line(tmp_path, monkeypatch):
+    """V21: same budget, same charges, also in a copy that goes on beside the original."""
+
+    def lines(name):
+        with LedgerFile.create(tmp_path / name, budget=BUDGET) as file:
+            file.charge(STEP, 3)
+        return (tmp_path / name).read_bytes().splitlines()
+
+    one, other = lines("a"), lines("b")
+    assert len({*one, *other}) == 4
+    ids = [json.loads(line)["id"] for line in (*one, *other)]
+    assert len(set(ids)) == 4 and all(len(bytes.fromhex(name)) == 16 for name in ids)
+    (tmp_path / "c").write_bytes((tmp_path / "a").read_bytes())
+    with LedgerFile.open(tmp_path / "a") as first, LedgerFile.open(tmp_path / "c") as second:
+        assert first.head == second.head
+        first.charge(STEP)
+        second.charge(STEP)
+        assert first.head != second.head
+    with monkeypatch.context() as patch:  # the negative control
+        _without_randomness(patch)
+        assert lines("d") == lines("e")
+
+
+def _line(previous, **rest):
+    digest = hashlib.sha256(canonical({**rest, "previous": previous}).encode()).hexdigest()
+    return canonical({**rest, "previous": previous, "hash": digest}).encode() + b"\n", digest
+
+
+def test_ledgers_of_format_1_are_read_but_not_charged(path):
+    """Their lines have no ids. A file of lines with and without ids is no ledger at all."""
+    header = {
+        "type": "header",
+        "format": 1,
+        "library": "0.0",
+        "budget": dataclasses.asdict(BUDGET),
+        "insecure_test_noise": False,
+        "metadata": {},
+    }
+    charge = {"type": "charge", "record": record_to_json(STEP.record()), "count": 4}
+    first, head = _line(GENESIS, body=header)
+    old, with_id = _line(head, body=charge)[0], _line(head, body=charge, id="0" * 32)[0]
+    path.write_bytes(first + old)
+    with LedgerFile.open(path, read_only=True, expect_head=head) as file:
+        assert file.ledger.total_count == 4 and file.budget == BUDGET and not file.has_line_ids
+        with pytest.raises(LedgerError, match="read-only"):
+            file.charge(STEP)
+    with pytest.raises(LedgerError, match=r"format = 1.*no random ids"):
+        LedgerFile.open(path)
+    path.write_bytes(first + with_id)
+    with pytest.raises(LedgerError, match="another format"):
+        LedgerFile.open(path, read_only=True)
+    first, head = _line(GENESIS, body=header | {"format": 2}, id="1" * 32)
+    for fields, found in (
+        ({"id": "2" * 32}, None),  # the negative control: these hand-made lines are sound
+        ({}, "another format"),
+        ({"id": "2" * 31}, "holds what no line"),
+        ({"id": 2}, "no JSON line"),
+        ({"id": "2" * 32, "more": 1}, "holds what no line"),
+    ):
+        path.write_bytes(first + _line(head, body=charge, **fields)[0])
+        if found is None:
+            LedgerFile.open(path).close()
+            continue
+        with pytest.raises(LedgerError, match=found):
+            LedgerFile.open(path)
+
+
+def _removed(path):
+    os.remove(path)
+
+
+def _renamed(path):
+    os.rename(path, f"{path}.away")
+
+
+def _replaced_by_a_copy(path):
+    content = path.read_bytes()
+    os.rename(path, f"{path}.away")
+    path.write_bytes(content)
+
+
+def _cut_in_place(path):
+    os.truncate(path, path.read_bytes().index(b"\n") + 1)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="this system keeps open files in their place")
+@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("harm", [_removed, _renamed, _replaced_by_a_copy, _cut_in_place])
+def test_v20_a_file_that_is_not_in_its_place_is_not_charged(path, monkeypatch, harm, held):
+    """V20: a charge that nobody can read again was not made, whenever the file went."""
+    with contextlib.ExitStack() as stack:
+        file = LedgerFile.create(path)
+        stack.enter_context(file if held else contextlib.closing(file))
+        assert file.charge(STEP).total_count == 1
+        harm(path)
+        with pytest.raises(LedgerError, match=r"removed|replaced|shrank|bytes, where"):
+            file.charge(STEP)
+        assert file.ledger.total_count == 1
+        with (
+            monkeypatch.context() as patch
+        ):  # the negative control: what is looked up is what tells
+            patch.setattr(storage, "require_in_place", lambda *_: None)
+            if held or harm is not _cut_in_place:
+                assert file.charge(STEP).total_count == 2
+
+
+@pytest.mark.skipif(os.name != "posix", reason="this system keeps open files in their place")
+@pytest.mark.parametrize("harm", [_removed, _renamed, _replaced_by_a_copy])
+def test_v20_a_file_that_goes_while_it_is_written(path, monkeypatch, harm):
+    """V20: the look before the write saw nothing; the one after it does, and the object stops."""
+    file, write = LedgerFile.create(path), os.write
+    file.charge(STEP)
+
+    def harmed(*arguments):
+        monkeypatch.undo()
+        harm(path)
+        return write(*arguments)
+
+    monkeypatch.setattr(os, "write", harmed)
+    with pytest.raises(LedgerError, match=r"removed|replaced"):
+        file.charge(STEP)
+    with pytest.raises(LedgerError, match="earlier charge failed"):
+        file.charge(STEP)
+    file.close()
+
+
+def test_a_relative_path_and_a_link_stay_in_place(tmp_path, monkeypatch):
+    """No false alarm: the process goes to another folder, the ledger is reached through a link."""
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with LedgerFile.create("ledger.jsonl") as file:
+        file.charge(STEP)
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        assert file.charge(STEP).total_count == 2
+    os.symlink(tmp_path / "ledger.jsonl", tmp_path / "link")
+    with LedgerFile.open(tmp_path / "link") as file:
+        assert file.charge(STEP).total_count == 3
 
 
 def test_file_shrinking_while_open_is_refused(path):

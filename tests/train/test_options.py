@@ -164,7 +164,7 @@ def test_cycles_that_do_not_fit_the_data(csv, tmp_path, options, parameter):
 def test_a_run_of_an_older_version_goes_on(csv, tmp_path):
     """Settings that a run's file does not know had what is the default now; others are refused."""
     config, folder = tiny_config(csv, tmp_path / "run"), RunFolder(tmp_path / "run")
-    folder.start(config, {})
+    folder.start(config, {}, ledger_head="")
     stored = folder.read()
     for name in ("clipping", "adaptive_clipping", "clip_quantile", "noise_bands"):
         del stored["config"][name]

@@ -1,5 +1,6 @@
 """Whole runs in this process, with test noise: same result, resume, report, page, model."""
 
+import dataclasses
 import html.parser
 import json
 import math
@@ -11,12 +12,15 @@ import pytest
 from helpers.tiny_run import PARAMETERS, tiny_config, write_csv
 
 import dpfa_jax.train.loop as loop
-from dpfa_jax.accounting import Entry, Ledger, LedgerFile, epsilon
+from dpfa_jax.accounting import Budget, Entry, Ledger, LedgerFile, epsilon
 from dpfa_jax.cli import main
 from dpfa_jax.cli.program import program
 from dpfa_jax.core import LedgerError
 from dpfa_jax.train import RunError, load_model, train
+from dpfa_jax.train.job import prepare
 from dpfa_jax.train.progress import PlainProgress
+from dpfa_jax.train.run_folder import RunFolder
+from dpfa_jax.train.run_ledger import create_run_ledger, open_run_ledger
 
 
 @pytest.fixture(scope="module")
@@ -183,6 +187,65 @@ def test_resume_refuses_what_does_not_belong_together(finished, csv, tmp_path):
     ledger.unlink()
     with pytest.raises(RunError, match=r"ledger\.jsonl: is missing"):
         train(again, PlainProgress())
+
+
+def _copy_without_checkpoints(config, out):
+    shutil.copytree(config.out, out)
+    shutil.rmtree(out / "checkpoints")
+    return dataclasses.replace(config, out=out, resume=True)
+
+
+def test_v21_resume_finds_charges_missing_that_the_report_counts(finished, tmp_path):
+    """V21: no checkpoint is left to tell, the report is; and it is not written over."""
+    config = _copy_without_checkpoints(finished[0], tmp_path / "cut")
+    ledger, report = config.out / "ledger.jsonl", config.out / "report.json"
+    ledger.write_text("".join(ledger.read_text().splitlines(keepends=True)[:-2]))
+    before = report.read_bytes(), ledger.read_bytes()
+    with pytest.raises(LedgerError, match="rolled back"):
+        train(config, PlainProgress())
+    # Charged again, as often as before: the same number of lines is not the same ledger.
+    with LedgerFile.open(ledger) as file:
+        (entry,) = file.ledger.entries
+        file.charge(entry.record, 2)
+        file.charge(entry.record, 2)
+    with pytest.raises(LedgerError, match="rolled back"):
+        train(config, PlainProgress())
+    assert main(["account", str(config.out)]) == 1
+    ledger.write_bytes(before[1])
+    assert report.read_bytes() == before[0]
+    report.write_text("{}")
+    with pytest.raises(RunError, match="does not name the head"):
+        train(config, PlainProgress())
+    # The negative control: it is the report that tells, and nothing else does.
+    report.unlink()
+    assert train(config, PlainProgress())["steps_charged"] == 12
+
+
+def test_resume_refuses_the_ledger_of_another_run(finished, tmp_path):
+    """Neither checkpoint nor report, and a ledger that is new and whole in itself."""
+    config = _copy_without_checkpoints(finished[0], tmp_path / "run")
+    folder, job = RunFolder(config.out), prepare(config)
+    folder.report.unlink()
+    open_run_ledger(folder, job).close()  # the negative control: the run's own
+    assert main(["account", str(config.out)]) == 0
+    with LedgerFile.open(folder.ledger, read_only=True) as own:
+        header = {"budget": own.budget, "metadata": own.metadata, "insecure_test_noise": True}
+    foreign = {
+        "budget = None": header | {"budget": None},
+        "budget = ": header | {"budget": Budget(80.0, 1e-5)},
+        "metadata = ": header | {"metadata": {"purpose": "another"}},
+        "insecure_test_noise = False": header | {"insecure_test_noise": False},
+    }
+    for found, other in foreign.items():
+        folder.ledger.unlink()
+        LedgerFile.create(folder.ledger, **other).close()
+        with pytest.raises(LedgerError, match=f"{found}.*another run's ledger"):
+            train(config, PlainProgress())
+    folder.ledger.unlink()
+    create_run_ledger(folder, job)  # all the same but the id
+    with pytest.raises(LedgerError, match="belongs to another run"):
+        train(config, PlainProgress())
+    assert main(["account", str(config.out)]) == 1
 
 
 def test_saved_model_answers_as_the_run_did(finished):
