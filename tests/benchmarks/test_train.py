@@ -26,6 +26,7 @@ def bench():
         yield module
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["per_layer", "jax_privacy"])
 def test_steps_are_timed(bench, method):
     row = bench.in_jax("gpt2-tiny", 8, 4, method, 0.01)
@@ -39,7 +40,9 @@ def test_every_model_is_timed(bench, name):
         assert bench.in_jax(name, 8, 8, method, 0.01)["milliseconds"] > 0.0, method
 
 
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n == TINY[0] else pytest.mark.slow) for n in TINY]
+)
 def test_every_model_is_traced(bench, name):
     for method in METHODS:
         assert "main" in bench.lowered(name, 8, 4, method).as_text()
@@ -96,6 +99,7 @@ def _checked(out):
     return row
 
 
+@pytest.mark.slow
 def test_a_whole_run_from_the_command_line(bench, monkeypatch, tmp_path):
     """One process a row; what is stored has the documented form."""
     out = _words(monkeypatch, tmp_path)

@@ -264,6 +264,7 @@ def test_plan_prints_and_plots(tmp_path, capsys):
     assert out.read_text().startswith("<?xml")
 
 
+@pytest.mark.slow
 def test_plan_compares_correlated_noise_and_says_what_a_large_budget_spends(capsys):
     """The noise of a plan is what the API finds; no budget is said to be spent that is not."""
     words = ["plan", "--batch", "64", "--epochs", "1", "--noise", "2", "--examples", "1024"]

@@ -47,6 +47,7 @@ def _check(seen: dict, kills: int) -> None:
     assert seen["report"]["epsilon"] <= 8.0
 
 
+@pytest.mark.slow
 def test_one_kill(tmp_path):
     """V20 for a whole run: a kill while steps run, then to the end."""
     seen = _killed(tmp_path, steps=16, kills=1, seed=1)

@@ -45,8 +45,16 @@ def moved(params):
     }
 
 
-@pytest.mark.parametrize("name", ["transformer", "linear"])
-@pytest.mark.parametrize("data", [text_data(), image_data()], ids=["text", "image"])
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        pytest.param("transformer", text_data(), marks=pytest.mark.slow),
+        ("transformer", image_data()),
+        ("linear", text_data()),
+        ("linear", image_data()),
+    ],
+    ids=["text-transformer", "image-transformer", "text-linear", "image-linear"],
+)
 def test_parameters_are_trainable_float32_and_seeded(name, data):
     model = build_model(name, data, features=8, num_heads=2, hidden_features=8)
     params = model.init(0)
@@ -67,7 +75,11 @@ def test_parameters_are_trainable_float32_and_seeded(name, data):
     )
 
 
-@pytest.mark.parametrize("data", [text_data(), image_data()], ids=["text", "image"])
+@pytest.mark.parametrize(
+    "data",
+    [text_data(), pytest.param(image_data(), marks=pytest.mark.slow)],
+    ids=["text", "image"],
+)
 def test_no_example_touches_another(data):
     """V6: example i's loss and gradient are those of a batch that holds it alone."""
     model = build_model("transformer", data, features=8, num_heads=2, hidden_features=8)

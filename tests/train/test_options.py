@@ -63,6 +63,7 @@ def _record(out):
 ADAPTIVE = {"adaptive_clipping": True, "clip": 0.25, "clip_quantile": 0.4, "clipping": "per-layer"}
 
 
+@pytest.mark.slow
 def test_adaptive_clip_norms_survive_a_resumption(csv, tmp_path, monkeypatch):
     """The clip norm is state: it comes out of the checkpoint, bit for bit what it would have been.
 
@@ -92,6 +93,7 @@ def test_adaptive_clip_norms_survive_a_resumption(csv, tmp_path, monkeypatch):
         train(dataclasses.replace(cut, clip_quantile=0.5), PlainProgress())
 
 
+@pytest.mark.slow
 def test_correlated_noise_pays_whole_cycles_and_keeps_no_secret(csv, tmp_path, monkeypatch):
     """Thirteen steps in cycles of three are charged as fifteen, never beyond the budget.
 
@@ -182,6 +184,7 @@ def _plan(epsilon):
     )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_less_epsilon_than_asked_is_said():
     plan = _plan(1000.0)
     text = less_than_asked(plan, 1000.0)

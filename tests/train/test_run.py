@@ -195,6 +195,7 @@ def _copy_without_checkpoints(config, out):
     return dataclasses.replace(config, out=out, resume=True)
 
 
+@pytest.mark.slow
 def test_v21_resume_finds_charges_missing_that_the_report_counts(finished, tmp_path):
     """V21: no checkpoint is left to tell, the report is; and it is not written over."""
     config = _copy_without_checkpoints(finished[0], tmp_path / "cut")
