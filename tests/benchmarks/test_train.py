@@ -41,7 +41,7 @@ def test_every_model_is_timed(bench, name):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == TINY[0] else pytest.mark.slow) for n in TINY]
+    "name", [pytest.param(n, marks=() if n == TINY[1] else pytest.mark.slow) for n in TINY]
 )
 def test_every_model_is_traced(bench, name):
     for method in METHODS:

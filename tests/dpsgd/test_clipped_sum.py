@@ -438,7 +438,10 @@ def test_a_sum_without_an_order_is_not_made_twice():
 
 @pytest.mark.parametrize(
     ("name", "least_shapes"),
-    [("transformer", 2), pytest.param("scan of checkpoint", 1, marks=pytest.mark.slow)],
+    [
+        pytest.param("transformer", 2, marks=pytest.mark.slow),
+        ("scan of checkpoint", 1),
+    ],
 )
 def test_products_that_a_kernel_makes_and_measures(name, least_shapes, monkeypatch):
     """V8: the path of the Hopper kernel, with XLA in the kernel's place."""

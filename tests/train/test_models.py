@@ -49,7 +49,7 @@ def moved(params):
     ("name", "data"),
     [
         pytest.param("transformer", text_data(), marks=pytest.mark.slow),
-        ("transformer", image_data()),
+        pytest.param("transformer", image_data(), marks=pytest.mark.slow),
         ("linear", text_data()),
         ("linear", image_data()),
     ],

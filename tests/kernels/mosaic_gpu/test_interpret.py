@@ -143,6 +143,7 @@ def test_how_false_a_bound_may_be(logit, is_softmax):
         assert np.all(np.isneginf(outputs.lse))
 
 
+@pytest.mark.slow
 def test_a_false_bound_costs_no_privacy():
     """V4, V5: rows that leave float32 inside are released as noise alone, the others as ever."""
     clip, grid = 0.5, 2.0**-4
@@ -165,6 +166,7 @@ def test_a_false_bound_costs_no_privacy():
     assert np.abs(moved[1]).max() > 1.5 * grid
 
 
+@pytest.mark.slow
 def test_example_release_is_the_blocked_one():
     """V10, V12: same words, same clip, same grid as the XLA epilogue on the kernel's own output."""
     readout = ExampleReadout(0.3, (0.5, 0.25), (2.0**-5, 2.0**-6))

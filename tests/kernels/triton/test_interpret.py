@@ -184,6 +184,7 @@ def test_odd_logits_are_clamped(odd):
         assert np.isfinite(np.asarray(found)).all()
 
 
+@pytest.mark.slow
 def test_transformations_change_no_bit():
     """V10: vmap of grad of checkpoint, on the plain and the private kernel, against no vmap."""
     spec = AttentionSpec(0.3, is_causal=True, readout=ExampleReadout(0.3, (0.5,), (2.0**-5,)))
