@@ -307,7 +307,10 @@ def test_ledger_is_a_value():
 
 
 @pytest.mark.parametrize("accountant", ["pld", "rdp"])
-@pytest.mark.parametrize(("release", "count"), [(training(9.9, 2000, 100), 60), (SUM, 10)])
+@pytest.mark.parametrize(
+    ("release", "count"),
+    [(SUM, 10), pytest.param(training(9.9, 2000, 100), 60, marks=pytest.mark.slow)],
+)
 def test_calibration_finds_the_third_number(release, count, accountant):
     """The noise keeps the budget within 0.1 %, 0.5 % less noise breaks it, and so back again."""
     found = calibrate(release, delta=DELTA, epsilon=2.0, count=count, accountant=accountant)

@@ -94,6 +94,7 @@ def test_no_example_touches_another(data):
         assert float(jnp.abs(across[0, 1:]).max()) == 0.0 < float(jnp.abs(across[0, 0]).max())
 
 
+@pytest.mark.slow
 def test_padding_takes_no_part():
     """V7: other padding length, same logits; a text of padding alone is finite."""
     data = text_data()
