@@ -40,9 +40,8 @@ def test_every_model_is_timed(bench, name):
         assert bench.in_jax(name, 8, 8, method, 0.01)["milliseconds"] > 0.0, method
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=() if n == TINY[1] else pytest.mark.slow) for n in TINY]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", TINY)
 def test_every_model_is_traced(bench, name):
     for method in METHODS:
         assert "main" in bench.lowered(name, 8, 4, method).as_text()
@@ -114,6 +113,7 @@ def test_a_whole_run_with_the_largest_batch(bench, monkeypatch, tmp_path):
     assert _checked(out)["largest_batch"] % bench.GRANULE == 0
 
 
+@pytest.mark.slow
 def test_a_row_beyond_its_limit_is_left_out_and_said(bench, monkeypatch, tmp_path, capsys):
     out = _words(monkeypatch, tmp_path, "--row-limit-seconds", "0.2")
     bench.main()

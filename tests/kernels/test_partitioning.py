@@ -93,7 +93,8 @@ print("passed")
 """
 
 
-@pytest.mark.parametrize("part", ["quick", pytest.param("rest", marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/attention/test_sharding.py has eight devices in the quick suite
+@pytest.mark.parametrize("part", ["quick", "rest"])
 def test_eight_devices(part):
     """Batch and heads in pieces, GQA and MQA, meshes with automatic and with explicit axes."""
     flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"

@@ -116,6 +116,7 @@ class _Watching(PlainProgress):
         self.seen.append(status)
 
 
+@pytest.mark.slow  # the quick suite resumes a run, to the same bits
 def test_same_seed_and_config_give_the_same_bits(finished, csv, tmp_path):
     """(seed, config) fixes everything under --insecure-test-noise.
 
