@@ -12,7 +12,6 @@ memory figures, nothing is run for it. `left_out` names what is missing and why:
 
 import argparse
 import datetime
-import functools
 import itertools
 import json
 import math
@@ -22,8 +21,9 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 METHODS = ("nonprivate", "per_layer", "flat", "jax_privacy", "opacus_ghost")
@@ -37,6 +37,7 @@ CASES = (
     ("llama-1b", 1024, 8),
 )
 WINDOWS, CLIP, NOISE_MULTIPLIER, PER_EXAMPLE_BYTES = 5, 1.0, 0.7, 2**35
+PEER_MICRO_BATCHES = (4, 8)
 GRANULE, MOST_BATCH = 4, 4096
 
 
@@ -59,58 +60,64 @@ def measured(step: Callable[[], Any], wait: Callable[[Any], Any], seconds: float
     }
 
 
-def in_jax(name: str, length: int, batch: int, method: str, seconds: float) -> dict[str, Any]:
+def in_jax(
+    name: str,
+    length: int,
+    batch: int,
+    method: str,
+    seconds: float,
+    await_turn: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """Compiles, awaits its turn, and only then takes device memory and time."""
     import jax
-    import optax
     from train_models import MODELS
 
-    model, optimizer = MODELS[name], optax.adamw(1e-4)
-    params, frozen = jax.jit(model.init)(jax.random.key(0))
+    sizes = (
+        [n for n in PEER_MICRO_BATCHES if batch % n == 0] if method == "jax_privacy" else [batch]
+    )
+    programs = {n: lowered(name, length, batch, method, micro_batch=n).compile() for n in sizes}
+    await_turn()
+    model = MODELS[name]
     examples = jax.jit(model.batch, static_argnums=(1, 2))(jax.random.key(1), batch, length)
-    if method == "jax_privacy":
-        found = [
-            _timed(_jax_privacy_step(model, optimizer, batch, size), params, frozen, examples,
-                   seconds / 3) | {"micro_batch": size}
-            for size in (4, 8) if batch % size == 0
-        ]  # fmt: skip
-        return min(found, key=lambda row: row["milliseconds"])
-    if method == "nonprivate":
-        step = _plain_step(model, optimizer)
-    else:
-        step = _private_step(model, optimizer, params, batch, per_layer=method == "per_layer")
-    return _timed(step, params, frozen, examples, seconds)
+    found = []
+    for size, program in programs.items():
+        params, frozen = jax.jit(model.init)(jax.random.key(0))
+        begin, _ = _begin_and_update(model, params, batch, method, size)
+        row = _timed(program, begin(params), frozen, examples, seconds / len(programs))
+        found.append(row | ({"micro_batch": size} if method == "jax_privacy" else {}))
+    return min(found, key=lambda row: row["milliseconds"])
 
 
-def lowered(name: str, length: int, batch: int, method: str, **options: Any) -> Any:
-    """The step of a method as a `jax.stages.Lowered`, the batch in one pass; nothing is run."""
+def compiled(name: str, length: int, batch: int, method: str) -> dict[int, Any]:
+    """Micro-batch size -> step of (state, frozen, examples)."""
+    sizes = (
+        [n for n in PEER_MICRO_BATCHES if batch % n == 0] if method == "jax_privacy" else [batch]
+    )
+    return {n: lowered(name, length, batch, method, micro_batch=n).compile() for n in sizes}
+
+
+def lowered(
+    name: str,
+    length: int,
+    batch: int,
+    method: str,
+    *,
+    micro_batch: int | None = None,
+    **options: Any,
+) -> Any:
+    """The step of a method as a `jax.stages.Lowered`, the batch in one pass; nothing is run.
+
+    A step is a function of (state, frozen, examples), whose state is donated.
+    """
     import jax
-    import jax.numpy as jnp
-    import optax
     from train_models import MODELS
 
-    from dpfa_jax import dpsgd
-    from dpfa_jax.noise import new_noise_key
-
-    model, optimizer = MODELS[name], optax.adamw(1e-4)
+    model = MODELS[name]
     params, frozen = jax.eval_shape(model.init, jax.random.key(0))
     examples = jax.eval_shape(lambda key: model.batch(key, batch, length), jax.random.key(1))
-    if method in ("nonprivate", "jax_privacy"):
-        begin, step = (
-            _plain_step(model, optimizer)
-            if method == "nonprivate"
-            else _jax_privacy_step(model, optimizer, batch, batch)
-        )
-        return step.trace(jax.eval_shape(begin, params), frozen, examples).lower(**options)
-    plan = _plan(params, batch, per_layer=method == "per_layer")
-
-    def update(state: Any, frozen: Any, examples: Any, is_real: Any, key: Any) -> Any:
-        loss = jax.tree_util.Partial(functools.partial(_loss, model), frozen)
-        return dpsgd.make_dp_step(loss, optimizer, plan).step(state, examples, is_real, key)
-
-    state = jax.eval_shape(dpsgd.make_dp_step(_no_loss, optimizer, plan).init, params)
-    everyone = jax.ShapeDtypeStruct((batch,), jnp.bool_)
+    begin, update = _begin_and_update(model, params, batch, method, micro_batch or batch)
     step = jax.jit(update, donate_argnums=0)
-    return step.trace(state, frozen, examples, everyone, new_noise_key()).lower(**options)
+    return step.trace(jax.eval_shape(begin, params), frozen, examples).lower(**options)
 
 
 def step_bytes(name: str, length: int, batch: int, method: str) -> int:
@@ -173,22 +180,34 @@ def largest_batch(
     return largest(lambda size: step_bytes(name, length, size, method), batch, limit, MOST_BATCH)
 
 
-def _timed(make: Any, params: Any, frozen: Any, examples: Any, seconds: float) -> dict[str, Any]:
+def _timed(step: Any, state: Any, frozen: Any, examples: Any, seconds: float) -> dict[str, Any]:
     import jax
 
-    begin, step = make
-    state = [begin(jax.tree.map(lambda leaf: leaf.copy(), params))]
+    held = [state]
+    del state
 
     def once() -> Any:
-        state[0] = step(state[0], frozen, examples)
-        return state[0]
+        held[0] = step(held[0], frozen, examples)
+        return held[0]
 
     row = measured(once, jax.block_until_ready, seconds)
     statistics_of = jax.local_devices()[0].memory_stats() or {}
     return row | {"peak_bytes": statistics_of.get("peak_bytes_in_use", 0)}
 
 
-def _plain_step(model: Any, optimizer: Any) -> tuple[Any, Any]:
+def _begin_and_update(model: Any, params: Any, batch: int, method: str, micro_batch: int) -> Any:
+    """(params -> state, (state, frozen, examples) -> state) with AdamW."""
+    import optax
+
+    optimizer = optax.adamw(1e-4)
+    if method == "nonprivate":
+        return _ordinary(model, optimizer)
+    if method == "jax_privacy":
+        return _jax_privacy(model, optimizer, batch, micro_batch)
+    return _private(model, optimizer, _plan(params, batch, per_layer=method == "per_layer"))
+
+
+def _ordinary(model: Any, optimizer: Any) -> tuple[Any, Any]:
     import jax
     import optax
 
@@ -198,15 +217,30 @@ def _plain_step(model: Any, optimizer: Any) -> tuple[Any, Any]:
         updates, memory = optimizer.update(gradient, memory, params)
         return optax.apply_updates(params, updates), memory
 
-    return lambda params: (params, optimizer.init(params)), jax.jit(update, donate_argnums=0)
+    return lambda params: (params, optimizer.init(params)), update
 
 
-def _loss(model: Any, frozen: Any, params: Any, examples: Any) -> Any:
-    return model.loss(params, frozen, examples)
+def _private(model: Any, optimizer: Any, plan: Any) -> tuple[Any, Any]:
+    """One noise key serves all steps: what is released here is a time."""
+    import jax
+    import jax.numpy as jnp
 
+    from dpfa_jax import dpsgd
+    from dpfa_jax.noise import new_noise_key
 
-def _no_loss(params: Any, examples: Any) -> Any:
-    raise AssertionError("only the shapes of the first state are asked for")
+    def loss(frozen: Any, params: Any, examples: Any) -> Any:
+        return model.loss(params, frozen, examples)
+
+    def step_of(frozen: Any) -> Any:
+        return dpsgd.make_dp_step(jax.tree_util.Partial(loss, frozen), optimizer, plan)
+
+    def update(state: Any, frozen: Any, examples: Any) -> Any:
+        held, key = state
+        everyone = jnp.ones(plan.capacity, bool)
+        return step_of(frozen).step(held, examples, everyone, key), key
+
+    key = new_noise_key()
+    return lambda params: (step_of(None).init(params), key), update
 
 
 def _plan(params: Any, batch: int, *, per_layer: bool) -> Any:
@@ -238,33 +272,7 @@ def _plan(params: Any, batch: int, *, per_layer: bool) -> Any:
     )
 
 
-def _private_step(
-    model: Any, optimizer: Any, params: Any, batch: int, *, per_layer: bool
-) -> tuple[Any, Any]:
-    import jax
-    import numpy as np
-
-    from dpfa_jax import dpsgd
-    from dpfa_jax.noise import new_noise_key
-
-    plan = _plan(params, batch, per_layer=per_layer)
-    everyone, key = np.ones(batch, bool), new_noise_key()
-    made: dict[str, Any] = {}
-
-    def begin(params: Any) -> Any:
-        return params
-
-    def step(state: Any, frozen: Any, examples: Any) -> Any:
-        if not made:
-            loss = jax.tree_util.Partial(functools.partial(_loss, model), frozen)
-            made["step"] = dpsgd.make_dp_step(loss, optimizer, plan, donate_state=True)
-            state = made["step"].init(state)
-        return made["step"].step(state, examples, everyone, key)
-
-    return begin, step
-
-
-def _jax_privacy_step(model: Any, optimizer: Any, batch: int, micro_batch: int) -> tuple[Any, Any]:
+def _jax_privacy(model: Any, optimizer: Any, batch: int, micro_batch: int) -> tuple[Any, Any]:
     import jax
     import jax_privacy
     import optax
@@ -291,10 +299,12 @@ def _jax_privacy_step(model: Any, optimizer: Any, batch: int, micro_batch: int) 
     def begin(params: Any) -> Any:
         return params, optimizer.init(params), jax.random.key(0)
 
-    return begin, jax.jit(update, donate_argnums=0)
+    return begin, update
 
 
-def opacus_ghost(name: str, length: int, batch: int, seconds: float) -> dict[str, Any]:
+def opacus_ghost(
+    name: str, length: int, batch: int, seconds: float, await_turn: Callable[[], None]
+) -> dict[str, Any]:
     """GPT-2 of transformers with an untied head (ghost clipping refuses tied weights)."""
     import torch
     from opacus import PrivacyEngine
@@ -309,7 +319,9 @@ def opacus_ghost(name: str, length: int, batch: int, seconds: float) -> dict[str
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False,
         attn_implementation="sdpa", use_cache=False,
     )  # fmt: skip
-    model = GPT2LMHeadModel(config).cuda().train()
+    model = GPT2LMHeadModel(config)
+    await_turn()
+    model = model.cuda().train()
     tokens = torch.randint(0, 50304, (batch, length + 1), device="cuda")
     places = torch.arange(length, device="cuda").expand(batch, length).contiguous()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -338,30 +350,66 @@ def opacus_ghost(name: str, length: int, batch: int, seconds: float) -> dict[str
     return row | {"peak_bytes": torch.cuda.max_memory_allocated()}
 
 
+def _await_turn() -> None:
+    """Tells the process that started this one, and waits for its word."""
+    print("ready", flush=True)
+    sys.stdin.readline()
+
+
 def one_row(name: str, length: int, batch: int, method: str, seconds: float) -> dict[str, Any]:
-    if method == "opacus_ghost":
-        return opacus_ghost(name, length, batch, seconds)
-    return in_jax(name, length, batch, method, seconds)
+    row = opacus_ghost if method == "opacus_ghost" else in_jax
+    arguments = (name, length, batch) + ((seconds,) if row is opacus_ghost else (method, seconds))
+    return row(*arguments, _await_turn)
 
 
-def in_its_own_process(
-    words: list[str], cache: str, limit_seconds: float
-) -> tuple[dict[str, Any] | None, str]:
-    """(what the process printed, "") or (None, why not). Fresh: no row sees another's memory."""
-    environment = {"JAX_COMPILATION_CACHE_DIR": cache} | os.environ
-    environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.93"
-    try:
-        done = subprocess.run(
+class OwnProcess:
+    """A row in a process of its own, so that no row sees another's memory.
+
+    It is set up beside others (`await_ready`) and measured alone (`finish`). Compiling on a GPU
+    runs kernels and keeps their memory: where several do, the process that measures is another.
+    """
+
+    def __init__(self, words: list[str], cache: str, limit_seconds: float) -> None:
+        environment = {"JAX_COMPILATION_CACHE_DIR": cache} | os.environ
+        # Others are set up meanwhile: take device memory as it is needed.
+        environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        environment |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93"}
+        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the object)
+        self._limit_seconds, self._is_late = limit_seconds, False
+        self._process = subprocess.Popen(
             [sys.executable, __file__, *words],
-            capture_output=True, text=True, env=environment, check=False,
-            timeout=None if math.isinf(limit_seconds) else limit_seconds,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
+            text=True, env=environment,
         )  # fmt: skip
-    except subprocess.TimeoutExpired:
-        return None, f"more than {limit_seconds:g} seconds"
-    if done.returncode:
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        return None, lines[-1][:300] if lines else f"exit code {done.returncode}"
-    return json.loads(done.stdout.splitlines()[-1]), ""
+        self._timer = threading.Timer(min(limit_seconds, threading.TIMEOUT_MAX), self._stop)
+        self._timer.start()
+
+    def _stop(self) -> None:
+        self._is_late = True
+        self._process.kill()
+
+    def await_ready(self) -> None:
+        """Returns once the process can measure, or has ended."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.strip() == "ready":
+                return
+
+    def finish(self) -> tuple[dict[str, Any] | None, str]:
+        """(what the process printed last, "") or (None, why not)."""
+        try:
+            printed, _ = self._process.communicate("go\n")
+        except BrokenPipeError:
+            printed = ""
+        code = self._process.wait()
+        self._timer.cancel()
+        if self._is_late:
+            return None, f"more than {self._limit_seconds:g} seconds"
+        if code:
+            self._errors.seek(0)
+            lines = [line for line in self._errors if line.strip()]
+            return None, lines[-1].strip()[:300] if lines else f"exit code {code}"
+        return json.loads(printed.splitlines()[-1]), ""
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -375,43 +423,53 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "left_out": [],
     }
 
-    def one(words: list[str], case: Any, method: str) -> dict[str, Any] | None:
-        left = arguments.limit_seconds - (time.perf_counter() - began)
-        limit = min(arguments.row_limit_seconds, left)
-        found, why = (None, "the time limit of the run")
-        if left > 0.0:
-            words = [*words, *map(str, case), method]
-            found, why = in_its_own_process(words, cache, limit)
-        if found is None:
-            what = dict(zip(("model", "T", "batch"), case, strict=True))
-            what |= {"method": method, "what": words[0].strip("-"), "why": why}
-            result["left_out"].append(what)
-            print(f"left out: {what}", flush=True)
-        return found
+    def each(flag: str, asked: list[tuple[Any, str]]) -> Iterator[tuple[Any, str, Any]]:
+        """What a process each found for (case, method), set up at once and measured in turn."""
+        for some in itertools.batched(asked, arguments.at_once):
+            left = arguments.limit_seconds - (time.perf_counter() - began)
+            limit = min(arguments.row_limit_seconds, left)
+            words = [
+                flag,
+                str(arguments.memory_bytes or 0 if flag == "--largest" else arguments.seconds),
+            ]
+            rows = [
+                OwnProcess([*words, *map(str, case), method], cache, limit) if left > 0.0 else None
+                for case, method in some
+            ]
+            for row in rows:
+                if row is not None:
+                    row.await_ready()
+            for (case, method), row in zip(some, rows, strict=True):
+                found, why = (None, "the time limit of the run") if row is None else row.finish()
+                if found is not None:
+                    yield case, method, found
+                    continue
+                if flag == "--compile":
+                    continue  # the row itself will say why
+                what = dict(zip(("model", "T", "batch"), case, strict=True))
+                what |= {"method": method, "what": flag.strip("-"), "why": why}
+                result["left_out"].append(what)
+                print(f"left out: {what}", flush=True)
 
     # Rows of one run share compiled programs and, on a GPU, what autotuning found.
     with tempfile.TemporaryDirectory() as cache:
-        for case, method in itertools.product(cases, arguments.methods):
-            found = one(["--row", str(arguments.seconds)], case, method)
-            if found is None:
-                continue
-            name, length, batch = case
+        asked = list(itertools.product(cases, arguments.methods))
+        if arguments.at_once > 1:
+            for _ in each("--compile", [ask for ask in asked if ask[1] != "opacus_ghost"]):
+                pass
+        for (name, length, batch), method, found in each("--row", asked):
+            print(name, length, batch, method, found, flush=True)
             tokens = round(batch * length / found["milliseconds"] * 1e3)
             row = {"model": name, "T": length, "batch": batch, "method": method} | found
             row |= {"tokens_per_second": tokens, "largest_batch": None}
             result["rows"].append(row)
-            print(case, method, found, flush=True)
             _write(arguments.output, result)
-        # Compilations only, and last: what was timed is on the disk by then.
-        for row in result["rows"] if arguments.largest_batch else ():
-            if row["method"] == "opacus_ghost":  # no program whose memory could be read
-                continue
-            case = (row["model"], row["T"], row["batch"])
-            memory = str(arguments.memory_bytes or 0)
-            found = one(["--largest", memory], case, row["method"])
-            if found is not None:
-                row["largest_batch"] = found["largest_batch"]
-                print(case, row["method"], found, flush=True)
+        if arguments.largest_batch:  # compilations only; no program of torch could be read
+            known = {((r["model"], r["T"], r["batch"]), r["method"]): r for r in result["rows"]}
+            asked = [(case, method) for case, method in known if method != "opacus_ghost"]
+            for case, method, found in each("--largest", asked):
+                print(*case, method, found, flush=True)
+                known[case, method]["largest_batch"] = found["largest_batch"]
                 _write(arguments.output, result)
     return result
 
@@ -454,8 +512,14 @@ def main() -> None:
         seconds, name, length, batch, method = sys.argv[2:]
         print(json.dumps(one_row(name, int(length), int(batch), method, float(seconds))))
         return
+    if sys.argv[1:2] == ["--compile"]:
+        name, length, batch, method = sys.argv[3:]
+        compiled(name, int(length), int(batch), method)
+        print("{}")
+        return
     if sys.argv[1:2] == ["--largest"]:
         memory, name, length, batch, method = sys.argv[2:]
+        _await_turn()
         found = largest_batch(name, int(length), int(batch), method, int(memory) or None)
         print(json.dumps({"largest_batch": found}))
         return
@@ -464,6 +528,9 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", help="MODEL:T:BATCH; the list in this file if none")
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing, for each row")
+    parser.add_argument(
+        "--at-once", type=int, default=1, help="rows that compile at once; they are timed in turn"
+    )
     parser.add_argument("--limit-seconds", type=float, default=math.inf, help="of the whole run")
     parser.add_argument(
         "--row-limit-seconds", type=float, default=math.inf, help="of one row's process"
