@@ -24,6 +24,7 @@ def bound(kind: str, turns: int, seed: int) -> float:
     ("kind", "turns"),
     [
         ("flat", 2_000),
+        pytest.param("flat", 100_000, marks=pytest.mark.slow),
         *(pytest.param(kind, 10_000, marks=pytest.mark.slow) for kind in KINDS),
     ],
 )

@@ -211,6 +211,56 @@ def check_against_the_oracle(name, allowed, *, flat_groups, dtype):
 
 
 @pytest.mark.parametrize(
+    ("name", "allowed"),
+    [
+        pytest.param(name, n, marks=() if (name, n) == ("linear", "all") else pytest.mark.slow)
+        for name in LAYERS
+        for n in ("all", "one at a time")
+    ],
+)
+def test_padding_and_bad_examples_are_exactly_zero_in_every_layer(name, allowed):
+    """V4, bit for bit: padding of any content, and an example with NaN or infinity in its loss.
+
+    Negative control: one real example more is seen in every parameter that the loss depends on.
+    """
+    flat_groups = allowed != "all"
+    params, batch = params_for(name), batch_for(name)
+    leaves = len(jax.tree.leaves(params))
+    loss = loss_for(name, jnp.float32)
+    run = jax.jit(
+        functools.partial(
+            clipped_sum,
+            lambda params, batch: batch["weight"] * loss(params, batch["of"]),
+            l2_clip_norms=(0.7,) if flat_groups else (0.7,) * leaves,
+            leaf_groups=(0,) * leaves if flat_groups else tuple(range(leaves)),
+            micro_batch_size=BATCH // 2,
+            per_example_bytes=ALLOWED[allowed],
+        ),
+        compiler_options=QUICKLY_COMPILED,
+    )
+    rows = np.arange(BATCH)
+    bad, padding = rows % 5 == 1, rows >= BATCH - 3
+    weight, none = np.ones(BATCH, np.float32), bad | padding
+    blank = jax.tree.map(lambda x: np.where(_as(none, x), np.zeros_like(x), x), batch)
+    expected = run(params, {"of": blank, "weight": weight}, ~none)
+    for value in (np.nan, np.inf, -np.inf):
+        spoilt = np.where(none, np.float32(value), weight)
+        found = run(params, {"of": batch, "weight": spoilt}, ~padding)
+        jax.tree.map(np.testing.assert_array_equal, found, expected)
+        if "x" in batch:
+            x = np.where(_as(none, batch["x"]), np.float32(value), batch["x"])
+            found = run(params, {"of": {"x": x}, "weight": weight}, ~padding)
+            jax.tree.map(np.testing.assert_array_equal, found, expected)
+    more = run(params, {"of": batch, "weight": weight}, ~none | (rows == 1))
+    for path, leaf in more.items():
+        assert np.any(np.asarray(leaf) != np.asarray(expected[path])) or path == "nobody", path
+
+
+def _as(rows, like):
+    return rows.reshape(-1, *[1] * (like.ndim - 1))
+
+
+@pytest.mark.parametrize(
     ("name", "path"),
     [("linear", "kernel"), ("transformer", "query"), ("scan", "kernel"), ("checkpoint", "kernel")],
 )

@@ -1,5 +1,6 @@
 """The built step as a program: what it holds, what it returns, what does not change it."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -72,6 +73,32 @@ def test_every_result_is_computed_from_noised_sums_only():
         equal = np.mean(flat(tree) == flat(twin))
         assert equal < 0.75 if tree is one.params else equal < 0.1
     assert int(one.step) == 1 and int(moments.count) == 1
+
+
+@pytest.mark.slow
+def test_the_compiled_step_holds_no_more_gradients_than_the_plan_allows():
+    """V24, by the compiled program's own figures; what is beside gradients is sums and noise."""
+    width, rows = 512, 32
+    one = 2 * 4 * width * width  # bytes of one example's gradient
+
+    def loss(params, batch):
+        hidden = jnp.tanh(batch @ params["a"])
+        return jnp.sum((hidden @ params["b"]) ** 2, axis=(1, 2))
+
+    params = {"a": jnp.zeros((width, width)), "b": jnp.zeros((width, width))}
+    batch, real = jnp.zeros((rows, 4, width)), jnp.ones(rows, bool)
+
+    def temporary_bytes(allowed: int) -> int:
+        plan = plan_of(num_parameters=one // 4, truncated_batch_size=rows, micro_batch_size=rows)
+        plan = dataclasses.replace(plan, per_example_bytes=allowed)
+        dp = dpsgd.make_dp_step(loss, optax.adam(0.1), plan)
+        lowered = jax.jit(dp.step).lower(dp.init(params), batch, real, insecure_test_key(0))
+        return lowered.compile().memory_analysis().temp_size_in_bytes
+
+    all_of_them, four, one_parameter = (temporary_bytes(n) for n in (rows * one, 4 * one, one // 2))
+    assert all_of_them > rows * one  # the control: it would be seen
+    assert four < 3 * 4 * one
+    assert one_parameter < 4 * one
 
 
 def test_micro_batches_do_not_change_what_is_released():
