@@ -11,6 +11,7 @@ memory figures, nothing is run for it. `left_out` names what is missing and why:
 """
 
 import argparse
+import contextlib
 import datetime
 import itertools
 import json
@@ -382,7 +383,9 @@ class OwnProcess:
             text=True, env=environment,
         )  # fmt: skip
         self._timer = threading.Timer(min(limit_seconds, threading.TIMEOUT_MAX), self._stop)
+        self._timer.daemon = True
         self._timer.start()
+        self._printed = ""
 
     def _stop(self) -> None:
         self._is_late = True
@@ -394,22 +397,22 @@ class OwnProcess:
         for line in self._process.stdout:
             if line.strip() == "ready":
                 return
+            self._printed = line
 
     def finish(self) -> tuple[dict[str, Any] | None, str]:
         """(what the process printed last, "") or (None, why not)."""
-        try:
-            printed, _ = self._process.communicate("go\n")
-        except BrokenPipeError:
-            printed = ""
+        with contextlib.suppress(BrokenPipeError):  # it has ended, well or not
+            self._printed += self._process.communicate("go\n")[0]
         code = self._process.wait()
         self._timer.cancel()
+        with self._errors as errors:
+            errors.seek(0)
+            lines = [line.strip() for line in errors if line.strip()]
         if self._is_late:
             return None, f"more than {self._limit_seconds:g} seconds"
         if code:
-            self._errors.seek(0)
-            lines = [line for line in self._errors if line.strip()]
-            return None, lines[-1].strip()[:300] if lines else f"exit code {code}"
-        return json.loads(printed.splitlines()[-1]), ""
+            return None, lines[-1][:300] if lines else f"exit code {code}"
+        return json.loads(self._printed.splitlines()[-1]), ""
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
