@@ -133,9 +133,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    parser.add_argument("--noise-only", action="store_true", help="leave the products out")
     options = parser.parse_args()
     rows = []
-    for shape in SHAPES:
+    for shape in () if options.noise_only else SHAPES:
         batch, tokens, *sizes = shape
         keys = jax.random.split(jax.random.key(0))
         operands = tuple(
