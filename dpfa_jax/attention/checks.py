@@ -96,6 +96,7 @@ def spec(
     local_window_size: object,
     logits_soft_cap: object,
     logits_bound: object,
+    deterministic: object = False,
     query_key_norm: float | None = None,
 ) -> AttentionSpec:
     """The static part of a call; no row of query or key is longer than `query_key_norm`.
@@ -104,6 +105,10 @@ def spec(
     """
     if not isinstance(is_causal, bool):
         raise ArgumentError("is_causal", is_causal, "not a Python bool", "Pass True or False.")
+    if not isinstance(deterministic, bool):
+        raise ArgumentError(
+            "deterministic", deterministic, "not a Python bool", "Pass True or False."
+        )
     cap = None if logits_soft_cap is None else host.positive("logits_soft_cap", logits_soft_cap)
     bounds = [] if logits_bound is None else [host.positive("logits_bound", logits_bound)]
     factor = 1.0 / math.sqrt(inputs.query.shape[-1]) if scale is None else host.real("scale", scale)
@@ -115,6 +120,7 @@ def spec(
         local_window=_window(local_window_size, inputs),
         logits_soft_cap=cap,
         largest_logit=min(bounds, default=None),
+        deterministic=deterministic,
         readout=readout,
     )
 

@@ -28,6 +28,7 @@ def dot_product_attention(
     return_residual: Literal[False] = ...,
     logits_soft_cap: float | None = ...,
     logits_bound: float | None = ...,
+    deterministic: bool = ...,
 ) -> Float[Array, "*B T N H"]: ...
 
 
@@ -48,6 +49,7 @@ def dot_product_attention(
     return_residual: Literal[True],
     logits_soft_cap: float | None = ...,
     logits_bound: float | None = ...,
+    deterministic: bool = ...,
 ) -> tuple[Float[Array, "*B T N H"], Float[Array, "*B T N"]]: ...
 
 
@@ -67,6 +69,7 @@ def dot_product_attention(
     return_residual: bool = False,
     logits_soft_cap: float | None = None,
     logits_bound: float | None = None,
+    deterministic: bool = False,
 ) -> Float[Array, "*B T N H"] | tuple[Float[Array, "*B T N H"], Float[Array, "*B T N"]]:
     """softmax(scale q.k + bias) v without storing the attention matrix. No privacy.
 
@@ -97,6 +100,9 @@ def dot_product_attention(
         87 - log(S max(1, |v|)), with the row's largest |v|; float16, which stores the weights,
         |L| < 10.3. A row above that is NaN, infinite or 0, a row below it loses weights and ends
         as a row that sees no key.
+      deterministic: gradients have the same bits on each run of one program on one device. The
+        output always has; without this, a kernel may add up dQ in the order in which its parts
+        finish.
 
     Returns:
       The output in the query's shape and dtype, and with `return_residual` the log-sum-exp,
@@ -125,6 +131,7 @@ def dot_product_attention(
         local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap,
         logits_bound=logits_bound,
+        deterministic=deterministic,
     )
     backend = dispatch.choose(spec, inputs, checks.implementation(implementation))
     output, lse = core.attend(backend, spec, inputs)

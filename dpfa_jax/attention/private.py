@@ -32,6 +32,7 @@ def dp_attention(
     local_window_size: int | tuple[int, int] | None = None,
     logits_soft_cap: float | None = None,
     logits_bound: float | None = None,
+    deterministic: bool = False,
     implementation: str | None = None,
 ) -> Float[Array, "*B T N H"]:
     """Attention whose output is one private release; charge it first (`charge`).
@@ -51,6 +52,7 @@ def dp_attention(
       scale, local_window_size, logits_soft_cap, implementation: likewise; scale is a Python float.
       logits_bound: likewise; no guarantee rests on it: a row that leaves float32 counts as zero, as
         every row that is not finite. Refused for a `RecordRelease`, which has its own.
+      deterministic: as `dot_product_attention`; of gradients, the release always has the same bits.
       release: the promise, which must match the shapes (rows T, heads N, head size H).
       noise_key: the key of this release, from `charge`. An argument, never closed over.
       release_id, layer: tell several uses of one key apart, 32 bits each. Each use is one release
@@ -88,6 +90,7 @@ def dp_attention(
         local_window_size=local_window_size,
         logits_soft_cap=logits_soft_cap,
         logits_bound=logits_bound,
+        deterministic=deterministic,
         query_key_norm=query_key_norm,
     )
     private_checks.fits(release, spec, inputs, head_start)

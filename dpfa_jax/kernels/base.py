@@ -67,6 +67,8 @@ class AttentionSpec:
       logits_soft_cap: c: logits become c tanh(logits / c) before bias and mask; None: none.
       largest_logit: what |scale q.k| is said not to exceed. It defines nothing: a kernel may do
         without a running maximum where it is small enough. None: nothing is said.
+      deterministic: gradients have the same bits on each run; a kernel may not add in whatever
+        order its programs come.
       readout: what becomes of the normalised output.
     """
 
@@ -75,6 +77,7 @@ class AttentionSpec:
     local_window: tuple[int, int] | None = None
     logits_soft_cap: float | None = None
     largest_logit: float | None = None
+    deterministic: bool = False
     readout: Readout = Plain()
 
 

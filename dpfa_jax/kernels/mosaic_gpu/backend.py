@@ -205,7 +205,7 @@ class MosaicGpuBackend:
             delta -= lse_cotangent.astype(jnp.float32)
         lse, delta = (jnp.swapaxes(x, 1, 2) for x in (outputs.lse, delta))
         lengths = () if inputs.key_lengths is None else (inputs.key_lengths,)
-        tile = backward_tiles(-(-query.shape[3] // 64) * 64)
+        tile = backward_tiles(-(-query.shape[3] // 64) * 64, deterministic=spec.deterministic)
 
         def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
             query, key, value, cotangent, lse, delta, *more = operands

@@ -1,10 +1,10 @@
-"""Backward kernels: one for dK and dV, one for dQ; no atomics, so each run gives the same bits.
+"""Two backward kernels, one for dK and dV, one for dQ: each run gives the same bits.
 
 Weights are recomputed from the log-sum-exp (Dao et al., 2022). Each program owns rows of one
 operand in shared memory and streams the other through a producer warpgroup.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.experimental.pallas as pl
@@ -14,6 +14,19 @@ from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec
 from dpfa_jax.kernels.mosaic_gpu import tiles
+from dpfa_jax.kernels.mosaic_gpu.backward_fused import fused_backward
+from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
+    BackwardArrays,
+    Ring,
+    key_length_of,
+    launch,
+    load_queries,
+    logit_gradient,
+    multiply,
+    ring_barriers,
+    run_steps,
+    weights_of,
+)
 from dpfa_jax.kernels.mosaic_gpu.layouts import (
     COLUMN,
     LOG2_E,
@@ -22,105 +35,9 @@ from dpfa_jax.kernels.mosaic_gpu.layouts import (
     tiled_shared,
     visible,
 )
-from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, BackwardTiles, StepRange
+from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, BackwardTiles, FusedTiles
 
-ROW_MULTIPLE = 128  # rows of lse and delta are padded to whole tiles of either kernel
-
-
-class BackwardArrays(NamedTuple):
-    """Operands: query, cotangent (B, T, N, H); key, value (B, S, K, H), padded by `pad_sequence`.
-
-    `lse2`: (B, N, rows) float32, log-sum-exp in base 2, +inf where a row sees no key or is padding.
-    `delta`: (B, N, rows) float32, row sums of output times cotangent less the cotangent of lse.
-    """
-
-    query: Any
-    key: Any
-    value: Any
-    cotangent: Any
-    lse2: Any
-    delta: Any
-    key_lengths: Any = None
-
-
-def _key_length(arrays: BackwardArrays, batch: Any, keys: int) -> Any:
-    if arrays.key_lengths is None:
-        return keys
-    return jnp.clip(arrays.key_lengths[batch], 0, keys)
-
-
-def _multiply(acc: Any, lhs: jax.Array, rhs: Any, spare: Any) -> None:
-    """acc += lhs @ rhs, begun and not awaited; lhs from registers, or from `spare` if simulated."""
-    if spare is None:
-        plgpu.wgmma(acc, lhs, rhs)
-        return
-    spare[...] = lhs
-    plgpu.commit_smem()
-    plgpu.wgmma(acc, spare, rhs)
-
-
-def _weights(spec: AttentionSpec, s: jax.Array, lse2: jax.Array, axis: int, seen: Any):
-    """(p, derivative of the cap or None) from raw products and the rows' log-sum-exp."""
-    factor, slope = spec.scale, None
-    if spec.logits_soft_cap is not None:
-        s = jnp.tanh(s * (factor / spec.logits_soft_cap))
-        slope = 1.0 - s * s
-        factor = spec.logits_soft_cap
-    p = jnp.exp2(s * (factor * LOG2_E) - lax.broadcast_in_dim(lse2, s.shape, [axis]))
-    return (p if seen is None else jnp.where(seen, p, 0.0)), slope
-
-
-def _logit_gradient(p, slope, dp, delta, axis):
-    ds = p * (dp - lax.broadcast_in_dim(delta, dp.shape, [axis]))
-    return ds if slope is None else ds * slope
-
-
-def _run_steps(steps: StepRange, spec: AttentionSpec, body: Any) -> None:
-    """Calls body(step, masked) over the range, the mask only where it is due."""
-
-    def loop(begin, end, masked):
-        if not (isinstance(begin, int) and isinstance(end, int) and begin == end):
-            pl.loop(begin, end)(lambda step: body(step, masked))
-
-    loop(steps.begin, steps.full_begin, True)
-    loop(steps.full_begin, steps.full_end, False)
-    loop(steps.full_end, steps.end, True)
-
-
-class _Ring:
-    """Slots of a ring of tiles that one producer fills and both compute warpgroups free."""
-
-    def __init__(self, barriers: dict[str, Any], stages: int) -> None:
-        self._barriers, self._stages = barriers, stages
-
-    def slot(self, count: Any) -> Any:
-        return lax.rem(jnp.int32(count), jnp.int32(self._stages))
-
-    def await_full(self, name: str, count: Any) -> None:
-        plgpu.barrier_wait(self._barriers[name].at[self.slot(count)])
-
-    def free(self, name: str, count: Any) -> None:
-        plgpu.barrier_arrive(self._barriers[name + "_free"].at[self.slot(count)])
-
-    def await_free(self, name: str, count: Any) -> None:
-        @pl.when(count >= self._stages)
-        def _():
-            plgpu.barrier_wait(self._barriers[name + "_free"].at[self.slot(count)])
-
-    def drain(self, names: tuple[str, ...], total: Any) -> None:
-        """Sees the last arrivals, so that no barrier ends in an unobserved phase."""
-
-        @pl.loop(jnp.maximum(0, total - self._stages), total)
-        def _(count):
-            for name in names:
-                plgpu.barrier_wait(self._barriers[name + "_free"].at[self.slot(count)])
-
-
-def _ring_barriers(names: dict[str, int], stages: int) -> dict[str, Any]:
-    """Barriers of a ring: name -> copies that fill one slot."""
-    full = {n: plgpu.Barrier(num_arrivals=c, num_barriers=stages) for n, c in names.items()}
-    freed = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages)
-    return full | {name + "_free": freed for name in names}
+ROW_MULTIPLE = 128  # rows of lse and delta are padded to whole tiles of every kernel
 
 
 def _key_value_body(
@@ -132,11 +49,11 @@ def _key_value_body(
     program_keys = COMPUTE_WARPGROUPS * block_kv
     program_begin = lax.axis_index("keys") * program_keys
     num_queries, head_size = arrays.query.shape[1], arrays.query.shape[3]
-    key_length = _key_length(arrays, batch, keys)
+    key_length = key_length_of(arrays, batch, keys)
     steps = tiles.query_steps(spec, program_begin, program_keys, block_q, num_queries)
     steps = tiles.within_key_length(steps, program_begin, program_keys, key_length)
     count = steps.end - steps.begin
-    ring = _Ring(barriers, stages)
+    ring = Ring(barriers, stages)
     dtype = arrays.query.dtype
 
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
@@ -174,20 +91,20 @@ def _key_value_body(
                                 transposed=True,
                             )  # fmt: skip
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                        p, slope = _weights(spec, s, lse2, 1, seen)
-                        _multiply(dv_acc, p.astype(dtype), do_shared, spare)
+                        p, slope = weights_of(spec, s, lse2, 1, seen)
+                        multiply(dv_acc, p.astype(dtype), do_shared, spare)
                         dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-                        return _logit_gradient(p, slope, dp, delta, 1)
+                        return logit_gradient(p, slope, dp, delta, 1)
 
                     acc = plgpu.ACC(shape, jnp.float32)
                     ds = pl.run_scoped(weights_and_products, acc, acc)
-                    _multiply(dk_acc, ds.astype(dtype), q_shared, spare)
+                    multiply(dk_acc, ds.astype(dtype), q_shared, spare)
                     plgpu.wgmma_wait(1)
                     ring.free("cotangent", done)
                     plgpu.wgmma_wait(0)
                     ring.free("query", done)
 
-                _run_steps(steps, spec, body)
+                run_steps(steps, spec, body)
 
             pl.loop(0, group)(one_head)
             return dk_acc[...], dv_acc[...]
@@ -213,20 +130,7 @@ def _key_value_body(
             @pl.loop(steps.begin, steps.end)
             def _(step):
                 done = member * count + step - steps.begin
-                slot = ring.slot(done)
-                rows = pl.ds(step * block_q, block_q)
-
-                def load(name, source, barrier):
-                    plgpu.copy_gmem_to_smem(
-                        source, shared[name].at[slot], barriers[barrier].at[slot]
-                    )
-
-                ring.await_free("query", done)
-                load("query", arrays.query.at[batch, rows, head], "query")
-                load("lse2", arrays.lse2.at[batch, head, rows], "query")
-                load("delta", arrays.delta.at[batch, head, rows], "query")
-                ring.await_free("cotangent", done)
-                load("cotangent", arrays.cotangent.at[batch, rows, head], "cotangent")
+                load_queries(arrays, shared, barriers, ring, done, batch, head, step, block_q)
 
         ring.drain(("query", "cotangent"), group * count)
 
@@ -239,9 +143,9 @@ def _query_body(arrays, dq_out, shared, barriers, *, spec, tile, keys, group, si
     program_rows = COMPUTE_WARPGROUPS * block_q
     program_begin = block * program_rows
     head_size = arrays.query.shape[3]
-    key_length = _key_length(arrays, batch, keys)
+    key_length = key_length_of(arrays, batch, keys)
     steps = tiles.key_steps(spec, program_begin, program_rows, block_kv, key_length, None)
-    ring = _Ring(barriers, stages)
+    ring = Ring(barriers, stages)
     dtype = arrays.query.dtype
 
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
@@ -276,18 +180,18 @@ def _query_body(arrays, dq_out, shared, barriers, *, spec, tile, keys, group, si
                     if masked:
                         seen = visible(spec, shape, row_begin, step * block_kv, key_length, None)
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                    p, slope = _weights(spec, s, lse2, 0, seen)
+                    p, slope = weights_of(spec, s, lse2, 0, seen)
                     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
                     ring.free("value", done)
-                    return _logit_gradient(p, slope, dp, delta, 0)
+                    return logit_gradient(p, slope, dp, delta, 0)
 
                 acc = plgpu.ACC(shape, jnp.float32)
                 ds = pl.run_scoped(gradient, acc, acc)
-                _multiply(dq_acc, ds.astype(dtype), k_shared, spare)
+                multiply(dq_acc, ds.astype(dtype), k_shared, spare)
                 plgpu.wgmma_wait(0)
                 ring.free("key", done)
 
-            _run_steps(steps, spec, body)
+            run_steps(steps, spec, body)
             return dq_acc[...]
 
         dq = pl.run_scoped(accumulate, plgpu.ACC((block_q, head_size), jnp.float32))
@@ -316,72 +220,12 @@ def _query_body(arrays, dq_out, shared, barriers, *, spec, tile, keys, group, si
         ring.drain(("key", "value"), steps.end - steps.begin)
 
 
-def _launch(body, arrays, out_type, shared, barriers, grid, names, name, interpret, **static):
-    present = [x is not None for x in arrays]
-    outputs = len(out_type)
-
-    def kernel(*refs):
-        operands = iter(refs[: sum(present)])
-        rest = refs[sum(present) :]
-        in_refs = BackwardArrays(*(next(operands) if there else None for there in present))
-        body(in_refs, *rest[:outputs], *rest[outputs:], simulate=interpret is not None, **static)
-
-    return plgpu.kernel(
-        kernel,
-        out_type=out_type,
-        scratch_types=(shared, barriers),
-        grid=grid,
-        grid_names=names,
-        num_threads=COMPUTE_WARPGROUPS + 1,
-        thread_name="warpgroup",
-        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-        kernel_name=name,
-        interpret=interpret,
-    )(*(x for x in arrays if x is not None))
-
-
-def attention_backward(
-    spec: AttentionSpec,
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    cotangent: jax.Array,
-    lse: jax.Array,
-    delta: jax.Array,
-    key_lengths: jax.Array | None,
-    tile: BackwardTiles,
-    *,
-    interpret: Any = None,
+def _two_kernels(
+    spec: AttentionSpec, arrays: BackwardArrays, tile: BackwardTiles, *, keys: int, interpret: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Gradients of plain attention with respect to query, key and value.
-
-    Args:
-      spec: the forward's.
-      query, cotangent: (B, T, N, H), bfloat16 or float16, H <= 128.
-      key, value: (B, S, K, H); what lies past a key length must be finite.
-      lse: (B, N, T) float32, natural; -inf for rows that see no key.
-      delta: (B, N, T) float32, row sums of output times cotangent less the cotangent of lse.
-      key_lengths: (B,) int32 or None. Rows past a query length are told by their lse.
-      tile: tile sizes.
-      interpret: parameters of the Mosaic GPU simulator, None on a GPU.
-    """
-    q_shape, k_shape = query.shape, key.shape
-    keys, group = k_shape[1], q_shape[2] // k_shape[2]
-    rows = ((0, 0), (0, 0), (0, -q_shape[1] % ROW_MULTIPLE))
-    lse2 = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2_E)
-    arrays = BackwardArrays(
-        pad_sequence(query),
-        pad_sequence(key),
-        pad_sequence(value),
-        pad_sequence(cotangent),
-        jnp.pad(lse2, rows, constant_values=jnp.inf),
-        jnp.pad(delta, rows),
-        key_lengths,
-    )
     batch, num_queries, heads, head_size = arrays.query.shape
-    kv_heads = k_shape[2]
-    dtype = query.dtype
-    static = {"spec": spec, "tile": tile, "keys": keys, "group": group}
+    kv_heads, dtype = arrays.key.shape[2], arrays.query.dtype
+    static = {"spec": spec, "tile": tile, "keys": keys, "group": heads // kv_heads}
     like_query = jax.ShapeDtypeStruct(arrays.query.shape, dtype)
     like_key = jax.ShapeDtypeStruct(arrays.key.shape, dtype)
 
@@ -398,7 +242,7 @@ def attention_backward(
 
     own = {"own": plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS)}
     per_row = plgpu.SMEM((tile.stages, tile.block_q_dkv), jnp.float32)
-    dk, dv = _launch(
+    dk, dv = launch(
         _key_value_body,
         arrays,
         (like_key, like_key),
@@ -411,14 +255,14 @@ def attention_backward(
             "delta": per_row,
             **spare(tile.block_kv_dkv, tile.block_q_dkv),
         },
-        own | _ring_barriers({"query": 3, "cotangent": 1}, tile.stages),
+        own | ring_barriers({"query": 3, "cotangent": 1}, tile.stages),
         (kv_heads, tiles.cdiv(keys, COMPUTE_WARPGROUPS * tile.block_kv_dkv), batch),
         ("heads", "keys", "batch"),
         "dpfa_attention_backward_kv",
         interpret,
         **static,
     )
-    (dq,) = _launch(
+    (dq,) = launch(
         _query_body,
         arrays,
         (like_query,),
@@ -429,13 +273,58 @@ def attention_backward(
             "value": streamed(tile.block_kv_dq),
             **spare(tile.block_q_dq, tile.block_kv_dq),
         },
-        own | _ring_barriers({"key": 1, "value": 1}, tile.stages),
+        own | ring_barriers({"key": 1, "value": 1}, tile.stages),
         (heads, tiles.cdiv(num_queries, COMPUTE_WARPGROUPS * tile.block_q_dq), batch),
         ("heads", "rows", "batch"),
         "dpfa_attention_backward_q",
         interpret,
         **static,
     )
+    return dq, dk, dv
+
+
+def attention_backward(
+    spec: AttentionSpec,
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    cotangent: jax.Array,
+    lse: jax.Array,
+    delta: jax.Array,
+    key_lengths: jax.Array | None,
+    tile: BackwardTiles | FusedTiles,
+    *,
+    interpret: Any = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of plain attention with respect to query, key and value.
+
+    Args:
+      spec: the forward's.
+      query, cotangent: (B, T, N, H), bfloat16 or float16, H <= 128.
+      key, value: (B, S, K, H); what lies past a key length must be finite.
+      lse: (B, N, T) float32, natural; -inf for rows that see no key.
+      delta: (B, N, T) float32, row sums of output times cotangent less the cotangent of lse.
+      key_lengths: (B,) int32 or None. Rows past a query length are told by their lse.
+      tile: tile sizes; their type says which kernels run.
+      interpret: parameters of the Mosaic GPU simulator, None on a GPU.
+    """
+    q_shape, k_shape = query.shape, key.shape
+    keys = k_shape[1]
+    rows = ((0, 0), (0, 0), (0, -q_shape[1] % ROW_MULTIPLE))
+    lse2 = jnp.where(jnp.isneginf(lse), jnp.inf, lse * LOG2_E)
+    arrays = BackwardArrays(
+        pad_sequence(query),
+        pad_sequence(key),
+        pad_sequence(value),
+        pad_sequence(cotangent),
+        jnp.pad(lse2, rows, constant_values=jnp.inf),
+        jnp.pad(delta, rows),
+        key_lengths,
+    )
+    if isinstance(tile, FusedTiles):
+        dq, dk, dv = fused_backward(spec, arrays, tile, keys=keys, interpret=interpret)
+    else:
+        dq, dk, dv = _two_kernels(spec, arrays, tile, keys=keys, interpret=interpret)
 
     def cut(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return x[tuple(slice(size) for size in shape)]

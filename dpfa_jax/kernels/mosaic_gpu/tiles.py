@@ -82,8 +82,27 @@ class BackwardTiles:
     stages: int = 2
 
 
-def backward_tiles(head_size: int) -> BackwardTiles:
+@dataclasses.dataclass(frozen=True)
+class FusedTiles:
+    """Of the one kernel that makes all three gradients; its tiles are 64 by 64.
+
+    Attributes:
+      stages: tiles of queries and cotangents in flight.
+      dq_columns: columns of dQ that are made at a time.
+    """
+
+    stages: int = 2
+    dq_columns: int = 64
+
+
+# Whether the fused backward serves calls that do not ask for the same bits on each run.
+FUSED_BACKWARD = False
+
+
+def backward_tiles(head_size: int, *, deterministic: bool) -> BackwardTiles | FusedTiles:
     """Tiles for a padded head size of at most 128, as measured on an H100 80GB."""
+    if FUSED_BACKWARD and not deterministic:
+        return FusedTiles()
     return BackwardTiles(block_kv_dq=128 if head_size == 64 else 64)
 
 

@@ -1,0 +1,169 @@
+"""What the backward kernels share: operands, one step's arithmetic, the ring of tiles, launch."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+
+from dpfa_jax.kernels.base import AttentionSpec
+from dpfa_jax.kernels.mosaic_gpu.layouts import LOG2_E
+from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, StepRange
+
+
+class BackwardArrays(NamedTuple):
+    """Operands: query, cotangent (B, T, N, H); key, value (B, S, K, H), padded by `pad_sequence`.
+
+    `lse2`: (B, N, rows) float32, log-sum-exp in base 2, +inf where a row sees no key or is padding.
+    `delta`: (B, N, rows) float32, row sums of output times cotangent less the cotangent of lse.
+    `dq_sum`: mutable float32 like query, zeros, to which the fused kernel adds.
+    """
+
+    query: Any
+    key: Any
+    value: Any
+    cotangent: Any
+    lse2: Any
+    delta: Any
+    key_lengths: Any = None
+    dq_sum: Any = None
+
+
+def key_length_of(arrays: BackwardArrays, batch: Any, keys: int) -> Any:
+    """Keys of one batch row that exist."""
+    if arrays.key_lengths is None:
+        return keys
+    return jnp.clip(arrays.key_lengths[batch], 0, keys)
+
+
+def multiply(acc: Any, lhs: jax.Array, rhs: Any, spare: Any) -> None:
+    """acc += lhs @ rhs, begun and not awaited; lhs from registers, or from `spare` if simulated."""
+    if spare is None:
+        plgpu.wgmma(acc, lhs, rhs)
+        return
+    spare[...] = lhs
+    plgpu.commit_smem()
+    plgpu.wgmma(acc, spare, rhs)
+
+
+def weights_of(spec: AttentionSpec, s: jax.Array, lse2: jax.Array, axis: int, seen: Any):
+    """(p, derivative of the cap or None) from raw products and the rows' log-sum-exp."""
+    factor, slope = spec.scale, None
+    if spec.logits_soft_cap is not None:
+        s = jnp.tanh(s * (factor / spec.logits_soft_cap))
+        slope = 1.0 - s * s
+        factor = spec.logits_soft_cap
+    p = jnp.exp2(s * (factor * LOG2_E) - lax.broadcast_in_dim(lse2, s.shape, [axis]))
+    return (p if seen is None else jnp.where(seen, p, 0.0)), slope
+
+
+def logit_gradient(p, slope, dp, delta, axis):
+    """Derivative with respect to the raw products times scale, of weights p and of dp."""
+    ds = p * (dp - lax.broadcast_in_dim(delta, dp.shape, [axis]))
+    return ds if slope is None else ds * slope
+
+
+def run_steps(steps: StepRange, spec: AttentionSpec, body: Any) -> None:
+    """Calls body(step, masked) over the range, the mask only where it is due."""
+
+    def loop(begin, end, masked):
+        if not (isinstance(begin, int) and isinstance(end, int) and begin == end):
+            pl.loop(begin, end)(lambda step: body(step, masked))
+
+    loop(steps.begin, steps.full_begin, True)
+    loop(steps.full_begin, steps.full_end, False)
+    loop(steps.full_end, steps.end, True)
+
+
+class Ring:
+    """Slots of a ring of tiles that one producer fills and both compute warpgroups free."""
+
+    def __init__(self, barriers: dict[str, Any], stages: int) -> None:
+        self._barriers, self._stages = barriers, stages
+
+    def slot(self, count: Any) -> Any:
+        """Where the `count`-th tile lies."""
+        return lax.rem(jnp.int32(count), jnp.int32(self._stages))
+
+    def await_full(self, name: str, count: Any) -> None:
+        """Consumer: the `count`-th tile is there."""
+        plgpu.barrier_wait(self._barriers[name].at[self.slot(count)])
+
+    def free(self, name: str, count: Any) -> None:
+        """Consumer: has read the `count`-th tile."""
+        plgpu.barrier_arrive(self._barriers[name + "_free"].at[self.slot(count)])
+
+    def await_free(self, name: str, count: Any) -> None:
+        """Producer: the slot of the `count`-th tile may be filled."""
+
+        @pl.when(count >= self._stages)
+        def _():
+            plgpu.barrier_wait(self._barriers[name + "_free"].at[self.slot(count)])
+
+    def drain(self, names: tuple[str, ...], total: Any) -> None:
+        """Sees the last arrivals, so that no barrier ends in an unobserved phase."""
+
+        @pl.loop(jnp.maximum(0, total - self._stages), total)
+        def _(count):
+            for name in names:
+                plgpu.barrier_wait(self._barriers[name + "_free"].at[self.slot(count)])
+
+
+def ring_barriers(names: dict[str, int], stages: int) -> dict[str, Any]:
+    """Barriers of a ring: name -> copies that fill one slot."""
+    full = {n: plgpu.Barrier(num_arrivals=c, num_barriers=stages) for n, c in names.items()}
+    freed = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages)
+    return full | {name + "_free": freed for name in names}
+
+
+def load_queries(
+    arrays: BackwardArrays,
+    shared: Any,
+    barriers: Any,
+    ring: Ring,
+    done: Any,
+    batch: Any,
+    head: Any,
+    block: Any,
+    rows: int,
+) -> None:
+    """Producer: the `block`-th tile of queries, with what belongs to its rows, into slot `done`."""
+    slot = ring.slot(done)
+    begin = pl.ds(block * rows, rows)
+
+    def load(name, source, barrier):
+        plgpu.copy_gmem_to_smem(source, shared[name].at[slot], barriers[barrier].at[slot])
+
+    ring.await_free("query", done)
+    load("query", arrays.query.at[batch, begin, head], "query")
+    load("lse2", arrays.lse2.at[batch, head, begin], "query")
+    load("delta", arrays.delta.at[batch, head, begin], "query")
+    ring.await_free("cotangent", done)
+    load("cotangent", arrays.cotangent.at[batch, begin, head], "cotangent")
+
+
+def launch(body, arrays, out_type, shared, barriers, grid, names, name, interpret, **static):
+    """Runs `body(arrays, *outputs, shared, barriers, simulate=..., **static)` on each program."""
+    present = [x is not None for x in arrays]
+    outputs = len(out_type)
+
+    def kernel(*refs):
+        operands = iter(refs[: sum(present)])
+        rest = refs[sum(present) :]
+        in_refs = BackwardArrays(*(next(operands) if there else None for there in present))
+        body(in_refs, *rest[:outputs], *rest[outputs:], simulate=interpret is not None, **static)
+
+    return plgpu.kernel(
+        kernel,
+        out_type=out_type,
+        scratch_types=(shared, barriers),
+        grid=grid,
+        grid_names=names,
+        num_threads=COMPUTE_WARPGROUPS + 1,
+        thread_name="warpgroup",
+        compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
+        kernel_name=name,
+        interpret=interpret,
+    )(*(x for x in arrays if x is not None))

@@ -1,0 +1,136 @@
+"""The fused backward kernel: values in the Mosaic GPU simulator, lowering for CUDA."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import attention_oracle as oracle
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dpfa_jax.attention import core
+from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec
+from dpfa_jax.kernels.mosaic_gpu import backend, tiles
+from dpfa_jax.kernels.mosaic_gpu.backward import attention_backward
+from dpfa_jax.kernels.mosaic_gpu.tiles import BackwardTiles, FusedTiles
+
+# (B, T, S, N, K, H), options. Steps are 128 rows, programs 128 keys.
+CASES = {
+    "causal, ragged, GQA": ((1, 201, 140, 2, 1, 40), {"is_causal": True}),
+    "window, cap, key lengths": (
+        (2, 70, 150, 1, 1, 64),
+        {"local_window": (40, 70), "logits_soft_cap": 4.0, "key_lengths": (150, 60)},
+    ),
+    "head size 128": ((1, 130, 130, 1, 1, 128), {}),
+}
+
+
+def draw(*shape, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.bfloat16)
+
+
+def gradients_and_expected(case, tile, hurt=lambda x: x):
+    """(dq, dk, dv) of the kernels in the simulator, and in float64."""
+    (batch, rows, keys, heads, kv_heads, size), options = CASES[case]
+    options = dict(options)
+    key_lengths = options.pop("key_lengths", None)
+    spec = AttentionSpec(0.2, **options)
+    query, cotangent = (draw(batch, rows, heads, size, seed=n) for n in (1, 2))
+    key, value = (draw(batch, keys, kv_heads, size, seed=n) for n in (3, 4))
+    hiding = {"is_causal": spec.is_causal, "window": spec.local_window, "key_lengths": key_lengths}
+    output, *expected, _ = oracle.attention(
+        *(query, key, value, cotangent), scale=0.2, soft_cap=spec.logits_soft_cap, **hiding
+    )
+    q, k = (np.asarray(x, np.float64) for x in (query, np.repeat(key, heads // kv_heads, 2)))
+    logits = 0.2 * np.einsum("btnh,bsnh->bnts", q, k)
+    if spec.logits_soft_cap is not None:
+        logits = spec.logits_soft_cap * np.tanh(logits / spec.logits_soft_cap)
+    seen = oracle.visibility(logits.shape, **hiding)
+    with np.errstate(divide="ignore"):
+        lse = np.log(np.sum(np.exp(logits) * seen, -1))
+    delta = np.einsum("btnh,btnh->bnt", output, np.asarray(cotangent, np.float64))
+    gradients = attention_backward(
+        *(spec, query, key, value, hurt(cotangent)),
+        jnp.asarray(lse, jnp.float32),
+        jnp.asarray(delta, jnp.float32),
+        None if key_lengths is None else jnp.asarray(key_lengths, jnp.int32),
+        tile,
+        interpret=plgpu.InterpretGPUParams(),
+    )
+    return gradients, expected
+
+
+def relative(x, y):
+    return np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y)
+
+
+QUICK = "causal, ragged, GQA"
+
+
+@pytest.mark.parametrize(
+    "case", [QUICK, *(pytest.param(c, marks=pytest.mark.slow) for c in CASES if c != QUICK)]
+)
+def test_fused_gradients(case):
+    """V7, V8: against float64; programs of the simulator add to sums of their own."""
+    gradients, expected = gradients_and_expected(case, FusedTiles())
+    for mine, theirs in zip(gradients, expected, strict=True):
+        assert mine.shape == theirs.shape
+        assert relative(mine, theirs) < 6e-3  # bf16 rounds to 2^-9
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tile", [FusedTiles(stages=3), FusedTiles(dq_columns=128)])
+def test_other_tiles(tile):
+    """V7: the same gradients whatever the stages and the columns of dQ at a time."""
+    gradients, expected = gradients_and_expected("head size 128", tile)
+    for mine, theirs in zip(gradients, expected, strict=True):
+        assert relative(mine, theirs) < 6e-3
+
+
+@pytest.mark.slow
+def test_a_lost_tile_is_caught():
+    """Negative control: one row of one tile of cotangents set to zero."""
+    gradients, expected = gradients_and_expected(
+        QUICK, FusedTiles(), lambda x: x.at[0, 130, 1].set(0)
+    )
+    assert all(relative(x, y) > 1e-2 for x, y in zip(gradients, expected, strict=True))
+
+
+def shapes(rows=100, keys=93, head_size=64):
+    struct = jax.ShapeDtypeStruct
+    kv = struct((2, keys, 1, head_size), jnp.bfloat16)
+    return AttentionInputs(struct((2, rows, 2, head_size), jnp.bfloat16), kv, kv)
+
+
+@pytest.mark.parametrize("head_size", [64, 128])
+def test_deterministic_is_two_kernels(head_size, monkeypatch):
+    """V6: where the fused kernel serves, asking for the same bits gives the two kernels again."""
+    monkeypatch.setattr(tiles, "FUSED_BACKWARD", True)
+    inputs = shapes(head_size=head_size)
+
+    def kernels(spec):
+        def loss(query, inputs):
+            answer, _ = core.attend(backend.MosaicGpuBackend(), spec, inputs._replace(query=query))
+            return answer.astype(jnp.float32).sum()
+
+        traced = jax.jit(jax.grad(loss)).trace(inputs.query, inputs)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+        return text.count("custom_call @mosaic_gpu"), text
+
+    spec = AttentionSpec(0.1, is_causal=True, local_window=(50, 7))
+    count, text = kernels(spec)
+    assert count == 2
+    assert "reduce.async.bulk" in text
+    count, text = kernels(dataclasses.replace(spec, deterministic=True))
+    assert count == 3
+    assert "reduce.async.bulk" not in text
+
+
+def test_tiles_by_determinism(monkeypatch):
+    for fused in (False, True):
+        monkeypatch.setattr(tiles, "FUSED_BACKWARD", fused)
+        for size in (64, 128):
+            assert isinstance(tiles.backward_tiles(size, deterministic=True), BackwardTiles)
+            is_fused = isinstance(tiles.backward_tiles(size, deterministic=False), FusedTiles)
+            assert is_fused == fused
