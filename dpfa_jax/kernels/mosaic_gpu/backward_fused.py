@@ -21,7 +21,6 @@ from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     key_length_of,
     launch,
     load_queries,
-    logit_gradient,
     multiply,
     ring_barriers,
     run_steps,
@@ -30,10 +29,10 @@ from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
 from dpfa_jax.kernels.mosaic_gpu.layouts import COLUMN, tiled_shared, visible
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, WARPGROUP_ROWS, FusedTiles
 
-# A step is one tile of queries for each compute warpgroup: it makes dQ of its own tile.
 BLOCK = WARPGROUP_ROWS
-STEP_ROWS = COMPUTE_WARPGROUPS * BLOCK
 PROGRAM_KEYS = COMPUTE_WARPGROUPS * BLOCK
+# Slots of logit gradients: an even number, so that those of a slot all belong to one warpgroup.
+SLOTS = COMPUTE_WARPGROUPS
 
 
 def _body(arrays, dk_out, dv_out, shared, barriers, *, spec, tile, keys, group, simulate) -> None:
@@ -43,13 +42,16 @@ def _body(arrays, dk_out, dv_out, shared, barriers, *, spec, tile, keys, group, 
     program_begin = program * PROGRAM_KEYS
     num_queries, head_size = arrays.query.shape[1], arrays.query.shape[3]
     key_length = key_length_of(arrays, batch, keys)
-    steps = tiles.query_steps(spec, program_begin, PROGRAM_KEYS, STEP_ROWS, num_queries)
+    steps = tiles.query_steps(spec, program_begin, PROGRAM_KEYS, BLOCK, num_queries)
     steps = tiles.within_key_length(steps, program_begin, PROGRAM_KEYS, key_length)
     count = steps.end - steps.begin
     ring = Ring(barriers, tile.stages)
     dtype = arrays.query.dtype
     # The simulator cannot add: there each program has a sum of its own.
     dq_sum = arrays.dq_sum.at[program] if simulate else arrays.dq_sum
+
+    def slot_of(done):
+        return lax.rem(jnp.int32(done), jnp.int32(SLOTS))
 
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def compute():
@@ -61,84 +63,97 @@ def _body(arrays, dk_out, dv_out, shared, barriers, *, spec, tile, keys, group, 
         own = barriers["own"].at[warpgroup]
         plgpu.copy_gmem_to_smem(arrays.key.at[rows], k_shared, own)
         plgpu.copy_gmem_to_smem(arrays.value.at[rows], v_shared, own)
-        plgpu.barrier_arrive(barriers["ds_free"])
+        plgpu.barrier_arrive(barriers["ds_free"].at[warpgroup])
         plgpu.barrier_wait(own)
         spare = shared["spare"].at[warpgroup] if simulate else None
 
-        def one_tile(dk_acc, dv_acc, done, part, row_begin, masked):
+        def one_tile(dk_acc, dv_acc, step, done, masked):
             slot = ring.slot(done)
             q_shared, do_shared = shared["query"].at[slot], shared["cotangent"].at[slot]
             shape = (BLOCK, BLOCK)
             ring.await_full("query", done)
 
             def weights_and_products(s_acc, dp_acc):
+                minus_delta = plgpu.load(shared["delta"].at[slot], layout=COLUMN)
+                minus_delta = lax.broadcast_in_dim(minus_delta, shape, [1])
+                if not simulate:
+                    # The sums begin there: no register keeps it through the softmax.
+                    dp_acc[...] = minus_delta
                 plgpu.wgmma(s_acc, k_shared, q_shared.T)
                 ring.await_full("cotangent", done)
                 plgpu.wgmma(dp_acc, v_shared, do_shared.T)
                 lse2 = plgpu.load(shared["lse2"].at[slot], layout=COLUMN)
-                delta = plgpu.load(shared["delta"].at[slot], layout=COLUMN)
                 seen = None
                 if masked:
                     seen = visible(
-                        spec, shape, row_begin, key_begin, key_length, None, transposed=True
+                        spec, shape, step * BLOCK, key_begin, key_length, None, transposed=True
                     )
                 s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
                 p, slope = weights_of(spec, s, lse2, 1, seen)
                 multiply(dv_acc, p.astype(dtype), do_shared, spare)
                 dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-                return logit_gradient(p, slope, dp, delta, 1)
+                if simulate:  # where no accumulator can be set
+                    dp += minus_delta
+                return p * dp if slope is None else p * dp * slope
 
             acc = plgpu.ACC(shape, jnp.float32)
             ds = pl.run_scoped(weights_and_products, acc, acc).astype(dtype)
             multiply(dk_acc, ds, q_shared, spare)
-            if part == 0:
-                plgpu.barrier_wait(barriers["ds_free"])
-            shared["ds"].at[part, warpgroup][...] = ds
+            plgpu.barrier_wait(barriers["ds_free"].at[slot_of(done)])
+            shared["ds"].at[slot_of(done), warpgroup][...] = ds
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(barriers["ds"].at[slot_of(done)])
             plgpu.wgmma_wait(1)
             ring.free("cotangent", done)
             plgpu.wgmma_wait(0)
             ring.free("query", done)
 
-        def query_gradient(head, row_begin):
-            """This warpgroup's tile of dQ from the logit gradients of both."""
-            dq_shared = shared["dq"].at[warpgroup]
-            row_begin = row_begin + warpgroup * BLOCK
-            for begin in range(0, head_size, tile.dq_columns):
-                columns = pl.ds(begin, tile.dq_columns)
+        def query_gradient(head, step, done):
+            """dQ of one whole tile, by the warpgroup whose turn it is."""
+            slot = slot_of(done)
+            plgpu.barrier_wait(barriers["ds"].at[slot])
+            chunks = head_size // tile.dq_columns
+            for chunk in range(chunks):
+                columns = pl.ds(chunk * tile.dq_columns, tile.dq_columns)
 
                 def product(acc, columns=columns):
                     for other in range(COMPUTE_WARPGROUPS):
                         plgpu.wgmma(
-                            acc,
-                            shared["ds"].at[warpgroup, other].T,
-                            shared["key"].at[other, :, columns],
+                            acc, shared["ds"].at[slot, other].T, shared["key"].at[other, :, columns]
                         )
                     return acc[...]
 
                 dq = pl.run_scoped(product, plgpu.ACC((BLOCK, tile.dq_columns), jnp.float32))
-                if begin + tile.dq_columns == head_size:
-                    plgpu.barrier_arrive(barriers["ds_free"])
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                if chunk == chunks - 1:
+                    plgpu.barrier_arrive(barriers["ds_free"].at[slot])
+                if chunk == 0:  # what was sent last time has been read
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                dq_shared = shared["dq"].at[warpgroup, chunk]
                 dq_shared[...] = dq
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(
                     dq_shared,
-                    dq_sum.at[batch, pl.ds(row_begin, BLOCK), head, columns],
+                    dq_sum.at[batch, pl.ds(step * BLOCK, BLOCK), head, columns],
                     reduction_op=None if simulate else "add",
                 )
 
         def accumulate(dk_acc, dv_acc):
             def one_head(member):
+                head = kv_head * group + member
+
                 def body(step, masked):
-                    done = COMPUTE_WARPGROUPS * (member * count + step - steps.begin)
-                    row_begin = step * STEP_ROWS
-                    for part in range(COMPUTE_WARPGROUPS):
-                        begin = row_begin + part * BLOCK
-                        one_tile(dk_acc, dv_acc, done + part, part, begin, masked)
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(barriers["ds"])
-                    plgpu.barrier_wait(barriers["ds"])
-                    query_gradient(kv_head * group + member, row_begin)
+                    done = member * count + step - steps.begin
+                    one_tile(dk_acc, dv_acc, step, done, masked)
+
+                    # dQ of the tile before: the other warpgroup has made its part by now.
+                    @pl.when((done > 0) & (slot_of(done + 1) == warpgroup))
+                    def _():
+                        is_first = step == steps.begin
+                        query_gradient(
+                            jnp.where(is_first, head - 1, head),
+                            jnp.where(is_first, steps.end, step) - 1,
+                            done - 1,
+                        )
 
                 run_steps(steps, spec, body)
 
@@ -147,7 +162,14 @@ def _body(arrays, dk_out, dv_out, shared, barriers, *, spec, tile, keys, group, 
 
         acc = plgpu.ACC((BLOCK, head_size), jnp.float32)
         dk, dv = pl.run_scoped(accumulate, acc, acc)
-        plgpu.barrier_wait(barriers["ds_free"])  # the other warpgroup reads these keys no more
+        last = group * count - 1
+
+        @pl.when((last >= 0) & (slot_of(last) == warpgroup))
+        def _():
+            query_gradient(kv_head * group + group - 1, steps.end - 1, last)
+
+        for slot in range(SLOTS):  # the other warpgroup reads these keys no more
+            plgpu.barrier_wait(barriers["ds_free"].at[slot])
         k_shared[...] = (dk * spec.scale).astype(dtype)
         v_shared[...] = dv.astype(dtype)
         plgpu.commit_smem()
@@ -164,12 +186,12 @@ def _body(arrays, dk_out, dv_out, shared, barriers, *, spec, tile, keys, group, 
         def _(member):
             head = kv_head * group + member
 
-            @pl.loop(COMPUTE_WARPGROUPS * steps.begin, COMPUTE_WARPGROUPS * steps.end)
-            def _(block):
-                done = COMPUTE_WARPGROUPS * (member * count - steps.begin) + block
-                load_queries(arrays, shared, barriers, ring, done, batch, head, block, BLOCK)
+            @pl.loop(steps.begin, steps.end)
+            def _(step):
+                done = member * count + step - steps.begin
+                load_queries(arrays, shared, barriers, ring, done, batch, head, step, BLOCK)
 
-        ring.drain(("query", "cotangent"), COMPUTE_WARPGROUPS * group * count)
+        ring.drain(("query", "cotangent"), group * count)
 
 
 def fused_backward(
@@ -184,7 +206,7 @@ def fused_backward(
 
     Args:
       spec: the forward's.
-      arrays: operands, padded; `lse2` and `delta` to whole steps of 128 rows.
+      arrays: operands, padded; `lse2` and `delta` to whole tiles.
       tile: stages, and columns of dQ that are made at a time.
       keys: S before padding.
       interpret: parameters of the Mosaic GPU simulator, None on a GPU.
@@ -204,21 +226,23 @@ def fused_backward(
         "cotangent": streamed,
         "lse2": per_row,
         "delta": per_row,
-        "ds": tiled_shared((COMPUTE_WARPGROUPS, COMPUTE_WARPGROUPS, BLOCK, BLOCK), dtype),
-        "dq": tiled_shared((COMPUTE_WARPGROUPS, BLOCK, tile.dq_columns), jnp.float32),
+        "ds": tiled_shared((SLOTS, COMPUTE_WARPGROUPS, BLOCK, BLOCK), dtype),
+        "dq": tiled_shared(
+            (COMPUTE_WARPGROUPS, head_size // tile.dq_columns, BLOCK, tile.dq_columns), jnp.float32
+        ),
     }
     if interpret is not None:
         shared["spare"] = tiled_shared((COMPUTE_WARPGROUPS, BLOCK, BLOCK), dtype)
     like_key = jax.ShapeDtypeStruct(arrays.key.shape, dtype)
     dk, dv = launch(
         _body,
-        arrays._replace(dq_sum=dq_sum),
+        arrays._replace(delta=-arrays.delta, dq_sum=dq_sum),
         (like_key, like_key),
         shared,
         {
             "own": plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
-            "ds": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
-            "ds_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+            "ds": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=SLOTS),
+            "ds_free": plgpu.Barrier(num_barriers=SLOTS),
             **ring_barriers({"query": 3, "cotangent": 1}, tile.stages),
         },
         (kv_heads, programs, batch),
