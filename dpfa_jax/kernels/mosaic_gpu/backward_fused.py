@@ -112,30 +112,23 @@ def _body(arrays, dk_out, dv_out, shared, barriers, *, spec, tile, keys, group, 
             """dQ of one whole tile, by the warpgroup whose turn it is."""
             slot = slot_of(done)
             plgpu.barrier_wait(barriers["ds"].at[slot])
-            chunks = head_size // tile.dq_columns
-            for chunk in range(chunks):
-                columns = pl.ds(chunk * tile.dq_columns, tile.dq_columns)
 
-                def product(acc, columns=columns):
-                    for other in range(COMPUTE_WARPGROUPS):
-                        plgpu.wgmma(
-                            acc, shared["ds"].at[slot, other].T, shared["key"].at[other, :, columns]
-                        )
-                    return acc[...]
+            def product(acc):
+                for other in range(COMPUTE_WARPGROUPS):
+                    plgpu.wgmma(acc, shared["ds"].at[slot, other].T, shared["key"].at[other])
+                return acc[...]
 
-                dq = pl.run_scoped(product, plgpu.ACC((BLOCK, tile.dq_columns), jnp.float32))
-                if chunk == chunks - 1:
-                    plgpu.barrier_arrive(barriers["ds_free"].at[slot])
-                if chunk == 0:  # what was sent last time has been read
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                dq_shared = shared["dq"].at[warpgroup, chunk]
-                dq_shared[...] = dq
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(
-                    dq_shared,
-                    dq_sum.at[batch, pl.ds(step * BLOCK, BLOCK), head, columns],
-                    reduction_op=None if simulate else "add",
-                )
+            dq = pl.run_scoped(product, plgpu.ACC((BLOCK, head_size), jnp.float32))
+            plgpu.barrier_arrive(barriers["ds_free"].at[slot])
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was sent last time
+            dq_shared = shared["dq"].at[warpgroup]
+            dq_shared[...] = dq
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(
+                dq_shared,
+                dq_sum.at[batch, pl.ds(step * BLOCK, BLOCK), head],
+                reduction_op=None if simulate else "add",
+            )
 
         def accumulate(dk_acc, dv_acc):
             def one_head(member):
@@ -207,7 +200,7 @@ def fused_backward(
     Args:
       spec: the forward's.
       arrays: operands, padded; `lse2` and `delta` to whole tiles.
-      tile: stages, and columns of dQ that are made at a time.
+      tile: stages of the ring.
       keys: S before padding.
       interpret: parameters of the Mosaic GPU simulator, None on a GPU.
     """
@@ -227,9 +220,7 @@ def fused_backward(
         "lse2": per_row,
         "delta": per_row,
         "ds": tiled_shared((SLOTS, COMPUTE_WARPGROUPS, BLOCK, BLOCK), dtype),
-        "dq": tiled_shared(
-            (COMPUTE_WARPGROUPS, head_size // tile.dq_columns, BLOCK, tile.dq_columns), jnp.float32
-        ),
+        "dq": tiled_shared((COMPUTE_WARPGROUPS, BLOCK, head_size), jnp.float32),
     }
     if interpret is not None:
         shared["spare"] = tiled_shared((COMPUTE_WARPGROUPS, BLOCK, BLOCK), dtype)

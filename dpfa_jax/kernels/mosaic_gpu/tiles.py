@@ -88,11 +88,9 @@ class FusedTiles:
 
     Attributes:
       stages: tiles of queries and cotangents in flight.
-      dq_columns: columns of dQ that are made at a time.
     """
 
     stages: int = 2
-    dq_columns: int = 64
 
 
 # Whether the fused backward serves calls that do not ask for the same bits on each run.
