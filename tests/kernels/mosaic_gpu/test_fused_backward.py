@@ -1,6 +1,7 @@
 """The fused backward kernel: values in the Mosaic GPU simulator, lowering for CUDA."""
 
 import dataclasses
+import functools
 import os
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 from helpers import attention_oracle as oracle
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.sharding import Mesh, PartitionSpec
 
 from dpfa_jax.attention import core
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec
@@ -119,28 +121,45 @@ def shapes(rows=100, keys=93, head_size=64):
     return AttentionInputs(struct((2, rows, 2, head_size), jnp.bfloat16), kv, kv)
 
 
+# A name of its own keeps its traces apart from those of the two kernels.
+FUSED = backend.MosaicGpuBackend(name="mosaic_gpu, fused")
+
+
+def loss(spec, query, inputs):
+    answer, _ = core.attend(FUSED, spec, inputs._replace(query=query))
+    return answer.astype(jnp.float32).sum()
+
+
+def lower(function, *arguments):
+    return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+
+
 @pytest.mark.parametrize("head_size", [64, 128])
 def test_deterministic_is_two_kernels(head_size, monkeypatch):
     """V6: where the fused kernel serves, asking for the same bits gives the two kernels again."""
     monkeypatch.setattr(tiles, "FUSED_BACKWARD", True)
     inputs = shapes(head_size=head_size)
-
-    def kernels(spec):
-        def loss(query, inputs):
-            answer, _ = core.attend(backend.MosaicGpuBackend(), spec, inputs._replace(query=query))
-            return answer.astype(jnp.float32).sum()
-
-        traced = jax.jit(jax.grad(loss)).trace(inputs.query, inputs)
-        text = traced.lower(lowering_platforms=("cuda",)).as_text()
-        return text.count("custom_call @mosaic_gpu"), text
-
     spec = AttentionSpec(0.1, is_causal=True, local_window=(50, 7))
-    count, text = kernels(spec)
-    assert count == 2
-    assert "reduce.async.bulk" in text
-    count, text = kernels(dataclasses.replace(spec, deterministic=True))
-    assert count == 3
-    assert "reduce.async.bulk" not in text
+    for deterministic in (False, True):
+        asked = dataclasses.replace(spec, deterministic=deterministic)
+        text = lower(jax.grad(functools.partial(loss, asked)), inputs.query, inputs)
+        assert text.count("custom_call @mosaic_gpu") == 2 + deterministic
+        assert ("reduce.async.bulk" in text) != deterministic
+
+
+def test_sharded_and_mapped_gradients_lower(monkeypatch):
+    """The mutable sum of dQ is no obstacle to shard_map and vmap."""
+    monkeypatch.setattr(tiles, "FUSED_BACKWARD", True)
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    split = PartitionSpec("data")
+    gradient = jax.grad(functools.partial(loss, AttentionSpec(0.1)))
+    inputs = shapes(rows=64, keys=64)
+    sharded = jax.shard_map(gradient, mesh=mesh, in_specs=(split, split), out_specs=split)
+    assert "reduce.async.bulk" in lower(sharded, inputs.query, inputs)
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, *x.shape), x.dtype), inputs)
+    text = lower(jax.vmap(gradient), stacked.query, stacked)
+    assert text.count("custom_call @mosaic_gpu") == 2
+    assert "tensor<6x64x2x64xf32>" in text  # the mapped axis is folded into the batch
 
 
 def test_tiles_by_determinism(monkeypatch):

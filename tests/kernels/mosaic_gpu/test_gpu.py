@@ -17,6 +17,7 @@ from scipy import special, stats
 from dpfa_jax.attention import core
 from dpfa_jax.kernels import epilogue
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, ExampleReadout, NoiseInputs
+from dpfa_jax.kernels.mosaic_gpu import tiles
 from dpfa_jax.kernels.mosaic_gpu.backend import MosaicGpuBackend
 from dpfa_jax.kernels.mosaic_gpu.tiles import ForwardTiles
 from dpfa_jax.kernels.public_maximum import has_public_maximum
@@ -24,6 +25,8 @@ from dpfa_jax.noise.fields import attention_noise
 
 pytestmark = pytest.mark.gpu
 BACKEND = MosaicGpuBackend()
+# A name of its own keeps its traces apart from those of the two backward kernels.
+FUSED = MosaicGpuBackend(name="mosaic_gpu, fused")
 
 CASES = {
     "full, GQA": ((2, 512, 512, 4, 2, 64), {}, jnp.bfloat16),
@@ -78,13 +81,13 @@ def noise_inputs(batch, seed=0):
     )
 
 
-def value_and_gradients(spec, inputs, cotangent):
+def value_and_gradients(spec, inputs, cotangent, backend=BACKEND):
     """(output, lse, dq, dk, dv) by one compiled program."""
 
     def run(inputs, cotangent):
         def answer(query, key, value):
             arrays = inputs._replace(query=query, key=key, value=value)
-            return core.attend(BACKEND, spec, arrays)
+            return core.attend(backend, spec, arrays)
 
         (output, lse), pull = jax.vjp(answer, inputs.query, inputs.key, inputs.value)
         return output, lse, *pull((cotangent, jnp.zeros_like(lse)))
@@ -114,9 +117,11 @@ def distance(x, y):
     return np.linalg.norm(np.asarray(x, np.float64) - y)
 
 
+@pytest.mark.parametrize("backend", [BACKEND, FUSED], ids=["two kernels", "fused"])
 @pytest.mark.parametrize("case", CASES)
-def test_error_is_within_twice_the_naive_one(case):
+def test_error_is_within_twice_the_naive_one(case, backend, monkeypatch):
     """V7, V8: output and gradients against float64; hidden slots hold NaN."""
+    monkeypatch.setattr(tiles, "FUSED_BACKWARD", backend is FUSED)
     (batch, rows, keys, heads, kv_heads, size), options, dtype = CASES[case]
     options = dict(options)
     rng = np.random.default_rng(1)
@@ -140,7 +145,7 @@ def test_error_is_within_twice_the_naive_one(case):
             value=jnp.where(is_key[..., None, None], value, jnp.nan),
         )
     assert BACKEND.cannot(spec, inputs, "gpu") is None
-    output, lse, *gradients = value_and_gradients(spec, inputs, cotangent)
+    output, lse, *gradients = value_and_gradients(spec, inputs, cotangent, backend)
     expected = oracle.attention(
         *clean[:3],
         cotangent,
@@ -253,7 +258,7 @@ def test_sharded_jit_gathers_nothing():
     count = 2 if len(devices) > 1 else 1
     mesh = Mesh(np.asarray(devices[:count]), ("heads",))
     readout = ExampleReadout(0.3, (0.5,) * 4, (2.0**-5,) * 4)
-    spec = AttentionSpec(0.1, is_causal=True, readout=readout)
+    spec = AttentionSpec(0.1, is_causal=True, deterministic=True, readout=readout)
     rng = np.random.default_rng(8)
     arrays = [draw(rng, (2, 300, n, 128), jnp.bfloat16) for n in (4, 2, 2, 4)]
     noise = noise_inputs(2)
@@ -328,9 +333,9 @@ def test_rows_that_are_not_finite_release_noise_only():
 
 
 def test_same_bits_each_time_and_under_vmap():
-    """V6, V10: no atomics; folding a vmapped axis changes no bit, of the noise neither."""
+    """V6, V10: as asked for; folding a vmapped axis changes no bit, of the noise neither."""
     readout = ExampleReadout(0.5, (1.0, 1.0), (2.0**-4,) * 2)
-    spec = AttentionSpec(0.1, is_causal=True, readout=readout)
+    spec = AttentionSpec(0.1, is_causal=True, deterministic=True, readout=readout)
     rng = np.random.default_rng(4)
     query, key, value, cotangent = (draw(rng, (4, 200, 2, 64), jnp.bfloat16) for _ in range(4))
     inputs = AttentionInputs(query, key, value, noise=noise_inputs(4))
@@ -342,6 +347,27 @@ def test_same_bits_each_time_and_under_vmap():
         one = np.asarray(one.astype(jnp.float32))
         assert np.array_equal(one, np.asarray(two.astype(jnp.float32)))
         assert np.array_equal(one, np.asarray(three.astype(jnp.float32)).reshape(one.shape))
+
+
+def test_fused_backward_of_many_programs(monkeypatch):
+    """V7: a grid that outnumbers the processors; runs differ in the last bits of dQ only."""
+    rng = np.random.default_rng(10)
+    arrays = [draw(rng, (4, 1024, n, 128), jnp.bfloat16) for n in (8, 4, 4, 8)]
+    spec = AttentionSpec(128**-0.5, is_causal=True)
+    inputs = AttentionInputs(*arrays[:3])
+    monkeypatch.setattr(tiles, "FUSED_BACKWARD", True)
+    runs = [value_and_gradients(spec, inputs, arrays[3], FUSED)[2:] for _ in range(3)]
+    asked = dataclasses.replace(spec, deterministic=True)
+    expected = value_and_gradients(asked, inputs, arrays[3], FUSED)[2:]
+    for run in runs:
+        for mine, theirs in zip(run, expected, strict=True):
+            theirs = np.asarray(theirs, np.float64)
+            # Each is the float32 gradient rounded to bf16 of nearly the same weights.
+            assert distance(mine, theirs) <= 2.0**-8 * np.linalg.norm(theirs)
+            away = np.abs(np.asarray(mine, np.float64) - theirs).max()
+            assert away <= 2.0**-6 * np.abs(theirs).max()
+        for mine, first in zip(run[1:], runs[0][1:], strict=True):  # dK and dV have one order
+            assert np.array_equal(np.asarray(mine, np.float32), np.asarray(first, np.float32))
 
 
 @pytest.mark.parametrize(
