@@ -50,6 +50,7 @@ BAD = {
     "causal int": plain("is_causal", is_causal=1),
     "NaN scale": plain("scale", scale=float("nan")),
     "cap 0": plain("logits_soft_cap", logits_soft_cap=0.0),
+    "deterministic 1": plain("deterministic", deterministic=1),
     "bound 0": plain("logits_bound", logits_bound=0.0),
     "traced bound": plain("logits_bound", logits_bound=jnp.ones(())),
     "bound of a record": private("logits_bound", release=SUM, logits_bound=1.0),

@@ -134,7 +134,7 @@ def lower(function, *arguments):
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("head_size", [64, 128])
+@pytest.mark.parametrize("head_size", [pytest.param(64, marks=pytest.mark.slow), 128])
 def test_deterministic_is_two_kernels(head_size, monkeypatch):
     """V6: where the fused kernel serves, asking for the same bits gives the two kernels again."""
     monkeypatch.setattr(tiles, "FUSED_BACKWARD", True)
