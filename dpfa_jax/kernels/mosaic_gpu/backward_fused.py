@@ -208,7 +208,7 @@ def fused_backward(
     kv_heads, dtype = arrays.key.shape[2], arrays.query.dtype
     programs = tiles.cdiv(keys, PROGRAM_KEYS)
     own_sums = () if interpret is None else (programs,)
-    dq_sum = jax.new_ref(jnp.zeros((*own_sums, *arrays.query.shape), jnp.float32))
+    dq_zeros = jnp.zeros((*own_sums, *arrays.query.shape), jnp.float32)
     resident = tiled_shared((COMPUTE_WARPGROUPS, BLOCK, head_size), dtype)
     streamed = tiled_shared((tile.stages, BLOCK, head_size), dtype)
     per_row = plgpu.SMEM((tile.stages, BLOCK), jnp.float32)
@@ -225,27 +225,34 @@ def fused_backward(
     if interpret is not None:
         shared["spare"] = tiled_shared((COMPUTE_WARPGROUPS, BLOCK, BLOCK), dtype)
     like_key = jax.ShapeDtypeStruct(arrays.key.shape, dtype)
-    dk, dv = launch(
-        _body,
-        arrays._replace(delta=-arrays.delta, dq_sum=dq_sum),
-        (like_key, like_key),
-        shared,
-        {
-            "own": plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
-            "ds": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=SLOTS),
-            "ds_free": plgpu.Barrier(num_barriers=SLOTS),
-            **ring_barriers({"query": 3, "cotangent": 1}, tile.stages),
-        },
-        (kv_heads, programs, batch),
-        ("heads", "keys", "batch"),
-        "dpfa_attention_backward",
-        interpret,
-        spec=spec,
-        tile=tile,
-        keys=keys,
-        group=heads // kv_heads,
-    )
-    dq = jax.freeze(dq_sum)
+
+    def run(refs: Any) -> None:
+        dq_sum, dk_ref, dv_ref = refs
+        dk, dv = launch(
+            _body,
+            arrays._replace(delta=-arrays.delta, dq_sum=dq_sum),
+            (like_key, like_key),
+            shared,
+            {
+                "own": plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
+                "ds": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=SLOTS),
+                "ds_free": plgpu.Barrier(num_barriers=SLOTS),
+                **ring_barriers({"query": 3, "cotangent": 1}, tile.stages),
+            },
+            (kv_heads, programs, batch),
+            ("heads", "keys", "batch"),
+            "dpfa_attention_backward",
+            interpret,
+            spec=spec,
+            tile=tile,
+            keys=keys,
+            group=heads // kv_heads,
+        )
+        dk_ref[...], dv_ref[...] = dk, dv
+
+    # A state that begins and ends here: `jax.new_ref` has an effect that the partitioner refuses.
+    like = jnp.zeros(like_key.shape, dtype)
+    dq, dk, dv = pl.run_state(run)((dq_zeros, like, like))
     if own_sums:
         dq = dq.sum(axis=0)
     return (dq * spec.scale).astype(dtype), dk, dv

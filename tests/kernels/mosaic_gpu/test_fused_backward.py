@@ -162,6 +162,17 @@ def test_sharded_and_mapped_gradients_lower(monkeypatch):
     assert "tensor<6x64x2x64xf32>" in text  # the mapped axis is folded into the batch
 
 
+def test_no_effect_reaches_the_partitioner():
+    """custom_partitioning refuses a program with effects: the mutable sum must end inside."""
+    struct = jax.ShapeDtypeStruct
+    wide, rows = struct((1, 64, 1, 64), jnp.bfloat16), struct((1, 1, 64), jnp.float32)
+
+    def gradients(*arrays):
+        return attention_backward(AttentionSpec(0.1), *arrays, None, FusedTiles())
+
+    assert not jax.make_jaxpr(gradients)(*[wide] * 4, rows, rows).effects
+
+
 def test_tiles_by_determinism(monkeypatch):
     for fused in (False, True):
         monkeypatch.setattr(tiles, "FUSED_BACKWARD", fused)
