@@ -96,7 +96,7 @@ def spec(
     local_window_size: object,
     logits_soft_cap: object,
     logits_bound: object,
-    deterministic: object = False,
+    deterministic: object = True,
     query_key_norm: float | None = None,
 ) -> AttentionSpec:
     """The static part of a call; no row of query or key is longer than `query_key_norm`.

@@ -69,7 +69,7 @@ def dot_product_attention(
     return_residual: bool = False,
     logits_soft_cap: float | None = None,
     logits_bound: float | None = None,
-    deterministic: bool = False,
+    deterministic: bool = True,
 ) -> Float[Array, "*B T N H"] | tuple[Float[Array, "*B T N H"], Float[Array, "*B T N"]]:
     """softmax(scale q.k + bias) v without storing the attention matrix. No privacy.
 
@@ -101,8 +101,9 @@ def dot_product_attention(
         |L| < 10.3. A row above that is NaN, infinite or 0, a row below it loses weights and ends
         as a row that sees no key.
       deterministic: gradients have the same bits on each run of one program on one device. The
-        output always has; without this, a kernel may add up dQ in the order in which its parts
-        finish.
+        output always has. Where False, a kernel may add up dQ in the order in which its parts
+        finish: faster, and one example's gradient then depends in its last bits on when the others'
+        are done. Leave it True under DP-SGD.
 
     Returns:
       The output in the query's shape and dtype, and with `return_residual` the log-sum-exp,

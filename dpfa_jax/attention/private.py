@@ -32,7 +32,7 @@ def dp_attention(
     local_window_size: int | tuple[int, int] | None = None,
     logits_soft_cap: float | None = None,
     logits_bound: float | None = None,
-    deterministic: bool = False,
+    deterministic: bool = True,
     implementation: str | None = None,
 ) -> Float[Array, "*B T N H"]:
     """Attention whose output is one private release; charge it first (`charge`).

@@ -77,7 +77,7 @@ class AttentionSpec:
     local_window: tuple[int, int] | None = None
     logits_soft_cap: float | None = None
     largest_logit: float | None = None
-    deterministic: bool = False
+    deterministic: bool = True
     readout: Readout = Plain()
 
 

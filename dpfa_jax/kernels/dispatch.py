@@ -47,8 +47,6 @@ def choose(
             reasons.append(error)
             continue
         reason = backend.cannot(spec, inputs, platform)
-        if reason is None and hasattr(backend, "waits"):
-            reason = backend.waits(spec)
         if reason is None:
             return backend
         reasons.append(UnsupportedBackendError(f"{name}: {reason}"))

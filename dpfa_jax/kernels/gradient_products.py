@@ -20,9 +20,6 @@ from dpfa_jax.kernels.mosaic_gpu import device
 if TYPE_CHECKING:
     from dpfa_jax.kernels.mosaic_gpu.gradient_products import ProductTiles
 
-# The kernels are chosen by themselves only where their GPU suite has passed as they stand; until
-# then they run where they are asked for by name.
-PROVED_ON_DEVICE = True
 IMPLEMENTATIONS = ("mosaic_gpu", "xla")
 # Partial sums are added in runs, level by level. With the kernel's rows of at most 192 numbers, up
 # to 128^3 of them err by less than (192 + 3 * 128) 2^-24, so the norm by less than 2^-15.
@@ -132,7 +129,7 @@ def cannot(lhs: Float[Array, "B T I"], rhs: Float[Array, "B T O"]) -> str | None
 
 def chosen(lhs: Float[Array, "B T I"], rhs: Float[Array, "B T O"]) -> bool:
     """Whether a call that names no implementation runs the Hopper kernels."""
-    return PROVED_ON_DEVICE and cannot(lhs, rhs) is None
+    return cannot(lhs, rhs) is None
 
 
 def _uses_kernel(lhs: Array, rhs: Array, unit: float, implementation: str | None) -> bool:

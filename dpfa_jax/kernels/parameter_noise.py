@@ -15,9 +15,6 @@ from dpfa_jax.noise import grid as grids
 
 IMPLEMENTATIONS = ("mosaic_gpu", "xla")
 MOST = 2**31 - 2**16  # numbers that the kernel's int32 positions reach
-# The kernel is chosen by itself only where its GPU suite has passed as it stands; until then it
-# runs where it is asked for by name.
-PROVED_ON_DEVICE = True
 FEWEST = 2**14  # below, a launch costs what the pass does, and XLA can fuse it with others
 
 
@@ -42,7 +39,7 @@ def released_mean(
         `noise.parameter_noise` gives it, on whatever device.
       stddev, grid: in the units of `total`; `grid` a power of two.
       divisor: the expected batch size.
-      implementation: "mosaic_gpu", "xla", or None for the first that can and is proved.
+      implementation: "mosaic_gpu", "xla", or None for the first that can.
 
     The kernel's logarithm, root, sine and cosine are the hardware's: next to a border between two
     cells of the grid a value may fall on the other side than with XLA. Not differentiable there.
@@ -58,8 +55,6 @@ def released_mean(
             f"Pass None or one of {', '.join(IMPLEMENTATIONS)}.",
         )
     total = jnp.asarray(total).astype(jnp.float32)
-    if implementation is None and not PROVED_ON_DEVICE:
-        implementation = "xla"
     reason = None if implementation == "xla" else cannot(total)
     if reason is not None and implementation is not None:
         raise UnsupportedBackendError(f"{implementation}: {reason}")

@@ -32,7 +32,8 @@ def by_batch_and_heads(
         its sharding decides. Query heads keep their key heads: where pieces are more than
         `key_heads` allows, or an axis of the mesh has a size that shares a divisor with it and
         does not divide it, heads are brought together. One key head is given to all pieces, and
-        results for it are summed.
+        results for it are summed. An axis of length 1 named B or N in a result says that it is a
+        sum over batch or query heads: it is summed over their pieces.
       key_heads: number of key heads.
     """
 
@@ -111,16 +112,18 @@ def _spec(letters: str, split: dict[str, _SplitAxes], key_heads: int) -> Partiti
 def _summed(
     function: Function, results: Sequence[str], split: dict[str, _SplitAxes], key_heads: int
 ) -> Function:
-    """`function`, whose results for one key head are sums over the query heads of one piece."""
-    if key_heads > 1 or not split["n"] or not any("k" in letters for letters in results):
+    """`function`, whose results for one key head, or with B or N, are sums over pieces."""
+    sums = {"B": split["b"], "N": split["n"], "k": split["n"] if key_heads == 1 else ()}
+    over = [tuple(axis for x in letters for axis in sums.get(x, ())) for letters in results]
+    if not any(over):
         return function
 
     def run(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         axes = manual_axes.varying_axes(*arrays)
         found = (manual_axes.vary_over(x, axes) for x in function(*arrays))
         return tuple(
-            jax.lax.psum(x.astype(jnp.float32), split["n"]).astype(x.dtype) if "k" in letters else x
-            for x, letters in zip(found, results, strict=True)
+            jax.lax.psum(x.astype(jnp.float32), summed).astype(x.dtype) if summed else x
+            for x, summed in zip(found, over, strict=True)
         )
 
     return run

@@ -69,6 +69,29 @@ def check(mesh, key_heads, heads_split, is_ambient, gathers):
     if not gathers:
         assert found[0][0].sharding.spec[2] == "heads"
 
+def bias_gradient(query, key, value, cotangent, bias):
+    inputs = AttentionInputs(query, key, value, bias)
+    outputs = BACKEND.forward(spec, inputs)
+    return (BACKEND.backward(spec, inputs, outputs, cotangent, None).bias,)
+
+def check_bias(mesh, key_heads, shape):
+    from dpfa_jax.kernels.mosaic_gpu.pair_calls import in_pieces
+    heads = P("batch", None, "heads")
+    draw = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)
+    arrays = [draw(4, 6, n, 8) for n in (8, key_heads, key_heads, 8)] + [draw(*shape)]
+    own = heads if key_heads > 1 else P("batch")
+    specs = [heads, own, own, heads, P()]
+    split = [jax.device_put(x, NamedSharding(mesh, s)) for x, s in zip(arrays, specs)]
+    axes = ["btnh", "bskh", "bskh", "btnh", "pair"]
+    run = in_pieces(bias_gradient, axes, ["pair"], key_heads)
+    compiled = jax.jit(lambda *x: run(*x)[0]).lower(*split).compile()
+    text = compiled.as_text()
+    assert "all-gather" not in text, shape
+    # A sum over pieces, exactly where the bias is broadcast along batch or heads.
+    assert ("all-reduce" in text) == (1 in shape[:2]), shape
+    expected, = bias_gradient(*arrays)
+    np.testing.assert_allclose(compiled(*split), expected, atol=1e-5, rtol=1e-5)
+
 def mesh_of(kind, shape=(2, 4)):
     return jax.make_mesh(shape, ("batch", "heads"), axis_types=(kind,) * 2)
 
@@ -76,6 +99,10 @@ auto = mesh_of(AxisType.Auto)
 if sys.argv[1] == "quick":
     check(auto, 1, False, False, False)
 else:
+    for shape in ((1, 8, 6, 6), (4, 1, 6, 6), (1, 1, 1, 6), (4, 8, 6, 1)):
+        check_bias(auto, 4, shape)
+    check_bias(auto, 1, (1, 8, 6, 6))
+    check_bias(mesh_of(AxisType.Explicit), 4, (1, 1, 6, 6))
     check(auto, 4, True, False, False)
     check(mesh_of(AxisType.Explicit), 4, True, False, False)
     check(auto, 8, True, False, False)

@@ -2,13 +2,14 @@
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dpfa_jax.kernels import manual_axes
+from dpfa_jax.kernels import manual_axes, masks
 from dpfa_jax.kernels.base import (
     AttentionGradients,
     AttentionInputs,
@@ -19,36 +20,49 @@ from dpfa_jax.kernels.base import (
 )
 from dpfa_jax.kernels.mosaic_gpu import device, memory_call
 from dpfa_jax.kernels.mosaic_gpu.backward import attention_backward
+from dpfa_jax.kernels.mosaic_gpu.bias_gradient import bias_gradient
 from dpfa_jax.kernels.mosaic_gpu.forward import ForwardArrays, ForwardResults, attention_forward
+from dpfa_jax.kernels.mosaic_gpu.pair_calls import in_pieces, pairs_of, summing_vmap
+from dpfa_jax.kernels.mosaic_gpu.pairs import bytes_per_column
 from dpfa_jax.kernels.mosaic_gpu.tiles import backward_tiles, forward_tiles
-from dpfa_jax.kernels.partitioning import by_batch_and_heads
 from dpfa_jax.kernels.public_maximum import has_public_maximum
 
 MAX_HEAD_SIZE = 256
 # Past this the accumulators of dK and dV do not fit the registers of a warpgroup.
 MAX_HEAD_SIZE_BACKWARD = 128
 MAX_BATCH = 65535
-# Dimensions of the forward kernel's operands, as `by_batch_and_heads` reads them.
+# Dimensions of the forward kernel's operands, as `by_batch_and_heads` reads them; "pair": by shape.
 FORWARD_AXES = ForwardArrays(
-    "btnh", "bskh", "bskh", "b", "b", "bw", "b", head_start="bn", stddevs="bn", grids="bn", ones="b"
-)
+    "btnh", "bskh", "bskh", "b", "b", "bw", "b", head_start="bn", stddevs="bn", grids="bn",
+    ones="b", mask="pair", bias="pair",
+)  # fmt: skip
 
 
-def _fold_vmap(function: Any) -> Any:
-    """`function` of arrays with a leading batch axis; a vmapped axis is folded into that axis."""
+def _fold_vmap(function: Any, pairs: Sequence[int] = ()) -> Any:
+    """`function` of arrays with a leading batch axis; a vmapped axis is folded into that axis.
+
+    `pairs`: which arguments may have 1 there for any batch. They keep it unless they are mapped.
+    """
     folding = jax.custom_batching.custom_vmap(function)
 
     @folding.def_vmap
     def _(axis_size, in_batched, *args):
-        def fold(x: jax.Array, is_batched: bool) -> jax.Array:
+        batch = args[0].shape[1 if in_batched[0] else 0]
+
+        def fold(x: jax.Array, is_batched: bool, is_pair: bool) -> jax.Array:
+            if is_pair and not is_batched and x.shape[0] == 1:
+                return x
             if not is_batched:
                 x = jnp.broadcast_to(x, (axis_size, *x.shape))
+            if is_pair:
+                x = jnp.broadcast_to(x, (axis_size, batch, *x.shape[2:]))
             return x.reshape(axis_size * x.shape[1], *x.shape[2:])
 
         def unfold(x: jax.Array) -> jax.Array:
             return x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:])
 
-        results = folding(*jax.tree.map(fold, args, tuple(in_batched)))
+        is_pair = tuple(index in pairs for index in range(len(args)))
+        results = folding(*jax.tree.map(fold, args, tuple(in_batched), is_pair))
         return jax.tree.map(unfold, results), jax.tree.map(lambda _: True, results)
 
     return folding
@@ -66,6 +80,30 @@ def _keep_rows(x: Float[Array, "B T N H"], lengths: jax.Array | None) -> Float[A
         return x
     is_row = jnp.arange(x.shape[1])[None, :] < lengths[:, None]
     return jnp.where(is_row[:, :, None, None], x, 0)
+
+
+def _keep_keys(x: Float[Array, "B S K H"], inputs: AttentionInputs) -> Float[Array, "B S K H"]:
+    """As `_keep_rows`, for keys past their length or shown by the mask to no row of no head."""
+    if inputs.mask is None:
+        return _keep_rows(x, inputs.key_lengths)
+    by_key = inputs._replace(mask=inputs.mask.any(axis=(1, 2), keepdims=True))
+    is_key = masks.visible_keys(by_key)
+    assert is_key is not None
+    return jnp.where(is_key[:, :, None, None], x, 0)
+
+
+def _of_rows(
+    bias: Float[Array, "b n t 1"],
+    lse: Float[Array, "B T N"],
+    lse_cotangent: Float[Array, "B T N"] | None,
+) -> Float[Array, "b n t 1"]:
+    """Gradient of a bias that all keys of a row share: it moves the log-sum-exp and no weight."""
+    if lse_cotangent is None:
+        return jnp.zeros_like(bias)
+    moved = jnp.where(jnp.isneginf(lse), 0.0, lse_cotangent)
+    moved = jnp.swapaxes(moved, 1, 2)[..., None]
+    axes = tuple(axis for axis in range(3) if bias.shape[axis] == 1)
+    return jnp.sum(moved, axes, keepdims=True).astype(bias.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,10 +132,6 @@ class MosaicGpuBackend:
             return f"query, key and value must share bfloat16 or float16, got {names}"
         if isinstance(spec.readout, MemoryReadout):
             return memory_call.cannot(spec, inputs)
-        if inputs.bias is not None:
-            return "an additive bias is not served by these kernels"
-        if inputs.mask is not None:
-            return "a mask array is not served (causal, local window and lengths are)"
         if isinstance(spec.readout, ExampleReadout) and spec.readout.clip != "row":
             return (
                 f"clip={spec.readout.clip!r} needs the norm of the whole example; 'row' is served"
@@ -110,12 +144,6 @@ class MosaicGpuBackend:
             return f"batch {batch} is above {MAX_BATCH}"
         if 0 in (batch, rows, inputs.key.shape[1], head_size):
             return "an axis is empty"
-        return None
-
-    def waits(self, spec: AttentionSpec) -> str | None:
-        """Why a call that names no backend is not served yet; None where it is."""
-        if isinstance(spec.readout, MemoryReadout) and not memory_call.PROVED_ON_DEVICE:
-            return 'the memory readout is served where implementation="mosaic_gpu" asks for it'
         return None
 
     def forward(
@@ -131,9 +159,11 @@ class MosaicGpuBackend:
         arrays = ForwardArrays(
             inputs.query,
             inputs.key,
-            _keep_rows(inputs.value, inputs.key_lengths),
+            _keep_keys(inputs.value, inputs),
             inputs.query_lengths,
             inputs.key_lengths,
+            mask=inputs.mask,
+            bias=inputs.bias,
         )
         if isinstance(spec.readout, ExampleReadout):
             if inputs.noise is None:
@@ -149,7 +179,10 @@ class MosaicGpuBackend:
             noise = inputs.noise._replace(head_start=heads)._asdict()
             arrays = arrays._replace(**noise, stddevs=stddevs, grids=grids, ones=ones)
         head_size = inputs.query.shape[3]
-        tile = forward_tiles(spec, -(-head_size // 64) * 64, inputs.key.shape[1])
+        pair_bytes = bytes_per_column(inputs.mask, inputs.bias)
+        tile = forward_tiles(
+            spec, -(-head_size // 64) * 64, inputs.key.shape[1], pair_bytes=pair_bytes
+        )
         present = [x is not None for x in arrays]
 
         def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
@@ -168,17 +201,14 @@ class MosaicGpuBackend:
             return tuple(x for x in results if x is not None)
 
         is_kept = residuals and isinstance(spec.readout, ExampleReadout)
-        run = by_batch_and_heads(
-            run,
-            [axes for axes, there in zip(FORWARD_AXES, present, strict=True) if there],
-            ["btnh", *(["btnh"] if is_kept else []), "bnt"],
-            key_heads=inputs.key.shape[2],
+        axes = [axes for axes, there in zip(FORWARD_AXES, present, strict=True) if there]
+        results = ["btnh", *(["btnh"] if is_kept else []), "bnt"]
+        run = in_pieces(run, axes, results, inputs.key.shape[2])
+        output, *unclipped, lse = _fold_vmap(run, pairs_of(axes))(
+            *(x for x in arrays if x is not None)
         )
-        output, *unclipped, lse = _fold_vmap(run)(*(x for x in arrays if x is not None))
-        results = ForwardResults(output, unclipped[0] if unclipped else None, lse)
-        outputs = AttentionOutputs(
-            results.output, results.unclipped, jnp.swapaxes(results.lse, 1, 2)
-        )
+        found = ForwardResults(output, unclipped[0] if unclipped else None, lse)
+        outputs = AttentionOutputs(found.output, found.unclipped, jnp.swapaxes(found.lse, 1, 2))
         return _varying_as(inputs, outputs)
 
     def backward(
@@ -196,33 +226,61 @@ class MosaicGpuBackend:
             return BLOCKED.backward(spec, inputs, outputs, cotangent, lse_cotangent)
         assert outputs.lse is not None
         answer = outputs.output if outputs.unclipped is None else outputs.unclipped
-        query, cotangent = (_keep_rows(x, inputs.query_lengths) for x in (inputs.query, cotangent))
-        key, value = (_keep_rows(x, inputs.key_lengths) for x in (inputs.key, inputs.value))
+        rows = (inputs.query, cotangent)
+        if inputs.mask is None and inputs.bias is None:
+            query, cotangent = (_keep_rows(x, inputs.query_lengths) for x in rows)
+        else:  # they may leave a row no key
+            is_empty = jnp.isneginf(outputs.lse)[..., None]
+            query, cotangent = (jnp.where(is_empty, jnp.zeros((), x.dtype), x) for x in rows)
+        key, value = (_keep_keys(x, inputs) for x in (inputs.key, inputs.value))
         delta = jnp.einsum(
             "btnh,btnh->btn", answer.astype(jnp.float32), cotangent.astype(jnp.float32)
         )
         if lse_cotangent is not None:
             delta -= lse_cotangent.astype(jnp.float32)
         lse, delta = (jnp.swapaxes(x, 1, 2) for x in (outputs.lse, delta))
-        lengths = () if inputs.key_lengths is None else (inputs.key_lengths,)
-        tile = backward_tiles(-(-query.shape[3] // 64) * 64, deterministic=spec.deterministic)
+        tile = backward_tiles(
+            spec,
+            -(-query.shape[3] // 64) * 64,
+            pair_bytes=bytes_per_column(inputs.mask, inputs.bias),
+        )
+        options = {
+            "key_lengths": ("b", inputs.key_lengths),
+            "mask": ("pair", inputs.mask),
+            "bias": ("pair", inputs.bias),
+        }
+        options = {name: option for name, option in options.items() if option[1] is not None}
+        axes = ["btnh", "bskh", "bskh", "btnh", "bnt", "bnt", *(x for x, _ in options.values())]
+        always = (query, key, value, cotangent.astype(query.dtype), lse, delta)
+        operands = (*always, *(x for _, x in options.values()))
 
         def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
             query, key, value, cotangent, lse, delta, *more = operands
+            given: dict[str, Any] = dict(zip(options, more, strict=True))
             return attention_backward(
-                spec, query, key, value, cotangent, lse, delta, more[0] if more else None, tile,
-                interpret=self.interpret,
+                spec, query, key, value, cotangent, lse, delta, given.pop("key_lengths", None),
+                tile, **given, interpret=self.interpret,
             )  # fmt: skip
 
-        operands = (query, key, value, cotangent.astype(query.dtype), lse, delta, *lengths)
-        run = by_batch_and_heads(
-            run,
-            ["btnh", "bskh", "bskh", "btnh", "bnt", "bnt", *("b" for _ in lengths)],
-            ["btnh", "bskh", "bskh"],
-            key_heads=key.shape[2],
-        )
-        d_query, d_key, d_value = _fold_vmap(run)(*operands)
-        gradients = AttentionGradients(d_query, d_key, d_value, None)
+        def run_bias(*operands: jax.Array) -> tuple[jax.Array, ...]:
+            query, key, value, cotangent, lse, delta, *more = operands
+            given: dict[str, Any] = dict(zip(options, more, strict=True))
+            found = bias_gradient(
+                spec, query, key, value, cotangent, lse, delta, **given, interpret=self.interpret
+            )
+            return (found,)
+
+        run = in_pieces(run, axes, ["btnh", "bskh", "bskh"], key.shape[2])
+        d_query, d_key, d_value = _fold_vmap(run, pairs_of(axes))(*operands)
+        d_bias = None
+        if inputs.bias is not None and inputs.bias.shape[3] == 1:
+            d_bias = _of_rows(inputs.bias, outputs.lse, lse_cotangent)
+        elif inputs.bias is not None:
+            # A call of its own: XLA drops it where nobody reads the gradient.
+            run_bias = in_pieces(run_bias, axes, ["pair"], key.shape[2])
+            by_row = _fold_vmap(run_bias, pairs_of(axes[:-1]))
+            d_bias = summing_vmap(run_bias, by_row)(*operands).astype(inputs.bias.dtype)
+        gradients = AttentionGradients(d_query, d_key, d_value, d_bias)
         return _varying_as((inputs, cotangent), gradients)
 
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec
+from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
 from dpfa_jax.kernels.mosaic_gpu import tiles
 from dpfa_jax.kernels.mosaic_gpu.backward_fused import fused_backward
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
@@ -23,6 +24,7 @@ from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     load_queries,
     logit_gradient,
     multiply,
+    read,
     ring_barriers,
     run_steps,
     weights_of,
@@ -41,7 +43,7 @@ ROW_MULTIPLE = 128  # rows of lse and delta are padded to whole tiles of every k
 
 
 def _key_value_body(
-    arrays, dk_out, dv_out, shared, barriers, *, spec, tile, keys, group, simulate
+    arrays, dk_out, dv_out, shared, barriers, pairs, *, spec, tile, keys, group, simulate
 ) -> None:
     batch, kv_head = lax.axis_index("batch"), lax.axis_index("heads")
     warpgroup = lax.axis_index("warpgroup")
@@ -71,6 +73,9 @@ def _key_value_body(
 
         def accumulate(dk_acc, dv_acc):
             def one_head(member):
+                head = kv_head * group + member
+                fixed = None if pairs is None else pairs.fixed(batch, head, rows[1])
+
                 def body(step, masked):
                     done = member * count + step - steps.begin
                     slot = ring.slot(done)
@@ -91,7 +96,10 @@ def _key_value_body(
                                 transposed=True,
                             )  # fmt: skip
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                        p, slope = weights_of(spec, s, lse2, 1, seen)
+                        shown, bias = read(pairs, done, warpgroup, fixed)
+                        p, slope = weights_of(spec, s, lse2, 1, seen, shown, bias)
+                        if pairs is not None:
+                            pairs.free(done)
                         multiply(dv_acc, p.astype(dtype), do_shared, spare)
                         dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
                         return logit_gradient(p, slope, dp, delta, 1)
@@ -130,12 +138,23 @@ def _key_value_body(
             @pl.loop(steps.begin, steps.end)
             def _(step):
                 done = member * count + step - steps.begin
-                load_queries(arrays, shared, barriers, ring, done, batch, head, step, block_q)
+
+                def load_pairs():
+                    if pairs is not None:
+                        pairs.load(done, batch, head, lax.axis_index("keys"), step)
+
+                load_queries(
+                    arrays, shared, barriers, ring, done, batch, head, step, block_q, load_pairs
+                )
 
         ring.drain(("query", "cotangent"), group * count)
+        if pairs is not None:
+            pairs.drain(group * count)
 
 
-def _query_body(arrays, dq_out, shared, barriers, *, spec, tile, keys, group, simulate) -> None:
+def _query_body(
+    arrays, dq_out, shared, barriers, pairs, *, spec, tile, keys, group, simulate
+) -> None:
     batch, head = lax.axis_index("batch"), lax.axis_index("heads")
     warpgroup = lax.axis_index("warpgroup")
     block = lax.axis_size("rows") - 1 - lax.axis_index("rows")
@@ -161,6 +180,7 @@ def _query_body(arrays, dq_out, shared, barriers, *, spec, tile, keys, group, si
         vector = (batch, head, rows)
         lse2 = plgpu.load(arrays.lse2.at[vector], layout=ROW, optimized=False)
         delta = plgpu.load(arrays.delta.at[vector], layout=ROW, optimized=False)
+        fixed = None if pairs is None else pairs.fixed(batch, head, rows)
         plgpu.barrier_wait(own)
         spare = shared["spare"].at[warpgroup] if simulate else None
 
@@ -180,7 +200,10 @@ def _query_body(arrays, dq_out, shared, barriers, *, spec, tile, keys, group, si
                     if masked:
                         seen = visible(spec, shape, row_begin, step * block_kv, key_length, None)
                     s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                    p, slope = weights_of(spec, s, lse2, 0, seen)
+                    shown, bias = read(pairs, done, warpgroup, fixed)
+                    p, slope = weights_of(spec, s, lse2, 0, seen, shown, bias)
+                    if pairs is not None:
+                        pairs.free(done)
                     dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
                     ring.free("value", done)
                     return logit_gradient(p, slope, dp, delta, 0)
@@ -216,12 +239,24 @@ def _query_body(arrays, dq_out, shared, barriers, *, spec, tile, keys, group, si
                 plgpu.copy_gmem_to_smem(
                     array.at[source], shared[name].at[slot], barriers[name].at[slot]
                 )
+            if pairs is not None:
+                pairs.load(done, batch, head, block, step)
 
         ring.drain(("key", "value"), steps.end - steps.begin)
+        if pairs is not None:
+            pairs.drain(steps.end - steps.begin)
 
 
 def _two_kernels(
-    spec: AttentionSpec, arrays: BackwardArrays, tile: BackwardTiles, *, keys: int, interpret: Any
+    spec: AttentionSpec,
+    arrays: BackwardArrays,
+    tile: BackwardTiles,
+    *,
+    rows: int,
+    keys: int,
+    mask: jax.Array | None,
+    bias: jax.Array | None,
+    interpret: Any,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     batch, num_queries, heads, head_size = arrays.query.shape
     kv_heads, dtype = arrays.key.shape[2], arrays.query.dtype
@@ -240,6 +275,8 @@ def _two_kernels(
             return {}
         return {"spare": tiled_shared((COMPUTE_WARPGROUPS, block, columns), dtype)}
 
+    turned = pair_tiles.arranged(mask, bias, rows=keys, is_turned=True)
+    pairs = pair_tiles.arranged(mask, bias, rows=rows)
     own = {"own": plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS)}
     per_row = plgpu.SMEM((tile.stages, tile.block_q_dkv), jnp.float32)
     dk, dv = launch(
@@ -260,6 +297,8 @@ def _two_kernels(
         ("heads", "keys", "batch"),
         "dpfa_attention_backward_kv",
         interpret,
+        pairs=turned,
+        step=tile.block_q_dkv,
         **static,
     )
     (dq,) = launch(
@@ -278,6 +317,8 @@ def _two_kernels(
         ("heads", "rows", "batch"),
         "dpfa_attention_backward_q",
         interpret,
+        pairs=pairs,
+        step=tile.block_kv_dq,
         **static,
     )
     return dq, dk, dv
@@ -294,6 +335,8 @@ def attention_backward(
     key_lengths: jax.Array | None,
     tile: BackwardTiles | FusedTiles,
     *,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of plain attention with respect to query, key and value.
@@ -306,6 +349,7 @@ def attention_backward(
       delta: (B, N, T) float32, row sums of output times cotangent less the cotangent of lse.
       key_lengths: (B,) int32 or None. Rows past a query length are told by their lse.
       tile: tile sizes; their type says which kernels run.
+      mask, bias: (b, n, t, s), each axis full or 1; bool and floating. Not with `FusedTiles`.
       interpret: parameters of the Mosaic GPU simulator, None on a GPU.
     """
     q_shape, k_shape = query.shape, key.shape
@@ -322,9 +366,13 @@ def attention_backward(
         key_lengths,
     )
     if isinstance(tile, FusedTiles):
+        assert mask is None and bias is None
         dq, dk, dv = fused_backward(spec, arrays, tile, keys=keys, interpret=interpret)
     else:
-        dq, dk, dv = _two_kernels(spec, arrays, tile, keys=keys, interpret=interpret)
+        dq, dk, dv = _two_kernels(
+            spec, arrays, tile, rows=q_shape[1], keys=keys, mask=mask, bias=bias,
+            interpret=interpret,
+        )  # fmt: skip
 
     def cut(x: jax.Array, shape: tuple[int, ...]) -> jax.Array:
         return x[tuple(slice(size) for size in shape)]

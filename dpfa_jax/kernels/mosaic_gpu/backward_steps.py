@@ -1,5 +1,6 @@
 """What the backward kernels share: operands, one step's arithmetic, the ring of tiles, launch."""
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -9,7 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec
+from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
 from dpfa_jax.kernels.mosaic_gpu.layouts import LOG2_E
+from dpfa_jax.kernels.mosaic_gpu.pairs import PairArrays, PairReader
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, StepRange
 
 
@@ -19,6 +22,7 @@ class BackwardArrays(NamedTuple):
     `lse2`: (B, N, rows) float32, log-sum-exp in base 2, +inf where a row sees no key or is padding.
     `delta`: (B, N, rows) float32, row sums of output times cotangent less the cotangent of lse.
     `dq_sum`: mutable float32 like query, zeros, to which the fused kernel adds.
+    `mask`, `bias`: as `pairs.arranged` for each kernel.
     """
 
     query: Any
@@ -29,6 +33,8 @@ class BackwardArrays(NamedTuple):
     delta: Any
     key_lengths: Any = None
     dq_sum: Any = None
+    mask: Any = None
+    bias: Any = None
 
 
 def key_length_of(arrays: BackwardArrays, batch: Any, keys: int) -> Any:
@@ -48,15 +54,35 @@ def multiply(acc: Any, lhs: jax.Array, rhs: Any, spare: Any) -> None:
     plgpu.wgmma(acc, spare, rhs)
 
 
-def weights_of(spec: AttentionSpec, s: jax.Array, lse2: jax.Array, axis: int, seen: Any):
-    """(p, derivative of the cap or None) from raw products and the rows' log-sum-exp."""
+def weights_of(
+    spec: AttentionSpec,
+    s: jax.Array,
+    lse2: jax.Array,
+    axis: int,
+    seen: Any,
+    shown: Any = None,
+    bias: Any = None,
+):
+    """(p, derivative of the cap or None) from raw products and the rows' log-sum-exp.
+
+    `seen`: by the arguments, `shown`: by a mask array.
+    """
     factor, slope = spec.scale, None
     if spec.logits_soft_cap is not None:
         s = jnp.tanh(s * (factor / spec.logits_soft_cap))
         slope = 1.0 - s * s
         factor = spec.logits_soft_cap
+    if bias is not None:
+        s, factor = s * factor + bias, 1.0
     p = jnp.exp2(s * (factor * LOG2_E) - lax.broadcast_in_dim(lse2, s.shape, [axis]))
-    return (p if seen is None else jnp.where(seen, p, 0.0)), slope
+    for visible_pairs in (seen, shown):
+        p = p if visible_pairs is None else jnp.where(visible_pairs, p, 0.0)
+    return p, slope
+
+
+def read(pairs: PairReader | None, count: Any, warpgroup: Any, fixed: Any) -> tuple[Any, Any]:
+    """(what the mask shows, bias) of one step, or Nones."""
+    return (None, None) if pairs is None else pairs.read(count, warpgroup, fixed)
 
 
 def logit_gradient(p, slope, dp, delta, axis):
@@ -128,6 +154,7 @@ def load_queries(
     head: Any,
     block: Any,
     rows: int,
+    load_pairs: Callable[[], None] = lambda: None,
 ) -> None:
     """Producer: the `block`-th tile of queries, with what belongs to its rows, into slot `done`."""
     slot = ring.slot(done)
@@ -140,20 +167,53 @@ def load_queries(
     load("query", arrays.query.at[batch, begin, head], "query")
     load("lse2", arrays.lse2.at[batch, head, begin], "query")
     load("delta", arrays.delta.at[batch, head, begin], "query")
+    load_pairs()
     ring.await_free("cotangent", done)
     load("cotangent", arrays.cotangent.at[batch, begin, head], "cotangent")
 
 
-def launch(body, arrays, out_type, shared, barriers, grid, names, name, interpret, **static):
-    """Runs `body(arrays, *outputs, shared, barriers, simulate=..., **static)` on each program."""
+def launch(
+    body,
+    arrays,
+    out_type,
+    shared,
+    barriers,
+    grid,
+    names,
+    name,
+    interpret,
+    *,
+    pairs: PairArrays | None = None,
+    step: int = 0,
+    **static,
+):
+    """Runs `body(arrays, *outputs, shared, barriers, simulate=..., **static)` on each program.
+
+    With `pairs`, streamed in steps of `step` columns, the body's next argument is their reader, or
+    None where there are none.
+    """
+    if pairs is not None:
+        stages = static["tile"].stages
+        arrays = arrays._replace(mask=pairs.mask, bias=pairs.bias)
+        pair_shared, pair_barriers = pair_tiles.scratch(pairs, stages, step)
+        shared, barriers = shared | pair_shared, barriers | pair_barriers
+        if pair_tiles.is_shared_by_batch(pairs):
+            grid, names = grid[::-1], names[::-1]
     present = [x is not None for x in arrays]
     outputs = len(out_type)
 
     def kernel(*refs):
         operands = iter(refs[: sum(present)])
-        rest = refs[sum(present) :]
+        rest = list(refs[sum(present) :])
         in_refs = BackwardArrays(*(next(operands) if there else None for there in present))
-        body(in_refs, *rest[:outputs], *rest[outputs:], simulate=interpret is not None, **static)
+        if pairs is not None:
+            reader = None
+            if pairs.is_there:
+                shown = pairs._replace(mask=in_refs.mask, bias=in_refs.bias)
+                shared_refs, barrier_refs = rest[outputs:]
+                reader = PairReader(shown, shared_refs, barrier_refs, stages, step)
+            rest.append(reader)
+        body(in_refs, *rest, simulate=interpret is not None, **static)
 
     return plgpu.kernel(
         kernel,

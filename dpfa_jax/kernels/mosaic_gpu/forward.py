@@ -17,6 +17,7 @@ from jax import lax
 
 from dpfa_jax.core.generators import BOX_MULLER_TAIL
 from dpfa_jax.kernels.base import AttentionSpec, ExampleReadout
+from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
 from dpfa_jax.kernels.mosaic_gpu import tiles
 from dpfa_jax.kernels.mosaic_gpu.layouts import (
     LOG2_E,
@@ -27,6 +28,7 @@ from dpfa_jax.kernels.mosaic_gpu.layouts import (
     visible,
 )
 from dpfa_jax.kernels.mosaic_gpu.noise import clip_rows, snap_tile, tile_normals
+from dpfa_jax.kernels.mosaic_gpu.pairs import Fixed, PairReader
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ForwardTiles
 from dpfa_jax.kernels.public_maximum import SHIFT
 
@@ -39,7 +41,7 @@ class ForwardArrays(NamedTuple):
 
     `stddevs`, `grids`: (B, N) float32. `key_words`: (B, 2), `batch_index`, `head_start`, `ones`
     (all 1, see `noise.tile_normals`): (B,) uint32. Every operand has the batch axis, so that a
-    vmapped axis can be folded into it.
+    vmapped axis can be folded into it; that of `mask` (bool) and `bias`, (b, n, t, s), may be 1.
     """
 
     query: Any
@@ -53,6 +55,8 @@ class ForwardArrays(NamedTuple):
     stddevs: Any = None
     grids: Any = None
     ones: Any = None
+    mask: Any = None
+    bias: Any = None
 
 
 class ForwardResults(NamedTuple):
@@ -127,6 +131,7 @@ def _body(
     results: ForwardResults,
     shared: dict[str, Any],
     barriers: dict[str, Any],
+    pairs: PairReader | None,
     *,
     spec: AttentionSpec,
     tile: ForwardTiles,
@@ -168,6 +173,7 @@ def _body(
         )
         sums = softmax.start(block_q)
         acc = plgpu.layout_cast(jnp.zeros((block_q, head_size), jnp.float32), WGMMA)
+        fixed = Fixed() if pairs is None else pairs.fixed(batch, head, rows)
         plgpu.barrier_wait(barriers["query"].at[warpgroup])
 
         pl.when(warpgroup == 1)(take_turns)
@@ -197,6 +203,13 @@ def _body(
             slot = slot_of(step)
             v_shared = shared["value"].at[slot]
             s, factor = _capped(spec, s)
+            if pairs is not None:
+                shown, bias = pairs.read(step - steps.begin, warpgroup, fixed)
+                if bias is not None:
+                    s, factor = s * factor + bias, 1.0
+                if shown is not None:
+                    s = jnp.where(shown, s, -jnp.inf)
+                pairs.free(step - steps.begin)
             if masked:
                 columns = step * block_kv
                 seen = visible(
@@ -307,12 +320,17 @@ def _body(
                 )
 
             load("key", arrays.key)
+            if pairs is not None:
+                pairs.load(step - steps.begin, batch, head, block, step)
             load("value", arrays.value)
 
         @pl.loop(jnp.maximum(steps.begin, steps.end - stages), steps.end)
         def _(step):  # leave no arrival unseen
             for name in ("key_free", "value_free"):
                 plgpu.barrier_wait(barriers[name].at[slot_of(step)])
+
+        if pairs is not None:
+            pairs.drain(steps.end - steps.begin)
 
     if tile.noise_warpgroup:
 
@@ -410,10 +428,13 @@ def attention_forward(
     """
     shape = arrays.query.shape
     keys, kv_heads = arrays.key.shape[1:3]
+    pairs = pair_tiles.arranged(arrays.mask, arrays.bias, rows=shape[1])
     arrays = arrays._replace(
         query=pad_sequence(arrays.query),
         key=pad_sequence(arrays.key),
         value=pad_sequence(arrays.value),
+        mask=pairs.mask,
+        bias=pairs.bias,
     )
     batch, num_queries, heads, head_size = arrays.query.shape
     dtype = arrays.query.dtype
@@ -443,6 +464,9 @@ def attention_forward(
         chunks = COMPUTE_WARPGROUPS * head_size // tile.noise_columns
         shared["noise"] = tiled_shared((chunks, tile.block_q, tile.noise_columns), jnp.float32)
         barriers["noise"] = plgpu.Barrier()
+    pair_shared, pair_barriers = pair_tiles.scratch(pairs, tile.pair_stages, tile.block_kv)
+    shared |= pair_shared
+    barriers |= pair_barriers
     present = [x is not None for x in arrays]
 
     def kernel(*refs):
@@ -450,10 +474,18 @@ def attention_forward(
         refs = refs[sum(present) :]
         in_refs = ForwardArrays(*(next(operands) if there else None for there in present))
         output, lse, *unclipped = refs[: len(out_type)]
+        shared_refs, barrier_refs = refs[len(out_type) :]
+        reader = None
+        if pairs.is_there:
+            shown = pairs._replace(mask=in_refs.mask, bias=in_refs.bias)
+            stages, step = tile.pair_stages, tile.block_kv
+            reader = PairReader(shown, shared_refs, barrier_refs, stages, step)
         _body(
             in_refs,
             ForwardResults(output, unclipped[0] if unclipped else None, lse),
-            *refs[len(out_type) :],
+            shared_refs,
+            barrier_refs,
+            reader,
             spec=spec,
             tile=tile,
             softmax=PublicMaximum(SHIFT[dtype.name]) if has_public_maximum else RunningMaximum(),
@@ -462,12 +494,15 @@ def attention_forward(
             simulate=interpret is not None,
         )
 
+    grid, names = (heads, programs, batch), ("heads", "rows", "batch")
+    if pair_tiles.is_shared_by_batch(pairs):
+        grid, names = grid[::-1], names[::-1]
     output, lse, *unclipped = plgpu.kernel(
         kernel,
         out_type=out_type,
         scratch_types=(shared, barriers),
-        grid=(heads, programs, batch),
-        grid_names=("heads", "rows", "batch"),
+        grid=grid,
+        grid_names=names,
         num_threads=COMPUTE_WARPGROUPS + 1 + tile.noise_warpgroup,
         thread_name="warpgroup",
         # Reductions along a row stay inside a quad of lanes: they need no shared memory.

@@ -18,10 +18,6 @@ from dpfa_jax.kernels.mosaic_gpu.tiles import ForwardTiles
 from dpfa_jax.kernels.partitioning import by_batch_and_heads
 from dpfa_jax.noise import check_attention_ranges
 
-# Until tests/kernels/mosaic_gpu/test_memory_gpu.py has passed on a device, a call gets this kernel
-# only where it asks for implementation="mosaic_gpu".
-PROVED_ON_DEVICE = False
-
 MAX_HEAD_SIZE = 128
 MAX_BATCH = 65535
 # Dimensions of the kernel's operands, as `by_batch_and_heads` reads them.

@@ -29,6 +29,7 @@ class ForwardTiles:
         registers for the weights of one step beside the logits of the next.
       noise_warpgroup: a spare warpgroup makes the noise during the key loop (else: the epilogue),
       noise_columns: so many columns at a time.
+      pair_stages: tiles of mask and bias in flight.
     """
 
     block_q: int = 64
@@ -37,6 +38,7 @@ class ForwardTiles:
     ahead: bool = True
     noise_warpgroup: bool = False
     noise_columns: int = 8
+    pair_stages: int = 2
 
     def __post_init__(self) -> None:
         if self.block_q % WARPGROUP_ROWS or self.block_kv % 64 or self.stages < 2:
@@ -47,26 +49,34 @@ class ForwardTiles:
         """Query rows of one program."""
         return COMPUTE_WARPGROUPS * self.block_q
 
-    def shared_bytes(self, head_size: int) -> int:
-        """Shared memory of one program, for 16-bit inputs."""
+    def shared_bytes(self, head_size: int, pair_bytes: int = 0) -> int:
+        """Shared memory of one program, for 16-bit inputs; `pair_bytes`: mask and bias of a key."""
         q = self.rows * head_size * 2
         kv = self.stages * self.block_kv * head_size * 4
         noise = self.rows * head_size * 4 if self.noise_warpgroup else 0
-        return q + kv + noise + self.rows * 4
+        pairs = self.pair_stages * self.block_kv * pair_bytes
+        return q + kv + noise + pairs + self.rows * 4
 
 
-def forward_tiles(spec: AttentionSpec, head_size: int, keys: int) -> ForwardTiles:
-    """Tiles for a padded head size and a number of keys, as measured on an H100 80GB."""
+def forward_tiles(
+    spec: AttentionSpec, head_size: int, keys: int, *, pair_bytes: int | None = None
+) -> ForwardTiles:
+    """Tiles for a padded head size and a number of keys, as measured on an H100 80GB.
+
+    `pair_bytes`: shared memory that mask and bias of one key need; None without them.
+    """
     is_noisy = not isinstance(spec.readout, Plain)
     is_dense = right_reach(spec) is None and left_reach(spec) is None
-    if head_size == 64 and keys >= 1024 and is_dense and not is_noisy:
+    if head_size == 64 and keys >= 1024 and is_dense and not is_noisy and pair_bytes is None:
         return ForwardTiles(block_kv=256, ahead=False)
     for candidate in (
         ForwardTiles(noise_warpgroup=is_noisy),
         ForwardTiles(),
+        ForwardTiles(pair_stages=1),
         ForwardTiles(block_kv=64),
+        ForwardTiles(block_kv=64, pair_stages=1),
     ):
-        if candidate.shared_bytes(head_size) <= SHARED_MEMORY_BYTES:
+        if candidate.shared_bytes(head_size, pair_bytes or 0) <= SHARED_MEMORY_BYTES:
             return candidate
     raise ValueError(f"head_size={head_size}: no tile of the forward kernel fits")
 
@@ -93,15 +103,20 @@ class FusedTiles:
     stages: int = 2
 
 
-# Whether the fused backward serves calls that do not ask for the same bits on each run.
-FUSED_BACKWARD = False
+def backward_tiles(
+    spec: AttentionSpec, head_size: int, *, pair_bytes: int | None = None
+) -> BackwardTiles | FusedTiles:
+    """Tiles for a padded head size of at most 128, as measured on an H100 80GB.
 
-
-def backward_tiles(head_size: int, *, deterministic: bool) -> BackwardTiles | FusedTiles:
-    """Tiles for a padded head size of at most 128, as measured on an H100 80GB."""
-    if FUSED_BACKWARD and not deterministic:
+    `pair_bytes`: as `forward_tiles`.
+    """
+    is_dense = right_reach(spec) is None and left_reach(spec) is None
+    if not spec.deterministic and pair_bytes is None and (head_size == 64 or is_dense):
         return FusedTiles()
-    return BackwardTiles(block_kv_dq=128 if head_size == 64 else 64)
+    wide = BackwardTiles(block_kv_dq=128)
+    rows = COMPUTE_WARPGROUPS * wide.block_q_dq + wide.stages * wide.block_kv_dq
+    bytes_used = rows * head_size * 4 + wide.stages * wide.block_kv_dq * (pair_bytes or 0)
+    return wide if head_size == 64 and bytes_used <= SHARED_MEMORY_BYTES else BackwardTiles()
 
 
 def masks_only_last(spec: AttentionSpec, tile: ForwardTiles, *, has_query_lengths: bool) -> bool:

@@ -39,8 +39,6 @@ def lower(function, *arguments):
 def hopper(monkeypatch):
     monkeypatch.setattr(device, "cannot", lambda array: None)
     monkeypatch.setattr(device, "processors", lambda: 132)
-    for module in (products, parameter_noise):
-        monkeypatch.setattr(module, "PROVED_ON_DEVICE", True)
 
 
 def check_products(tile, rows, columns):

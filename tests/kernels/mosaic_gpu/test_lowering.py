@@ -136,8 +136,6 @@ def test_shard_map_of_gradient_lowers():
         (AttentionSpec(0.0), shapes(), "scale"),
         (AttentionSpec(1.0), shapes(head_size=264), "head size 264"),
         (AttentionSpec(1.0), shapes(keys=0), "empty"),
-        (AttentionSpec(1.0), shapes(bias=jnp.zeros((1, 1, 1, 1))), "bias"),
-        (AttentionSpec(1.0), shapes(mask=jnp.ones((1, 1, 1, 1), bool)), "mask"),
         (AttentionSpec(1.0, readout=dataclasses.replace(MEMORY, form="ratio")), shapes(), "ratio"),
         (
             AttentionSpec(1.0, readout=ExampleReadout(1.0, (1.0,), (0.1,), clip="example")),

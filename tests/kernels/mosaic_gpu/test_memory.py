@@ -204,14 +204,11 @@ def test_cannot_says_why(spec, inputs, words):
     assert words in memory_call.cannot(spec, inputs)
 
 
-def test_not_chosen_before_the_device_has_proved_it(monkeypatch):
-    """A call that names no backend goes on to the next one; one that asks by name is served."""
-    monkeypatch.setattr(memory_call, "PROVED_ON_DEVICE", False)
+def test_a_call_that_names_no_backend_gets_this_one(monkeypatch):
     monkeypatch.setattr(dispatch, "static_platform", lambda _: "gpu")
     name = "dpfa_jax.kernels.mosaic_gpu.device.reason_without_hopper"
     monkeypatch.setattr(name, lambda: None)
-    spec, inputs = AttentionSpec(1.0, readout=READOUT), structs()
-    assert dispatch.choose(spec, inputs, "mosaic_gpu").name == "mosaic_gpu"
-    assert dispatch.choose(spec, inputs).name != "mosaic_gpu"
-    monkeypatch.setattr(memory_call, "PROVED_ON_DEVICE", True)
-    assert dispatch.choose(spec, inputs).name == "mosaic_gpu"
+    sums = AttentionSpec(1.0, readout=READOUT)
+    assert dispatch.choose(sums, structs()).name == "mosaic_gpu"
+    ratio = dataclasses.replace(sums, readout=dataclasses.replace(READOUT, form="ratio"))
+    assert dispatch.choose(ratio, structs()).name != "mosaic_gpu"
