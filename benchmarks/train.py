@@ -11,7 +11,6 @@ memory figures, nothing is run for it. `left_out` names what is missing and why:
 """
 
 import argparse
-import contextlib
 import datetime
 import itertools
 import json
@@ -22,9 +21,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 METHODS = ("nonprivate", "per_layer", "flat", "jax_privacy", "opacus_ghost")
@@ -61,40 +59,23 @@ def measured(step: Callable[[], Any], wait: Callable[[Any], Any], seconds: float
     }
 
 
-def in_jax(
-    name: str,
-    length: int,
-    batch: int,
-    method: str,
-    seconds: float,
-    await_turn: Callable[[], None] = lambda: None,
-) -> dict[str, Any]:
-    """Compiles, awaits its turn, and only then takes device memory and time."""
+def in_jax(name: str, length: int, batch: int, method: str, seconds: float) -> dict[str, Any]:
     import jax
     from train_models import MODELS
 
-    sizes = (
-        [n for n in PEER_MICRO_BATCHES if batch % n == 0] if method == "jax_privacy" else [batch]
-    )
-    programs = {n: lowered(name, length, batch, method, micro_batch=n).compile() for n in sizes}
-    await_turn()
     model = MODELS[name]
     examples = jax.jit(model.batch, static_argnums=(1, 2))(jax.random.key(1), batch, length)
+    sizes = [batch]
+    if method == "jax_privacy":
+        sizes = [size for size in PEER_MICRO_BATCHES if batch % size == 0]
     found = []
-    for size, program in programs.items():
+    for size in sizes:
+        program = lowered(name, length, batch, method, micro_batch=size).compile()
         params, frozen = jax.jit(model.init)(jax.random.key(0))
         begin, _ = _begin_and_update(model, params, batch, method, size)
-        row = _timed(program, begin(params), frozen, examples, seconds / len(programs))
+        row = _timed(program, begin(params), frozen, examples, seconds / len(sizes))
         found.append(row | ({"micro_batch": size} if method == "jax_privacy" else {}))
     return min(found, key=lambda row: row["milliseconds"])
-
-
-def compiled(name: str, length: int, batch: int, method: str) -> dict[int, Any]:
-    """Micro-batch size -> step of (state, frozen, examples)."""
-    sizes = (
-        [n for n in PEER_MICRO_BATCHES if batch % n == 0] if method == "jax_privacy" else [batch]
-    )
-    return {n: lowered(name, length, batch, method, micro_batch=n).compile() for n in sizes}
 
 
 def lowered(
@@ -303,9 +284,7 @@ def _jax_privacy(model: Any, optimizer: Any, batch: int, micro_batch: int) -> tu
     return begin, update
 
 
-def opacus_ghost(
-    name: str, length: int, batch: int, seconds: float, await_turn: Callable[[], None]
-) -> dict[str, Any]:
+def opacus_ghost(name: str, length: int, batch: int, seconds: float) -> dict[str, Any]:
     """GPT-2 of transformers with an untied head (ghost clipping refuses tied weights)."""
     import torch
     from opacus import PrivacyEngine
@@ -320,9 +299,7 @@ def opacus_ghost(
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, tie_word_embeddings=False,
         attn_implementation="sdpa", use_cache=False,
     )  # fmt: skip
-    model = GPT2LMHeadModel(config)
-    await_turn()
-    model = model.cuda().train()
+    model = GPT2LMHeadModel(config).cuda().train()
     tokens = torch.randint(0, 50304, (batch, length + 1), device="cuda")
     places = torch.arange(length, device="cuda").expand(batch, length).contiguous()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -351,68 +328,30 @@ def opacus_ghost(
     return row | {"peak_bytes": torch.cuda.max_memory_allocated()}
 
 
-def _await_turn() -> None:
-    """Tells the process that started this one, and waits for its word."""
-    print("ready", flush=True)
-    sys.stdin.readline()
-
-
 def one_row(name: str, length: int, batch: int, method: str, seconds: float) -> dict[str, Any]:
-    row = opacus_ghost if method == "opacus_ghost" else in_jax
-    arguments = (name, length, batch) + ((seconds,) if row is opacus_ghost else (method, seconds))
-    return row(*arguments, _await_turn)
+    if method == "opacus_ghost":
+        return opacus_ghost(name, length, batch, seconds)
+    return in_jax(name, length, batch, method, seconds)
 
 
-class OwnProcess:
-    """A row in a process of its own, so that no row sees another's memory.
-
-    It is set up beside others (`await_ready`) and measured alone (`finish`). Compiling on a GPU
-    runs kernels and keeps their memory: where several do, the process that measures is another.
-    """
-
-    def __init__(self, words: list[str], cache: str, limit_seconds: float) -> None:
-        environment = {"JAX_COMPILATION_CACHE_DIR": cache} | os.environ
-        # Others are set up meanwhile: take device memory as it is needed.
-        environment |= {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
-        environment |= {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.93"}
-        self._errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (closed with the object)
-        self._limit_seconds, self._is_late = limit_seconds, False
-        self._process = subprocess.Popen(
+def in_its_own_process(
+    words: list[str], cache: str, limit_seconds: float
+) -> tuple[dict[str, Any] | None, str]:
+    """(what the process printed, "") or (None, why not). Fresh: no row sees another's memory."""
+    environment = {"JAX_COMPILATION_CACHE_DIR": cache} | os.environ
+    environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.93"
+    try:
+        done = subprocess.run(
             [sys.executable, __file__, *words],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors,
-            text=True, env=environment,
+            capture_output=True, text=True, env=environment, check=False,
+            timeout=None if math.isinf(limit_seconds) else limit_seconds,
         )  # fmt: skip
-        self._timer = threading.Timer(min(limit_seconds, threading.TIMEOUT_MAX), self._stop)
-        self._timer.daemon = True
-        self._timer.start()
-        self._printed = ""
-
-    def _stop(self) -> None:
-        self._is_late = True
-        self._process.kill()
-
-    def await_ready(self) -> None:
-        """Returns once the process can measure, or has ended."""
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.strip() == "ready":
-                return
-            self._printed = line
-
-    def finish(self) -> tuple[dict[str, Any] | None, str]:
-        """(what the process printed last, "") or (None, why not)."""
-        with contextlib.suppress(BrokenPipeError):  # it has ended, well or not
-            self._printed += self._process.communicate("go\n")[0]
-        code = self._process.wait()
-        self._timer.cancel()
-        with self._errors as errors:
-            errors.seek(0)
-            lines = [line.strip() for line in errors if line.strip()]
-        if self._is_late:
-            return None, f"more than {self._limit_seconds:g} seconds"
-        if code:
-            return None, lines[-1][:300] if lines else f"exit code {code}"
-        return json.loads(self._printed.splitlines()[-1]), ""
+    except subprocess.TimeoutExpired:
+        return None, f"more than {limit_seconds:g} seconds"
+    if done.returncode:
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
+        return None, lines[-1].strip()[:300] if lines else f"exit code {done.returncode}"
+    return json.loads(done.stdout.splitlines()[-1]), ""
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -426,53 +365,43 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "left_out": [],
     }
 
-    def each(flag: str, asked: list[tuple[Any, str]]) -> Iterator[tuple[Any, str, Any]]:
-        """What a process each found for (case, method), set up at once and measured in turn."""
-        for some in itertools.batched(asked, arguments.at_once):
-            left = arguments.limit_seconds - (time.perf_counter() - began)
-            limit = min(arguments.row_limit_seconds, left)
-            words = [
-                flag,
-                str(arguments.memory_bytes or 0 if flag == "--largest" else arguments.seconds),
-            ]
-            rows = [
-                OwnProcess([*words, *map(str, case), method], cache, limit) if left > 0.0 else None
-                for case, method in some
-            ]
-            for row in rows:
-                if row is not None:
-                    row.await_ready()
-            for (case, method), row in zip(some, rows, strict=True):
-                found, why = (None, "the time limit of the run") if row is None else row.finish()
-                if found is not None:
-                    yield case, method, found
-                    continue
-                if flag == "--compile":
-                    continue  # the row itself will say why
-                what = dict(zip(("model", "T", "batch"), case, strict=True))
-                what |= {"method": method, "what": flag.strip("-"), "why": why}
-                result["left_out"].append(what)
-                print(f"left out: {what}", flush=True)
+    def one(words: list[str], case: Any, method: str) -> dict[str, Any] | None:
+        left = arguments.limit_seconds - (time.perf_counter() - began)
+        limit = min(arguments.row_limit_seconds, left)
+        found, why = (None, "the time limit of the run")
+        if left > 0.0:
+            words = [*words, *map(str, case), method]
+            found, why = in_its_own_process(words, cache, limit)
+        if found is None:
+            what = dict(zip(("model", "T", "batch"), case, strict=True))
+            what |= {"method": method, "what": words[0].strip("-"), "why": why}
+            result["left_out"].append(what)
+            print(f"left out: {what}", flush=True)
+        return found
 
     # Rows of one run share compiled programs and, on a GPU, what autotuning found.
     with tempfile.TemporaryDirectory() as cache:
-        asked = list(itertools.product(cases, arguments.methods))
-        if arguments.at_once > 1:
-            for _ in each("--compile", [ask for ask in asked if ask[1] != "opacus_ghost"]):
-                pass
-        for (name, length, batch), method, found in each("--row", asked):
-            print(name, length, batch, method, found, flush=True)
+        for case, method in itertools.product(cases, arguments.methods):
+            found = one(["--row", str(arguments.seconds)], case, method)
+            if found is None:
+                continue
+            name, length, batch = case
             tokens = round(batch * length / found["milliseconds"] * 1e3)
             row = {"model": name, "T": length, "batch": batch, "method": method} | found
             row |= {"tokens_per_second": tokens, "largest_batch": None}
             result["rows"].append(row)
+            print(case, method, found, flush=True)
             _write(arguments.output, result)
-        if arguments.largest_batch:  # compilations only; no program of torch could be read
-            known = {((r["model"], r["T"], r["batch"]), r["method"]): r for r in result["rows"]}
-            asked = [(case, method) for case, method in known if method != "opacus_ghost"]
-            for case, method, found in each("--largest", asked):
-                print(*case, method, found, flush=True)
-                known[case, method]["largest_batch"] = found["largest_batch"]
+        # Compilations only, and last: what was timed is on the disk by then.
+        for row in result["rows"] if arguments.largest_batch else ():
+            if row["method"] == "opacus_ghost":  # no program whose memory could be read
+                continue
+            case = (row["model"], row["T"], row["batch"])
+            memory = str(arguments.memory_bytes or 0)
+            found = one(["--largest", memory], case, row["method"])
+            if found is not None:
+                row["largest_batch"] = found["largest_batch"]
+                print(case, row["method"], found, flush=True)
                 _write(arguments.output, result)
     return result
 
@@ -515,14 +444,8 @@ def main() -> None:
         seconds, name, length, batch, method = sys.argv[2:]
         print(json.dumps(one_row(name, int(length), int(batch), method, float(seconds))))
         return
-    if sys.argv[1:2] == ["--compile"]:
-        name, length, batch, method = sys.argv[3:]
-        compiled(name, int(length), int(batch), method)
-        print("{}")
-        return
     if sys.argv[1:2] == ["--largest"]:
         memory, name, length, batch, method = sys.argv[2:]
-        _await_turn()
         found = largest_batch(name, int(length), int(batch), method, int(memory) or None)
         print(json.dumps({"largest_batch": found}))
         return
@@ -531,9 +454,6 @@ def main() -> None:
     parser.add_argument("--cases", nargs="*", help="MODEL:T:BATCH; the list in this file if none")
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing, for each row")
-    parser.add_argument(
-        "--at-once", type=int, default=1, help="rows that compile at once; they are timed in turn"
-    )
     parser.add_argument("--limit-seconds", type=float, default=math.inf, help="of the whole run")
     parser.add_argument(
         "--row-limit-seconds", type=float, default=math.inf, help="of one row's process"

@@ -107,27 +107,6 @@ def test_a_whole_run_from_the_command_line(bench, monkeypatch, tmp_path):
 
 
 @pytest.mark.slow
-def test_rows_that_compile_at_once(bench, monkeypatch, tmp_path):
-    """As many processes, timed one after another; one that fails is said and stops no other."""
-    real, begun = bench.OwnProcess, []
-
-    def broken(words, *rest):
-        begun.append(words[0])
-        return real(["--row", "no number"] if words[-1] == "flat" else words, *rest)
-
-    monkeypatch.setattr(bench, "OwnProcess", broken)
-    out = _words(
-        monkeypatch, tmp_path, "--methods", "nonprivate", "flat", "per_layer", "--at-once", "3"
-    )
-    bench.main()
-    found = json.loads(out.read_text())
-    assert [row["method"] for row in found["rows"]] == ["nonprivate", "per_layer"]
-    (missing,) = found["left_out"]
-    assert missing["method"] == "flat" and "ValueError" in missing["why"]
-    assert begun == ["--compile"] * 3 + ["--row"] * 3
-
-
-@pytest.mark.slow
 def test_a_whole_run_with_the_largest_batch(bench, monkeypatch, tmp_path):
     out = _words(monkeypatch, tmp_path, "--largest-batch", "--memory-bytes", "4000000")
     bench.main()

@@ -419,7 +419,7 @@ def test_fused_backward_of_many_programs():
 )
 def test_noise_of_many_programs(tile, monkeypatch):
     """V10: every element of a grid that outnumbers the processors many times, under eight keys."""
-    monkeypatch.setattr("dpfa_jax.kernels.mosaic_gpu.backend.forward_tiles", lambda *_: tile)
+    monkeypatch.setattr("dpfa_jax.kernels.mosaic_gpu.backend.forward_tiles", lambda *_, **__: tile)
     batch, rows, heads, size, steps = 8, 1024, 32, 128, 16
     readout = ExampleReadout(1.0, (1.0,) * heads, (1.0 / steps,) * heads)
     zeros = jnp.zeros((batch, rows, heads, size), jnp.bfloat16)
