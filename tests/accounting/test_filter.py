@@ -15,12 +15,13 @@ BASE = ExampleRelease(1.0, 1.0, 4, 2, 8)
 POOL = [dataclasses.replace(BASE, noise_multiplier=s).record() for s in (0.7, 1, 2, 4, 9, 25)]
 
 
-def test_v22_never_exceeds_the_budget_in_random_adaptive_schedules():
-    """V22: 1e4 schedules whose next noise depends on the (random) outcome so far. The exact epsilon
+@pytest.mark.parametrize("schedules", [2_000, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_v22_never_exceeds_the_budget_in_random_adaptive_schedules(schedules):
+    """V22: schedules whose next noise depends on the (random) outcome so far. The exact epsilon
     of what was really spent stays within the budget; half of a step more would often not."""
     rng = np.random.default_rng(0)
     delta, refused, use = 1e-5, 0, []
-    for _ in range(10_000):
+    for _ in range(schedules):
         budget = float(rng.choice([0.5, 1.0, 3.0, 8.0]))
         keep, precision, state = PrivacyFilter(budget, delta), 0.0, rng.normal()
         for _ in range(5):
@@ -37,7 +38,7 @@ def test_v22_never_exceeds_the_budget_in_random_adaptive_schedules():
         spent = gaussian_epsilon(math.sqrt(precision), delta)
         assert spent <= budget
         use.append(spent / budget)
-    assert refused > 5000  # it bites
+    assert refused > schedules / 2  # it bites
     assert np.quantile(use, 0.9) > 0.5  # and it is not merely stingy
 
 

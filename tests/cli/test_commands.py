@@ -307,6 +307,7 @@ def test_what_is_printed_to_type_next_works_as_typed(tmp_path, monkeypatch):
     assert quoted("runs/my run") == "'runs/my run'"
 
 
+@pytest.mark.slow
 def test_doctor_passes_and_fails(capsys, monkeypatch):
     """A healthy machine gives 0; a broken check is named and gives 1."""
     assert main(["doctor"]) == 0

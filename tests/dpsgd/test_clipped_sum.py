@@ -177,10 +177,8 @@ def test_each_parameter_its_own_group(name, dtype):
     check_against_the_oracle(name, 2**24, flat_groups=False, dtype=jnp.dtype(dtype))
 
 
-@pytest.mark.parametrize(
-    "allowed",
-    ["some", *(pytest.param(n, marks=pytest.mark.slow) for n in ("all", "one at a time"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("allowed", ALLOWED)
 def test_mixed_precision(allowed):
     check_against_the_oracle("transformer", ALLOWED[allowed], flat_groups=True, dtype=jnp.bfloat16)
 

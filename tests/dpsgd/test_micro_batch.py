@@ -44,6 +44,7 @@ def nothing_runs(monkeypatch):
     monkeypatch.setattr(jax.stages.Compiled, "__call__", refuse)
 
 
+@pytest.mark.slow
 def test_figures_grow_with_the_micro_batch(nothing_runs, monkeypatch):
     """A limit just below what all rows need finds a smaller one; below what one needs, V23."""
     known = {}

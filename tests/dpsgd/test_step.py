@@ -125,6 +125,7 @@ def test_micro_batches_do_not_change_what_is_released():
     assert np.mean(other != rounded) < 0.05
 
 
+@pytest.mark.slow
 def test_recomputation_changes_nothing():
     """V10: activation checkpointing in the loss, and jit around the step, keep the noise."""
     plan, batch, real = plan_of(l2_clip_norm=1e6), batch_of(16), np.zeros(16, bool)

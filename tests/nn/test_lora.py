@@ -115,6 +115,7 @@ def _constant_shapes(closed):
                 yield from _constant_shapes(inner)
 
 
+@pytest.mark.slow
 def test_the_frozen_base_is_an_argument_of_the_step():
     """The compiled step holds no copy of it, which a closure would (the control). It stays."""
     width = 50

@@ -116,7 +116,8 @@ def test_release_fails_closed():
             released_layer()(x, noise_key=key, **option)
 
 
-@pytest.mark.parametrize("stack", [Decoder, pytest.param(Encoder, marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("stack", [Decoder, Encoder])
 def test_stacks_couple_no_examples(stack):
     """V6, through nnx.split and merge under jit."""
     graph, state = nnx.split(stack(16, 4, 32, 2, num_kv_heads=2, rngs=nnx.Rngs(0)))

@@ -188,6 +188,7 @@ class Dropped(nnx.Module):
         return (nnx.remat(forward) if self.lifted else forward)(self, x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lifted", [False, True])
 def test_dropout_needs_a_key_an_example(lifted):
     private = nn.privatize(Dropped(lifted))

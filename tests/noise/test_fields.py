@@ -115,7 +115,7 @@ def test_positions_beyond_the_counters_are_nan():
 
 
 def test_sharding_does_not_change_the_noise():
-    """V10: 1, 2 and 8 devices give the same numbers."""
+    """V10: 2 and 8 devices give, as one does, the same numbers."""
     program = textwrap.dedent("""
         import jax, numpy as np
         from jax.sharding import NamedSharding, PartitionSpec as P
@@ -124,7 +124,7 @@ def test_sharding_does_not_change_the_noise():
         key = insecure_test_key(8)
         whole = np.asarray(draw(key))
         auto = jax.sharding.AxisType.Auto
-        for n in (1, 2, 8):
+        for n in (2, 8):
             mesh = jax.make_mesh((n,), ("d",), axis_types=(auto,), devices=jax.devices()[:n])
             out = jax.jit(draw, out_shardings=NamedSharding(mesh, P("d")))(key)
             assert len(out.sharding.device_set) == n

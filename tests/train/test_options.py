@@ -116,6 +116,7 @@ def test_correlated_noise_pays_whole_cycles_and_keeps_no_secret(csv, tmp_path, m
     assert "correlated over 3 steps" in page and "but lost" not in page
 
 
+@pytest.mark.slow
 def test_lost_steps_count_as_taken_in_cyclic_batches():
     """After a crash the next batch is drawn from the group whose turn it is by what was charged."""
     plan = DPSGDPlan.calibrated(

@@ -47,7 +47,8 @@ def _interrupted(*args, **kwargs):
     raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("whole", [False, True])
 def test_a_file_edited_between_start_and_resume_is_refused(whole, tmp_path, monkeypatch):
     """Of equal length and classes, so no setting tells it. The hash stays with the checkpoints."""
     csv = write_csv(tmp_path / "texts.csv")

@@ -99,9 +99,8 @@ def simulated_errors(*arguments):
 QUICK = "causal, ragged, GQA"
 
 
-@pytest.mark.parametrize(
-    "case", [QUICK, *(pytest.param(c, marks=pytest.mark.slow) for c in CASES if c != QUICK)]
-)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_fused_gradients(case):
     """V7, V8: against float64; programs of the simulator add to sums of their own."""
     found = simulated_errors(case)
@@ -146,6 +145,7 @@ def test_deterministic_is_two_kernels(head_size):
         assert ("reduce.async.bulk" in text) != deterministic
 
 
+@pytest.mark.slow
 def test_sharded_and_mapped_gradients_lower():
     """The mutable sum of dQ is no obstacle to shard_map and vmap."""
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))

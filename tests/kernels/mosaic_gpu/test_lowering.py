@@ -58,9 +58,10 @@ def loss(spec, query, inputs):
             ),
         ),
         (AttentionSpec(0.1, readout=RELEASE), shapes(head_size=128, noise=noise_shapes())),
-        (
+        pytest.param(
             AttentionSpec(0.1, largest_logit=5.0, readout=RELEASE),
             shapes(head_size=128, noise=noise_shapes()),
+            marks=pytest.mark.slow,
         ),
     ],
 )
