@@ -9,7 +9,9 @@ backends where they are installed, and cuDNN followed by a clip and `jax.random.
 `dpfa_bound` and `dpfa_example_bound` state a bound of the logits, which spares the running maximum;
 `dpfa_example_clipped` clips query and key rows instead, in a pass of its own that is part of its
 time (a model's compiler makes one pass of it and of what makes queries and keys).
-`dpfa_memory` is the sum form over a private memory with 16 bits a value.
+`dpfa_memory` is the sum form over a private memory with 16 bits a value. `dpfa_any_order` allows
+gradients whose last bits differ between runs, as those of the peers may; `dpfa` does not. Masks
+"array" (B, 1, T, S) and "bias" (1, N, T, S) are arguments, for those that take them.
 """
 
 import argparse
@@ -70,10 +72,29 @@ def forward_and_backward(function: Callable[..., jax.Array]) -> Callable[..., An
     return run
 
 
+def pairs_of(shape: tuple[int, ...], mask: str) -> tuple[jax.Array, ...]:
+    """The array that goes with a call: nothing, a boolean mask or an additive bias."""
+    batch, length, heads, *_ = shape
+    if mask == "array":
+        return (jax.random.uniform(jax.random.key(7), (batch, 1, length, length)) < 0.8,)
+    if mask == "bias":
+        return (jax.random.normal(jax.random.key(7), (1, heads, length, length), jnp.bfloat16),)
+    return ()
+
+
 def implementations(
-    shape: tuple[int, ...], is_causal: bool
+    shape: tuple[int, ...], mask: str
 ) -> dict[str, tuple[Callable[..., jax.Array], bool]]:
     """Name -> (function of query, key, value and, where the flag says so, a noise key)."""
+    if mask in ("array", "bias"):
+        name = "mask" if mask == "array" else "bias"
+
+        def with_pairs(attention: Callable[..., jax.Array]) -> Any:
+            return lambda q, k, v, pairs: attention(q, k, v, **{name: pairs}), False
+
+        cudnn_of = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+        return {"cudnn": with_pairs(cudnn_of), "dpfa": with_pairs(dot_product_attention)}
+    is_causal = mask == "causal"
     _, length, heads, _, size = shape
     release = ExampleRelease(CLIP, 1.0, query_length=length, num_heads=heads, head_dim=size)
     stddev = release.noise_stddevs[0]
@@ -103,6 +124,9 @@ def implementations(
     def dpfa(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return dot_product_attention(query, key, value, is_causal=is_causal)
 
+    def any_order(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return dot_product_attention(query, key, value, is_causal=is_causal, deterministic=False)
+
     def dpfa_bound(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
         return dot_product_attention(query, key, value, is_causal=is_causal, logits_bound=BOUND)
 
@@ -118,6 +142,7 @@ def implementations(
     found: dict[str, tuple[Callable[..., jax.Array], bool]] = {
         "cudnn": (cudnn, False),
         "dpfa": (dpfa, False),
+        "dpfa_any_order": (any_order, False),
         "dpfa_bound": (dpfa_bound, False),
         "dpfa_example": (private(release), True),
         "dpfa_example_bound": (private(release, BOUND), True),
@@ -235,11 +260,14 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
             if time.perf_counter() - began > arguments.limit_seconds:
                 print("time limit: the rest is left out", file=sys.stderr)
                 break
-            sets = inputs(shape, INPUT_SETS)
+            more = pairs_of(shape, mask)
+            sets = [(*x, *more) for x in inputs(shape, INPUT_SETS)]
             keys = list(jax.random.split(new_noise_key(), INPUT_SETS))
             programs = {}
             for direction in ("forward", "forward_backward"):
-                for name, (function, is_noisy) in implementations(shape, mask == "causal").items():
+                for name, (function, is_noisy) in implementations(shape, mask).items():
+                    if name == "dpfa_any_order" and direction == "forward":
+                        continue  # the forward pass of `dpfa`
                     if arguments.implementations and name not in arguments.implementations:
                         continue
                     given = [(*x, k) for x, k in zip(sets, keys, strict=True)] if is_noisy else sets
@@ -262,7 +290,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     if which == direction:
                         given = programs[which, name][1]
                         found[name] = (*measure(program, given, arguments.seconds), peak)
-                if not arguments.implementations or "torch_sdpa" in arguments.implementations:
+                wanted = arguments.implementations or ["torch_sdpa"]
+                if not more and "torch_sdpa" in wanted:
                     found["torch_sdpa"] = measure_torch(
                         shape, mask == "causal", direction == "forward_backward", arguments.seconds
                     )
@@ -291,7 +320,12 @@ def main() -> None:
     parser.add_argument("--output", help="JSON file to write")
     parser.add_argument("--shapes", type=int, default=len(SHAPES), help="the first so many shapes")
     parser.add_argument("--implementations", nargs="+", help="some of them; all where left out")
-    parser.add_argument("--masks", nargs="+", default=["full", "causal"])
+    parser.add_argument(
+        "--masks",
+        nargs="+",
+        default=["full", "causal"],
+        choices=("full", "causal", "array", "bias"),
+    )
     parser.add_argument("--seconds", type=float, default=0.3, help="of timing, for each figure")
     parser.add_argument(
         "--limit-seconds", type=float, default=math.inf, help="start no shape after"
