@@ -27,7 +27,7 @@ from dpfa_jax.kernels.mosaic_gpu.layouts import (
     tiled_shared,
     visible,
 )
-from dpfa_jax.kernels.mosaic_gpu.noise import clip_rows, snap_tile, tile_normals
+from dpfa_jax.kernels.mosaic_gpu.noise import clip_rows, snap_tile, stream_of, tile_normals
 from dpfa_jax.kernels.mosaic_gpu.pairs import Fixed, PairReader
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ForwardTiles
 from dpfa_jax.kernels.public_maximum import SHIFT
@@ -40,7 +40,7 @@ class ForwardArrays(NamedTuple):
     """Operands of the kernel; absent ones are None.
 
     `stddevs`, `grids`: (B, N) float32. `key_words`: (B, 2), `batch_index`, `head_start`, `ones`
-    (all 1, see `noise.tile_normals`): (B,) uint32. Every operand has the batch axis, so that a
+    (all 1, see `noise.stream_of`): (B,) uint32. Every operand has the batch axis, so that a
     vmapped axis can be folded into it; that of `mask` (bool) and `bias`, (b, n, t, s), may be 1.
     """
 
@@ -258,19 +258,19 @@ def _body(
         last = tiles.most(steps.begin, steps.end - 1)
         s = zeros
         if tile.ahead:
-            s = _loop(steps.begin, tiles.least(steps.begin + 1, steps.end), logits_of, zeros)
+            s = tiles.loop(steps.begin, tiles.least(steps.begin + 1, steps.end), logits_of, zeros)
         carry = (s, acc, sums)
         body = functools.partial(step_body, is_last=False)
         masked = functools.partial(body, masked=True)
         plain = functools.partial(body, masked=False)
         if tiles.left_reach(spec) is not None:
-            carry = _loop(steps.begin, tiles.least(steps.full_begin, last), masked, carry)
-        carry = _loop(steps.full_begin, tiles.least(steps.full_end, last), plain, carry)
+            carry = tiles.loop(steps.begin, tiles.least(steps.full_begin, last), masked, carry)
+        carry = tiles.loop(steps.full_begin, tiles.least(steps.full_end, last), plain, carry)
         if not tiles.masks_only_last(spec, tile, has_query_lengths=query_length is not None):
-            carry = _loop(steps.full_end, last, masked, carry)
+            carry = tiles.loop(steps.full_end, last, masked, carry)
         is_whole = isinstance(steps.end, int) and steps.end == steps.full_end
         final = functools.partial(step_body, masked=not is_whole, is_last=True)
-        carry = _loop(last, steps.end, final, carry)
+        carry = tiles.loop(last, steps.end, final, carry)
         _, acc, sums = carry
         pl.when(warpgroup == 0)(take_turns)
 
@@ -338,42 +338,20 @@ def _body(
         def make_noise():
             if not simulate:
                 plgpu.set_max_registers(56, action="decrease")
-            stream, columns = _stream(arrays, batch, head), tile.noise_columns
+            stream, columns = stream_of(arrays, batch, head), tile.noise_columns
             chunks = head_size // columns
 
             # Few columns at a time: this warpgroup owns few registers.
             @pl.loop(0, COMPUTE_WARPGROUPS * chunks)
             def _(chunk):
                 part = lax.div(chunk, jnp.int32(chunks))
-                shared["noise"].at[chunk][...] = _normals(
+                shared["noise"].at[chunk][...] = tile_normals(
                     stream, program_begin + part * block_q, (chunk - part * chunks) * columns,
-                    (block_q, columns), simulate,
+                    (block_q, columns), simulate=simulate,
                 )  # fmt: skip
 
             plgpu.commit_smem()
             plgpu.barrier_arrive(barriers["noise"])
-
-
-def _loop(begin, end, body, carry):
-    """`lax.fori_loop`, and no loop at all where host numbers say that it has no or one turn."""
-    if isinstance(begin, int) and isinstance(end, int) and end - begin <= 1:
-        return body(begin, carry) if begin < end else carry
-    return lax.fori_loop(begin, end, body, carry)
-
-
-def _stream(arrays, batch, head):
-    """The numbers that the noise of one batch row and head shares, read once."""
-    key_words = (arrays.key_words[batch, 0], arrays.key_words[batch, 1])
-    global_head = arrays.head_start[batch] + lax.convert_element_type(head, jnp.uint32)
-    high = (arrays.batch_index[batch] << 12) | global_head
-    return (*key_words, high, arrays.ones[batch])
-
-
-def _normals(stream, row_begin, column_begin, shape, simulate):
-    row_begin, column_begin = (
-        lax.convert_element_type(x, jnp.uint32) for x in (row_begin, column_begin)
-    )
-    return tile_normals(stream, row_begin, column_begin, shape, simulate=simulate)
 
 
 def _release(
@@ -392,8 +370,8 @@ def _release(
             axis=1,
         )
     else:
-        stream = _stream(arrays, batch, head)
-        noise = _normals(stream, row_begin, jnp.int32(0), acc.shape, simulate)
+        stream = stream_of(arrays, batch, head)
+        noise = tile_normals(stream, row_begin, jnp.int32(0), acc.shape, simulate=simulate)
     readout = spec.readout
     largest = max(
         (readout.l2_clip_norm + 2.0 * BOX_MULLER_TAIL * stddev) / grid

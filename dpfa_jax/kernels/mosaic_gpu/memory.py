@@ -18,7 +18,6 @@ from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec, MemoryReadout
 from dpfa_jax.kernels.mosaic_gpu import tiles
-from dpfa_jax.kernels.mosaic_gpu.forward import _loop, _normals, _stream
 from dpfa_jax.kernels.mosaic_gpu.layouts import (
     LOG2_E,
     ROW,
@@ -29,6 +28,7 @@ from dpfa_jax.kernels.mosaic_gpu.layouts import (
 )
 from dpfa_jax.kernels.mosaic_gpu.memory_numbers import MAGIC, MAGIC_BITS, SUM_BLOCK, Numbers
 from dpfa_jax.kernels.mosaic_gpu.memory_weights import clamped_weights, fresh_zeros, row_sums
+from dpfa_jax.kernels.mosaic_gpu.noise import stream_of, tile_normals
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ForwardTiles
 
 
@@ -179,19 +179,19 @@ def _body(
 
         zeros = plgpu.layout_cast(jnp.zeros((block_q, block_kv), jnp.float32), WGMMA)
         last = tiles.most(steps.begin, steps.end - 1)
-        s = _loop(steps.begin, tiles.least(steps.begin + 1, steps.end), first_logits, zeros)
+        s = tiles.loop(steps.begin, tiles.least(steps.begin + 1, steps.end), first_logits, zeros)
         carry = (s, numerator, normaliser)
         body = functools.partial(step_body, is_last=False)
         masked = functools.partial(body, masked=True)
         plain = functools.partial(body, masked=False)
         if tiles.left_reach(spec) is not None:
-            carry = _loop(steps.begin, tiles.least(steps.full_begin, last), masked, carry)
-        carry = _loop(steps.full_begin, tiles.least(steps.full_end, last), plain, carry)
+            carry = tiles.loop(steps.begin, tiles.least(steps.full_begin, last), masked, carry)
+        carry = tiles.loop(steps.full_begin, tiles.least(steps.full_end, last), plain, carry)
         if not tiles.masks_only_last(spec, tile, has_query_lengths=False):
-            carry = _loop(steps.full_end, last, masked, carry)
+            carry = tiles.loop(steps.full_end, last, masked, carry)
         is_whole = tiles.right_reach(spec) is None and tiles.left_reach(spec) is None
         final = functools.partial(step_body, masked=not is_whole, is_last=True)
-        _, numerator, normaliser = _loop(last, steps.end, final, carry)
+        _, numerator, normaliser = tiles.loop(last, steps.end, final, carry)
         pl.when(warpgroup == 0)(take_turns)
 
         if arrays.query_lengths is not None:
@@ -261,22 +261,22 @@ def _body(
     def make_noise():
         if not simulate:
             plgpu.set_max_registers(56, action="decrease")
-        stream, columns = _stream(arrays, batch, head), tile.noise_columns
+        stream, columns = stream_of(arrays, batch, head), tile.noise_columns
         chunks = head_size // columns
 
         @pl.loop(0, COMPUTE_WARPGROUPS * chunks)
         def _(chunk):
             part = lax.div(chunk, jnp.int32(chunks))
-            shared["noise"].at[chunk][...] = _normals(
+            shared["noise"].at[chunk][...] = tile_normals(
                 stream, program_begin + part * block_q, (chunk - part * chunks) * columns,
-                (block_q, columns), simulate,
+                (block_q, columns), simulate=simulate,
             )  # fmt: skip
 
         @pl.loop(0, COMPUTE_WARPGROUPS)
         def _(part):  # the normaliser's noise has the counter of column `size`
-            drawn = _normals(
+            drawn = tile_normals(
                 stream, program_begin + part * block_q, jnp.int32(size - size % 2), (block_q, 8),
-                simulate,
+                simulate=simulate,
             )  # fmt: skip
             lane = plgpu.broadcasted_iota(jnp.int32, drawn.shape, 1, layout=WGMMA)
             chosen = jnp.where(lane == size % 2, drawn, 0.0).sum(axis=1)

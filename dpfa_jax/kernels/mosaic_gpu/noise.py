@@ -1,5 +1,7 @@
 """Clip and noise of one tile, in the registers of one warpgroup."""
 
+from typing import Any
+
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
@@ -75,19 +77,31 @@ def _interleave(even: jax.Array, odd: jax.Array, *, simulate: bool) -> jax.Array
     return join(even, odd)
 
 
+Stream = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+
+
+def stream_of(arrays: Any, batch: Any, head: Any) -> Stream:
+    """What the noise of one batch row and head shares, read once.
+
+    Two key words, the upper counter word, batch << 12 | head, and a one that the compiler cannot
+    know, which turns the additions of threefry into multiply-adds.
+    """
+    key_words = (arrays.key_words[batch, 0], arrays.key_words[batch, 1])
+    global_head = arrays.head_start[batch] + lax.convert_element_type(head, jnp.uint32)
+    high = (arrays.batch_index[batch] << 12) | global_head
+    return (*key_words, high, arrays.ones[batch])
+
+
 def tile_normals(
-    stream: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
-    row_begin: jax.Array,
-    column_begin: jax.Array,
-    shape: tuple[int, int],
-    *,
-    simulate: bool,
+    stream: Stream, row_begin: Any, column_begin: Any, shape: tuple[int, int], *, simulate: bool
 ) -> jax.Array:
     """Standard normals of R rows and C columns of one head; `column_begin` is even.
 
-    `stream`: two key words, the upper counter word, batch << 12 | head, and a one that the compiler
-    cannot know. The counters are those of `noise.counters.attention_counter`.
+    The counters are those of `noise.counters.attention_counter`.
     """
+    row_begin, column_begin = (
+        lax.convert_element_type(x, jnp.uint32) for x in (row_begin, column_begin)
+    )
     rows, columns = shape
     half = (rows, columns // 2)
     row = row_begin + plgpu.broadcasted_iota(jnp.uint32, half, 0, layout=_PAIRS)

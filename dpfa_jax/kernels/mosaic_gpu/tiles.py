@@ -1,7 +1,8 @@
 """Which tiles a kernel walks: plain integer arithmetic, on ints and on traced scalars alike."""
 
 import dataclasses
-from typing import NamedTuple, overload
+from collections.abc import Callable
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +118,13 @@ def backward_tiles(
     rows = COMPUTE_WARPGROUPS * wide.block_q_dq + wide.stages * wide.block_kv_dq
     bytes_used = rows * head_size * 4 + wide.stages * wide.block_kv_dq * (pair_bytes or 0)
     return wide if head_size == 64 and bytes_used <= SHARED_MEMORY_BYTES else BackwardTiles()
+
+
+def loop(begin: Scalar, end: Scalar, body: Callable[..., Any], carry: Any) -> Any:
+    """`lax.fori_loop`, and no loop at all where host numbers say that it has no or one turn."""
+    if isinstance(begin, int) and isinstance(end, int) and end - begin <= 1:
+        return body(begin, carry) if begin < end else carry
+    return lax.fori_loop(begin, end, body, carry)
 
 
 def masks_only_last(spec: AttentionSpec, tile: ForwardTiles, *, has_query_lengths: bool) -> bool:
