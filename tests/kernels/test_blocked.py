@@ -206,11 +206,13 @@ HALF_SHAPES = [(1, 511), (63, 64), (257, 1), (257, 1537), (1000, 511), (4096, 64
 def test_grid(name, dtype):
     """V8 in full: T and S from 1 to 4096, ragged, every option and precision.
 
-    Each call is drawn twice, the longest once.
+    The largest error is that of a few large weights: small calls are drawn six times, so that it is
+    not one program's luck, the longest once.
     """
     for rows, keys in SHAPES if dtype == "float32" else HALF_SHAPES:
         batch = max(1, 32 // min(rows, keys))
-        seeds = 1 if batch * rows * keys > 1e6 else 2
+        logits = batch * rows * keys
+        seeds = 1 if logits > 1e6 else 2 if logits > 2e5 else 6
         check(rows, keys, 2, 1, 8, dtype, OPTIONS[name], batch=batch, seeds=seeds)
 
 
