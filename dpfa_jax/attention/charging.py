@@ -2,11 +2,13 @@
 
 from typing import overload
 
+import jax
+import numpy as np
 from jaxtyping import Array, Key
 
 from dpfa_jax.accounting import Ledger, LedgerFile, record
 from dpfa_jax.core import ArgumentError, checks
-from dpfa_jax.noise import new_noise_key
+from dpfa_jax.noise import new_noise_key, promises
 from dpfa_jax.release import Release
 
 _MOST_KEYS = 2**24  # 128 MiB of keys: a larger count would be charged and then not fit
@@ -41,7 +43,8 @@ def charge(
     Batch rows of one answer are different individuals, so one charge covers the call. It covers one
     call: each further answer about the same units (another `layer` or `release_id` under the key, a
     key split off it) is one more release and is due one more charge; `count` gives one key for
-    each. A crash after the charge wastes budget; nothing can spend it twice.
+    each. The key serves this release alone: an eager call for another one is refused. A crash after
+    the charge wastes budget; nothing can spend it twice.
 
     Errors: ArgumentError for a release with test noise, which no ledger should count as private,
     or a count that is out of range (nothing is charged then); BudgetExceededError from a ledger
@@ -61,4 +64,6 @@ def charge(
         ledger = record(ledger, release, number)
     else:
         raise ArgumentError("ledger", ledger, "not a ledger", "Pass a Ledger or a LedgerFile.")
-    return ledger, new_noise_key(() if count is None else (number,))
+    noise_key = new_noise_key(() if count is None else (number,))
+    promises.remember(np.asarray(jax.random.key_data(noise_key)), release.record())
+    return ledger, noise_key

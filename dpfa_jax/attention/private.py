@@ -105,7 +105,9 @@ def dp_attention(
     )
     witnesses = [x for x in jax.tree.leaves(inputs) if x is not None]
     drawn = tuple(zip(offsets, (inputs.query.shape[0], inputs.query.shape[2]), strict=True))
-    noise_key = guard(noise_key, *witnesses, uses=(release_id, layer), spans=drawn)
+    noise_key = guard(
+        noise_key, *witnesses, uses=(release_id, layer), spans=drawn, promise=release.record()
+    )
     inputs = inputs._replace(
         noise=_noise_inputs(noise_key, release_id, layer, offsets, inputs.query.shape[0])
     )

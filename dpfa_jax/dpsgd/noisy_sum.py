@@ -100,7 +100,11 @@ def noisy_sum(plan: DPSGDPlan) -> optax.GradientTransformationExtraArgs:
         leaves, structure = jax.tree.flatten(updates)
         witnesses = [*leaves, *jax.tree.leaves((state.l2_clip_norms, state.noise_memory))]
         noise_key = hazards.guard(
-            noise_key, *witnesses, centred_counts, uses=(state.step, TRAINING_LAYER)
+            noise_key,
+            *witnesses,
+            centred_counts,
+            uses=(state.step, TRAINING_LAYER),
+            promise=plan.release.record(),
         )
         step_key = _bound_to(noise_key, state.step)
         stddevs, grids = _noise_of(plan, state)

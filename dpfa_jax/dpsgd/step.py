@@ -146,6 +146,7 @@ def make_dp_step(
         shardings = jax.tree.map(lambda x: NamedSharding(mesh, jax.typeof(x).sharding.spec), kept)
         return jax.sharding.auto_axes(updated, out_sharding=shardings)(*arguments)
 
+    promise = plan.release.record()
     jitted = jax.jit(placed, donate_argnums=(1, 2, 3, 4) if donate_state else ())
 
     def step(
@@ -166,7 +167,7 @@ def make_dp_step(
                 )
         if not jax.config.jax_disable_jit:  # else noisy_sum's own guard already sees the key
             uses = (step_number, TRAINING_LAYER)
-            noise_key = hazards.guard(noise_key, step_number, uses=uses)
+            noise_key = hazards.guard(noise_key, step_number, uses=uses, promise=promise)
         after = jitted(step_number, *state[1:], batch, is_real, noise_key, held)
         following = step_number + 1
         if not isinstance(following, jax.core.Tracer):

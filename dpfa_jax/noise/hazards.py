@@ -7,7 +7,7 @@ it is called. What only the whole program shows is found by `check_no_reuse`.
 
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
@@ -17,6 +17,7 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Key
 
 from dpfa_jax.core import INSECURE_TEST, KeyReuseError
+from dpfa_jax.noise import promises
 from dpfa_jax.noise.keys import generator_of
 
 guard_p = Primitive("dpfa_guard_noise_key")
@@ -40,6 +41,7 @@ def guard(
     *witnesses: Array | np.ndarray | None,
     uses: tuple[int | Array | np.ndarray, ...] = (),
     spans: tuple[tuple[int | Array | np.ndarray, int], ...] = (),
+    promise: Hashable = None,
 ) -> Key[Array, "..."]:
     """`noise_key`, once it is sure that this use of it is not a repeated one.
 
@@ -49,8 +51,10 @@ def guard(
       uses: what else tells this use from others of the same key, e.g. (release_id, layer).
       spans: (start, size) of each range of counters that this use draws, e.g. batch rows and heads;
         uses of one key may share all of `uses` where they are disjoint in one span.
+      promise: the record of the release that is answered; None where a caller has asked already.
 
-    Errors: KeyReuseError
+    Errors: ArgumentError where an eager key of `charge` was charged for another promise.
+    KeyReuseError
       - under vmap, where a witness has the mapped axis and the key has not;
       - where the key is closed over by jit, scan, while, cond, checkpoint or shard_map, or made
         inside from what is: only as an argument is it new in each call (or derive one inside from
@@ -76,6 +80,8 @@ def guard(
             "or the array of keys and the number that picks one, as arguments (a scan: as xs)."
         )
     concrete = _concrete(noise_key)
+    if concrete is not None and promise is not None:
+        promises.require(np.asarray(jax.random.key_data(concrete)), promise)
     uses = (*uses, *(start for start, _ in spans))
     numbers = [number for use in uses if (number := _concrete(use)) is not None]
     staged = concrete is None or len(numbers) < len(uses)

@@ -1,14 +1,19 @@
 """`charge`: recorded first, then and only then a key."""
 
+import dataclasses
+
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from dpfa_jax.accounting import Budget, Ledger, LedgerFile
 from dpfa_jax.attention import charge, charging, dp_attention
-from dpfa_jax.core import BudgetExceededError, KeyReuseError
+from dpfa_jax.core import ArgumentError, BudgetExceededError, KeyReuseError
+from dpfa_jax.dpsgd import DPSGDPlan, make_dp_step
 from dpfa_jax.noise import generator_of
-from dpfa_jax.release import ExampleRelease
+from dpfa_jax.release import ExampleRelease, TrainingRelease
 
 RELEASE = ExampleRelease(1.0, 10.0, 3, 2, 4)
 
@@ -77,3 +82,32 @@ def test_one_key_serves_disjoint_parts_of_one_answer_only():
     assert (part(0) != part(2)).any()
     with pytest.raises(KeyReuseError, match="overlapping"):
         part(1)
+
+
+def test_a_key_serves_the_release_that_was_charged_and_no_other():
+    """V23: noise 400 times smaller than was paid for would look the same in the ledger."""
+    quiet = dataclasses.replace(RELEASE, noise_multiplier=0.025)
+    _, noise_keys = charge(Ledger(), RELEASE, count=3)
+    _, quiet_key = charge(Ledger(), quiet)
+    x = jnp.ones((1, 3, 2, 4))
+    with pytest.raises(ArgumentError, match=r"noise_key.*charged for another release"):
+        dp_attention(x, x, x, release=quiet, noise_key=noise_keys[1])
+    stacked = jnp.stack([x, x])
+    with pytest.raises(ArgumentError, match="charged for another release"):
+        jax.vmap(lambda x, key: dp_attention(x, x, x, release=quiet, noise_key=key))(
+            stacked, jnp.stack([quiet_key, noise_keys[0]])
+        )
+    dp_attention(x, x, x, release=RELEASE, noise_key=noise_keys[1])  # the refusals spent nothing
+    dp_attention(x, x, x, release=quiet, noise_key=quiet_key)
+
+
+def test_a_key_of_another_plan_is_refused_by_the_step():
+    plans = [
+        DPSGDPlan(TrainingRelease(1.0, noise, 100, 4, 1), steps=2, delta=1e-3, micro_batch_size=7)
+        for noise in (1.0, 0.01)
+    ]
+    _, noise_key = charge(Ledger(), plans[0].release)
+    params, batch = {"w": jnp.zeros(1)}, {"x": jnp.ones((plans[1].capacity, 1))}
+    dp = make_dp_step(lambda p, b: b["x"] @ p["w"], optax.sgd(0.1), plans[1])
+    with pytest.raises(ArgumentError, match="charged for another release"):
+        dp.step(dp.init(params), batch, jnp.ones(plans[1].capacity, bool), noise_key)
