@@ -13,12 +13,13 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from dpfa_jax.core.generators import BOX_MULLER_TAIL
 from dpfa_jax.kernels.base import AttentionSpec, ExampleReadout
+from dpfa_jax.kernels.mosaic_gpu import device, tiles
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
-from dpfa_jax.kernels.mosaic_gpu import tiles
 from dpfa_jax.kernels.mosaic_gpu.layouts import (
     LOG2_E,
     ROW,
@@ -30,6 +31,7 @@ from dpfa_jax.kernels.mosaic_gpu.layouts import (
 from dpfa_jax.kernels.mosaic_gpu.noise import clip_rows, snap_tile, stream_of, tile_normals
 from dpfa_jax.kernels.mosaic_gpu.pairs import Fixed, PairReader
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ForwardTiles
+from dpfa_jax.kernels.mosaic_gpu.walk import Tile, Tiling, Walk
 from dpfa_jax.kernels.public_maximum import SHIFT
 
 # Start of the running maximum: finite, so that a row with no key yet gives exp2(-inf) = 0, no NaN.
@@ -132,30 +134,24 @@ def _body(
     shared: dict[str, Any],
     barriers: dict[str, Any],
     pairs: PairReader | None,
+    walk: Walk,
     *,
     spec: AttentionSpec,
     tile: ForwardTiles,
     softmax: "RunningMaximum | PublicMaximum",
-    keys: int,
     group: int,
     simulate: bool,
 ) -> None:
-    batch, head = lax.axis_index("batch"), lax.axis_index("heads")
-    # The last rows first: under a causal mask they are the longest.
-    block = lax.axis_size("rows") - 1 - lax.axis_index("rows")
     warpgroup = lax.axis_index("warpgroup")
     block_q, block_kv, stages = tile.block_q, tile.block_kv, tile.stages
     head_size = arrays.query.shape[-1]
     dtype = arrays.query.dtype
-    program_begin = block * tile.rows
-    key_length: tiles.Scalar = keys
-    if arrays.key_lengths is not None:
-        key_length = jnp.clip(arrays.key_lengths[batch], 0, keys)
-    query_length = None if arrays.query_lengths is None else arrays.query_lengths[batch]
-    steps = tiles.key_steps(spec, program_begin, tile.rows, block_kv, key_length, query_length)
+    is_released = isinstance(spec.readout, ExampleReadout)
+    # The next tile's first logits are begun beside a tile's last weighted values.
+    crosses = tile.overlaps and tile.ahead
 
-    def slot_of(step):
-        return lax.rem(jnp.int32(step - steps.begin), jnp.int32(stages))
+    def slot_of(count):
+        return lax.rem(jnp.int32(count), jnp.int32(stages))
 
     def take_turns():
         plgpu.barrier_arrive(barriers["turn"])
@@ -165,172 +161,232 @@ def _body(
     def compute():
         if not simulate:
             plgpu.set_max_registers(216 if tile.noise_warpgroup else 232, action="increase")
-        row_begin = program_begin + warpgroup * block_q
-        rows = pl.ds(row_begin, block_q)
         q_shared = shared["query"].at[warpgroup]
-        plgpu.copy_gmem_to_smem(
-            arrays.query.at[batch, rows, head], q_shared, barriers["query"].at[warpgroup]
-        )
-        sums = softmax.start(block_q)
-        acc = plgpu.layout_cast(jnp.zeros((block_q, head_size), jnp.float32), WGMMA)
-        fixed = Fixed() if pairs is None else pairs.fixed(batch, head, rows)
-        plgpu.barrier_wait(barriers["query"].at[warpgroup])
+        await_query = functools.partial(plgpu.barrier_wait, barriers["query"].at[warpgroup])
 
-        pl.when(warpgroup == 1)(take_turns)
-
-        def await_keys(step):
+        def await_keys(count):
             # Before the accumulator exists: only then are its zeros left out.
-            plgpu.barrier_wait(barriers["key"].at[slot_of(step)])
+            plgpu.barrier_wait(barriers["key"].at[slot_of(count)])
 
-        def query_times_keys(step, acc_ref):
-            plgpu.wgmma(acc_ref, q_shared, shared["key"].at[slot_of(step)].T)
+        def query_times_keys(count, acc_ref):
+            plgpu.wgmma(acc_ref, q_shared, shared["key"].at[slot_of(count)].T)
 
-        def logits_of(step, _):
+        def logits_of(count, _):
             def product(acc_ref):
-                query_times_keys(step, acc_ref)
+                query_times_keys(count, acc_ref)
                 take_turns()
                 return acc_ref[...]
 
-            await_keys(step)
+            await_keys(count)
             s = pl.run_scoped(product, plgpu.ACC((block_q, block_kv), jnp.float32))
-            plgpu.barrier_arrive(barriers["key_free"].at[slot_of(step)])
+            plgpu.barrier_arrive(barriers["key_free"].at[slot_of(count)])
             return s
 
-        def step_body(step, carry, masked: bool, is_last: bool):
-            s, acc, sums = carry
-            if not tile.ahead:
-                s = logits_of(step, None)
-            slot = slot_of(step)
-            v_shared = shared["value"].at[slot]
-            s, factor = _capped(spec, s)
-            if pairs is not None:
-                shown, bias = pairs.read(step - steps.begin, warpgroup, fixed)
-                if bias is not None:
-                    s, factor = s * factor + bias, 1.0
-                if shown is not None:
-                    s = jnp.where(shown, s, -jnp.inf)
-                pairs.free(step - steps.begin)
-            if masked:
-                columns = step * block_kv
-                seen = visible(
-                    spec, (block_q, block_kv), row_begin, columns, key_length, query_length
-                )
-                s = jnp.where(seen, s, -jnp.inf)
-            p, acc, sums = softmax.step(s, factor * LOG2_E, acc, sums)
-            p_stored = p.astype(dtype)
-            acc, sums, p_stored = lax.optimization_barrier((acc, sums, p_stored))
-            plgpu.barrier_arrive(barriers["turn"])
-            plgpu.barrier_wait(barriers["value"].at[slot])
-            plgpu.barrier_wait(barriers["turn"])
+        def tile_body(here: Tile, following, has_next, s):
+            batch, head, steps = here.batch, here.head, here.steps
+            row_begin = here.row_begin + warpgroup * block_q
+            rows = pl.ds(row_begin, block_q)
+            sums = softmax.start(block_q)
+            acc = plgpu.layout_cast(jnp.zeros((block_q, head_size), jnp.float32), WGMMA)
+            fixed = Fixed() if pairs is None else pairs.fixed(batch, head, rows)
+            # Read early: nothing waits for them at the end.
+            noise_scale = (
+                (arrays.stddevs[batch, head], arrays.grids[batch, head]) if is_released else ()
+            )
+            if not crosses:
+                await_query()
 
-            is_alone = is_last or not tile.ahead
-            if simulate:  # the simulator has no wgmma with an operand in registers
-                acc += jnp.dot(
-                    p_stored.astype(jnp.float32),
-                    v_shared[...].astype(jnp.float32),
-                    preferred_element_type=jnp.float32,
-                )
-                if not is_alone:
-                    s = logits_of(step + 1, None)
-            elif is_alone:
-                acc = pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, p_stored, v_shared))(
-                    plgpu.ACC.init(acc)
-                )
-            else:  # begun together: no wait between them, and the rescaling hides behind the first
-                await_keys(step + 1)
+            def step_body(step, carry, masked: bool, is_last: bool):
+                s, acc, sums = carry
+                count = here.before(step)
+                if not tile.ahead:
+                    s = logits_of(count, None)
+                if is_last and tile.overlaps:
+                    plgpu.barrier_arrive(barriers["query_free"].at[warpgroup])
+                slot = slot_of(count)
+                v_shared = shared["value"].at[slot]
+                s, factor = _capped(spec, s)
+                if pairs is not None:
+                    shown, bias = pairs.read(count, warpgroup, fixed)
+                    if bias is not None:
+                        s, factor = s * factor + bias, 1.0
+                    if shown is not None:
+                        s = jnp.where(shown, s, -jnp.inf)
+                    pairs.free(count)
+                if masked:
+                    seen = visible(
+                        spec, (block_q, block_kv), row_begin, step * block_kv,
+                        here.key_length, here.query_length,
+                    )  # fmt: skip
+                    s = jnp.where(seen, s, -jnp.inf)
+                p, acc, sums = softmax.step(s, factor * LOG2_E, acc, sums)
+                p_stored = p.astype(dtype)
+                acc, sums, p_stored = lax.optimization_barrier((acc, sums, p_stored))
+                plgpu.barrier_arrive(barriers["turn"])
+                plgpu.barrier_wait(barriers["value"].at[slot])
+                plgpu.barrier_wait(barriers["turn"])
 
-                def both(s_ref):
-                    query_times_keys(step + 1, s_ref)
+                is_alone = not tile.ahead or (is_last and not crosses)
+                if is_last and crosses:
+                    await_query()
+                if simulate:  # the simulator has no wgmma with an operand in registers
+                    acc += jnp.dot(
+                        p_stored.astype(jnp.float32),
+                        v_shared[...].astype(jnp.float32),
+                        preferred_element_type=jnp.float32,
+                    )
+                    if not is_alone:
+                        s = logits_of(count + 1, None)
+                    elif is_last:
+                        plgpu.barrier_arrive(barriers["turn"])
+                elif is_alone:
 
-                    def weighted_values(acc_ref):
+                    def weighted_values_alone(acc_ref):
                         plgpu.wgmma(acc_ref, p_stored, v_shared)
-                        take_turns()
+                        if is_last:
+                            plgpu.barrier_arrive(barriers["turn"])
 
-                    acc_done = pl.run_state(weighted_values)(plgpu.ACC.init(acc))
-                    return s_ref[...], acc_done
+                    acc = pl.run_state(weighted_values_alone)(plgpu.ACC.init(acc))
+                else:  # begun together: no wait between, and the rescaling hides behind the first
+                    await_keys(count + 1)
 
-                s, acc = pl.run_scoped(both, plgpu.ACC((block_q, block_kv), jnp.float32))
-                plgpu.barrier_arrive(barriers["key_free"].at[slot_of(step + 1)])
-            plgpu.barrier_arrive(barriers["value_free"].at[slot])
-            return s, acc, sums
+                    def both(s_ref):
+                        query_times_keys(count + 1, s_ref)
 
-        zeros = plgpu.layout_cast(jnp.zeros((block_q, block_kv), jnp.float32), WGMMA)
-        last = tiles.most(steps.begin, steps.end - 1)
-        s = zeros
-        if tile.ahead:
-            s = tiles.loop(steps.begin, tiles.least(steps.begin + 1, steps.end), logits_of, zeros)
-        carry = (s, acc, sums)
-        body = functools.partial(step_body, is_last=False)
-        masked = functools.partial(body, masked=True)
-        plain = functools.partial(body, masked=False)
-        if tiles.left_reach(spec) is not None:
-            carry = tiles.loop(steps.begin, tiles.least(steps.full_begin, last), masked, carry)
-        carry = tiles.loop(steps.full_begin, tiles.least(steps.full_end, last), plain, carry)
-        if not tiles.masks_only_last(spec, tile, has_query_lengths=query_length is not None):
-            carry = tiles.loop(steps.full_end, last, masked, carry)
-        is_whole = isinstance(steps.end, int) and steps.end == steps.full_end
-        final = functools.partial(step_body, masked=not is_whole, is_last=True)
-        carry = tiles.loop(last, steps.end, final, carry)
-        _, acc, sums = carry
-        pl.when(warpgroup == 0)(take_turns)
+                        def weighted_values(acc_ref):
+                            plgpu.wgmma(acc_ref, p_stored, v_shared)
+                            plgpu.barrier_arrive(barriers["turn"])
+                            if not is_last:
+                                plgpu.barrier_wait(barriers["turn"])
 
-        largest, total = softmax.finish(sums)
-        unseen = total == 0.0
-        inverse = jnp.where(unseen, 0.0, 1.0 / jnp.where(unseen, 1.0, total))
-        acc *= lax.broadcast_in_dim(inverse, acc.shape, [0])
-        lse = (largest + jnp.log2(jnp.where(unseen, 1.0, total))) * (1.0 / LOG2_E)
-        lse_shared = shared["lse"].at[warpgroup]
-        lse_shared[...] = jnp.where(unseen, -jnp.inf, lse)
-        out_shared = q_shared  # its query is spent
-        out_rows = results.output.at[batch, rows, head]
-        if results.unclipped is not None:
+                        acc_done = pl.run_state(weighted_values)(plgpu.ACC.init(acc))
+                        return s_ref[...], acc_done
+
+                    s, acc = pl.run_scoped(both, plgpu.ACC((block_q, block_kv), jnp.float32))
+                    plgpu.barrier_arrive(barriers["key_free"].at[slot_of(count + 1)])
+                plgpu.barrier_arrive(barriers["value_free"].at[slot])
+                return s, acc, sums
+
+            last = tiles.most(steps.begin, steps.end - 1)
+            if tile.ahead and not crosses:
+                s = logits_of(here.count, None)
+            carry = (s, acc, sums)
+            body = functools.partial(step_body, is_last=False)
+            masked = functools.partial(body, masked=True)
+            plain = functools.partial(body, masked=False)
+            if tiles.left_reach(spec) is not None:
+                carry = tiles.loop(steps.begin, tiles.least(steps.full_begin, last), masked, carry)
+            carry = tiles.loop(steps.full_begin, tiles.least(steps.full_end, last), plain, carry)
+            if not tiles.masks_only_last(
+                spec, tile, has_query_lengths=here.query_length is not None
+            ):
+                carry = tiles.loop(steps.full_end, last, masked, carry)
+            s, acc, sums = step_body(last, carry, masked=not walk.tiling.is_whole, is_last=True)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the answer before has long left
+
+            largest, total = softmax.finish(sums)
+            unseen = total == 0.0
+            inverse = jnp.where(unseen, 0.0, 1.0 / jnp.where(unseen, 1.0, total))
+            acc *= lax.broadcast_in_dim(inverse, acc.shape, [0])
+            lse = (largest + jnp.log2(jnp.where(unseen, 1.0, total))) * (1.0 / LOG2_E)
+            lse_shared = shared["lse"].at[warpgroup]
+            lse_shared[...] = jnp.where(unseen, -jnp.inf, lse)
+            out_shared = _output_of(shared, tile, warpgroup)
+            if results.unclipped is not None:
+                out_shared[...] = acc.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(out_shared, results.unclipped.at[batch, rows, head])
+            if is_released:
+                acc = _release(
+                    acc, arrays, shared, barriers, here, row_begin, noise_scale,
+                    spec=spec, tile=tile, simulate=simulate,
+                )  # fmt: skip
+                if results.unclipped is not None:
+                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_shared[...] = acc.astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_shared, results.unclipped.at[batch, rows, head])
-        if isinstance(spec.readout, ExampleReadout):
-            acc = _release(
-                acc, arrays, shared, barriers, batch, head, row_begin, warpgroup,
-                spec=spec, tile=tile, simulate=simulate,
-            )  # fmt: skip
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        out_shared[...] = acc.astype(dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_shared, out_rows)
-        plgpu.copy_smem_to_gmem(lse_shared, results.lse.at[batch, head, rows])
+            if tile.noise_warpgroup:
+                plgpu.barrier_arrive(barriers["noise_used"].at[warpgroup])
+            if not (tile.noise_warpgroup and tile.overlaps):  # else that warpgroup stores it
+                plgpu.copy_smem_to_gmem(out_shared, results.output.at[batch, rows, head])
+            plgpu.copy_smem_to_gmem(lse_shared, results.lse.at[batch, head, rows])
+            if not tile.overlaps:
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+                plgpu.barrier_arrive(barriers["query_free"].at[warpgroup])
+            if not (crosses and simulate):
+                plgpu.barrier_wait(barriers["turn"])
+            return s
+
+        s = plgpu.layout_cast(jnp.zeros((block_q, block_kv), jnp.float32), WGMMA)
+        if crosses:
+            await_query()
+        pl.when(warpgroup == 1)(take_turns)
+        if crosses:
+            s = logits_of(jnp.int32(0), None)
+        walk.each(tile_body, s)
+        pl.when(warpgroup == 0)(take_turns)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the writes end with the kernel
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def produce():
         if not simulate:
             plgpu.set_max_registers(24 if tile.noise_warpgroup else 40, action="decrease")
-        kv_head = lax.div(head, jnp.int32(group))
 
-        @pl.loop(steps.begin, steps.end)
-        def _(step):
-            slot = slot_of(step)
-            source = (batch, pl.ds(step * block_kv, block_kv), kv_head)
+        def load(name: str, array: Any, here: Tile, step, count):
+            slot = slot_of(count)
 
-            def load(name: str, array: Any):
-                @pl.when(step - steps.begin >= stages)
-                def _():
-                    plgpu.barrier_wait(barriers[name + "_free"].at[slot])
+            @pl.when(count >= stages)
+            def _():
+                plgpu.barrier_wait(barriers[name + "_free"].at[slot])
 
+            kv_head = lax.div(here.head, jnp.int32(group))
+            source = array.at[here.batch, pl.ds(step * block_kv, block_kv), kv_head]
+            plgpu.copy_gmem_to_smem(source, shared[name].at[slot], barriers[name].at[slot])
+
+        def load_query(here: Tile):
+            for part in range(COMPUTE_WARPGROUPS):
+
+                @pl.when(here.count > 0)
+                def _(part=part):
+                    plgpu.barrier_wait(barriers["query_free"].at[part])
+
+                rows = pl.ds(here.row_begin + part * block_q, block_q)
+                source = arrays.query.at[here.batch, rows, here.head]
                 plgpu.copy_gmem_to_smem(
-                    array.at[source], shared[name].at[slot], barriers[name].at[slot]
+                    source, shared["query"].at[part], barriers["query"].at[part]
                 )
 
-            load("key", arrays.key)
-            if pairs is not None:
-                pairs.load(step - steps.begin, batch, head, block, step)
-            load("value", arrays.value)
+        def tile_body(here: Tile, following, has_next, carry):
+            @pl.loop(here.steps.begin, here.steps.end)
+            def _(step):
+                count = here.before(step)
+                load("key", arrays.key, here, step, count)
+                # Behind the keys, which need not wait for the tile before.
+                pl.when(step == here.steps.begin)(lambda: load_query(here))
+                if pairs is not None:
+                    pairs.load(count, here.batch, here.head, here.block, step)
+                load("value", arrays.value, here, step, count)
 
-        @pl.loop(jnp.maximum(steps.begin, steps.end - stages), steps.end)
-        def _(step):  # leave no arrival unseen
-            for name in ("key_free", "value_free"):
-                plgpu.barrier_wait(barriers[name].at[slot_of(step)])
+            return carry
+
+        total, _ = walk.each(tile_body, ())
+        keys_loaded = total
+        if crosses:  # for logits that nobody reads: each tile's last step is the same program
+            again = walk.beyond(total)
+            load("key", arrays.key, again, again.steps.begin, total)
+            load_query(again)
+            keys_loaded = total + 1
+        for part in range(0 if crosses else COMPUTE_WARPGROUPS):
+            plgpu.barrier_wait(barriers["query_free"].at[part])
+
+        for name, loaded in (("key", keys_loaded), ("value", total)):  # leave no arrival unseen
+
+            @pl.loop(jnp.maximum(loaded - stages, 0), loaded)
+            def _(count, name=name):
+                plgpu.barrier_wait(barriers[name + "_free"].at[slot_of(count)])
 
         if pairs is not None:
-            pairs.drain(steps.end - steps.begin)
+            pairs.drain(total)
 
     if tile.noise_warpgroup:
 
@@ -338,29 +394,58 @@ def _body(
         def make_noise():
             if not simulate:
                 plgpu.set_max_registers(56, action="decrease")
-            stream, columns = stream_of(arrays, batch, head), tile.noise_columns
-            chunks = head_size // columns
 
-            # Few columns at a time: this warpgroup owns few registers.
-            @pl.loop(0, COMPUTE_WARPGROUPS * chunks)
-            def _(chunk):
-                part = lax.div(chunk, jnp.int32(chunks))
-                shared["noise"].at[chunk][...] = tile_normals(
-                    stream, program_begin + part * block_q, (chunk - part * chunks) * columns,
-                    (block_q, columns), simulate=simulate,
-                )  # fmt: skip
+            def fill(here: Tile, part: int):
+                columns = tile.noise_columns
+                chunks = head_size // columns
+                stream = stream_of(arrays, here.batch, here.head)
 
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(barriers["noise"])
+                # Few columns at a time: this warpgroup owns few registers.
+                @pl.loop(0, chunks)
+                def _(chunk):
+                    shared["noise"].at[part * chunks + chunk][...] = tile_normals(
+                        stream, here.row_begin + part * block_q, chunk * columns,
+                        (block_q, columns), simulate=simulate,
+                    )  # fmt: skip
+
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(barriers["noise"].at[part])
+
+            def store(here: Tile, part: int):
+                """Sends one warpgroup's answer off, and waits until its place is free."""
+                rows = pl.ds(here.row_begin + part * block_q, block_q)
+                plgpu.copy_smem_to_gmem(
+                    _output_of(shared, tile, part), results.output.at[here.batch, rows, here.head]
+                )
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+            def tile_body(here: Tile, following, has_next, carry):
+                for part in range(COMPUTE_WARPGROUPS):
+                    plgpu.barrier_wait(barriers["noise_used"].at[part])
+                    if tile.overlaps:
+                        store(here, part)
+                    pl.when(has_next)(functools.partial(fill, following(), part))
+                return carry
+
+            for part in range(COMPUTE_WARPGROUPS):
+                fill(walk.first(), part)
+            walk.each(tile_body, ())
 
 
-def _release(
-    acc, arrays, shared, barriers, batch, head, row_begin, warpgroup, *, spec, tile, simulate
-):
+def _output_of(shared: dict[str, Any], tile: ForwardTiles, warpgroup: Any) -> Any:
+    """Where a warpgroup's answer waits to be stored."""
+    if not tile.overlaps:
+        return shared["query"].at[warpgroup]  # its query is spent
+    # In the noise's place every other block, so that it lies in what its own noise has left.
+    return shared["output"].at[warpgroup * (2 if tile.noise_warpgroup else 1)]
+
+
+def _release(acc, arrays, shared, barriers, here, row_begin, noise_scale, *, spec, tile, simulate):
     """Clips each row, adds the noise, snaps."""
     acc = clip_rows(acc, spec.readout.l2_clip_norm)
     if tile.noise_warpgroup:
-        plgpu.barrier_wait(barriers["noise"])
+        warpgroup = lax.axis_index("warpgroup")
+        plgpu.barrier_wait(barriers["noise"].at[warpgroup])
         chunks = acc.shape[1] // tile.noise_columns
         noise = jnp.concatenate(
             [
@@ -370,15 +455,20 @@ def _release(
             axis=1,
         )
     else:
-        stream = stream_of(arrays, batch, head)
+        stream = stream_of(arrays, here.batch, here.head)
         noise = tile_normals(stream, row_begin, jnp.int32(0), acc.shape, simulate=simulate)
     readout = spec.readout
     largest = max(
         (readout.l2_clip_norm + 2.0 * BOX_MULLER_TAIL * stddev) / grid
         for stddev, grid in zip(readout.noise_stddevs, readout.grids, strict=True)
     )
-    stddev, grid = arrays.stddevs[batch, head], arrays.grids[batch, head]
+    stddev, grid = noise_scale
     return snap_tile(acc + stddev * noise, grid, largest, simulate=simulate)
+
+
+def _constant(table: np.ndarray) -> jax.Array:
+    """`table` as a function's result: the partitioner takes no function that closes over arrays."""
+    return jax.jit(lambda: jnp.asarray(table))()
 
 
 def attention_forward(
@@ -416,12 +506,20 @@ def attention_forward(
     )
     batch, num_queries, heads, head_size = arrays.query.shape
     dtype = arrays.query.dtype
-    programs = tiles.cdiv(num_queries, tile.rows)
     keep_unclipped &= isinstance(spec.readout, ExampleReadout)
+    if keep_unclipped or (isinstance(spec.readout, ExampleReadout) and not tile.noise_warpgroup):
+        tile = dataclasses.replace(tile, overlaps=False)
+    tiling = Tiling(
+        spec, tile, batch, heads, num_queries, keys,
+        head_bytes=4 * keys * head_size * kv_heads // heads,
+        heads_first=pair_tiles.is_shared_by_batch(pairs),
+        has_lengths=arrays.query_lengths is not None or arrays.key_lengths is not None,
+    )  # fmt: skip
+    schedule = tiling.schedule(device.processors())
     like_query = jax.ShapeDtypeStruct(arrays.query.shape, dtype)
     out_type = (
         like_query,
-        jax.ShapeDtypeStruct((batch, heads, programs * tile.rows), jnp.float32),
+        jax.ShapeDtypeStruct((batch, heads, tiling.blocks * tile.rows), jnp.float32),
         *((like_query,) if keep_unclipped else ()),
     )
     shared = {
@@ -432,27 +530,42 @@ def attention_forward(
     }
     barriers = {
         "query": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
+        "query_free": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
         "key": plgpu.Barrier(num_barriers=tile.stages),
         "value": plgpu.Barrier(num_barriers=tile.stages),
         "key_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=tile.stages),
         "value_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=tile.stages),
         "turn": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
     }
+    output_shape = (tile.block_q, head_size)
     if tile.noise_warpgroup:
         chunks = COMPUTE_WARPGROUPS * head_size // tile.noise_columns
-        shared["noise"] = tiled_shared((chunks, tile.block_q, tile.noise_columns), jnp.float32)
-        barriers["noise"] = plgpu.Barrier()
+        noise = tiled_shared((chunks, tile.block_q, tile.noise_columns), jnp.float32)
+        # The answer is staged where its noise was.
+        outputs = tiled_shared((2 * COMPUTE_WARPGROUPS, *output_shape), dtype)
+        shared["noise_then_output"] = plgpu.RefUnion(noise, outputs) if tile.overlaps else noise
+        for name in ("noise", "noise_used"):
+            barriers[name] = plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS)
+    elif tile.overlaps:
+        shared["output"] = tiled_shared((COMPUTE_WARPGROUPS, *output_shape), dtype)
     pair_shared, pair_barriers = pair_tiles.scratch(pairs, tile.pair_stages, tile.block_kv)
     shared |= pair_shared
     barriers |= pair_barriers
     present = [x is not None for x in arrays]
 
     def kernel(*refs):
+        schedule_ref, *refs = refs
         operands = iter(refs[: sum(present)])
         refs = refs[sum(present) :]
         in_refs = ForwardArrays(*(next(operands) if there else None for there in present))
         output, lse, *unclipped = refs[: len(out_type)]
         shared_refs, barrier_refs = refs[len(out_type) :]
+        if tile.noise_warpgroup:
+            noise = shared_refs.pop("noise_then_output")
+            if tile.overlaps:
+                shared_refs["noise"], shared_refs["output"] = noise
+            else:
+                shared_refs["noise"] = noise
         reader = None
         if pairs.is_there:
             shown = pairs._replace(mask=in_refs.mask, bias=in_refs.bias)
@@ -464,30 +577,27 @@ def attention_forward(
             shared_refs,
             barrier_refs,
             reader,
+            Walk(tiling, in_refs, schedule_ref),
             spec=spec,
             tile=tile,
             softmax=PublicMaximum(SHIFT[dtype.name]) if has_public_maximum else RunningMaximum(),
-            keys=keys,
             group=heads // kv_heads,
             simulate=interpret is not None,
         )
 
-    grid, names = (heads, programs, batch), ("heads", "rows", "batch")
-    if pair_tiles.is_shared_by_batch(pairs):
-        grid, names = grid[::-1], names[::-1]
     output, lse, *unclipped = plgpu.kernel(
         kernel,
         out_type=out_type,
         scratch_types=(shared, barriers),
-        grid=grid,
-        grid_names=names,
+        grid=(len(schedule),),
+        grid_names=("program",),
         num_threads=COMPUTE_WARPGROUPS + 1 + tile.noise_warpgroup,
         thread_name="warpgroup",
         # Reductions along a row stay inside a quad of lanes: they need no shared memory.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name="dpfa_attention_forward",
         interpret=interpret,
-    )(*(x for x in arrays if x is not None))
+    )(_constant(schedule), *(x for x in arrays if x is not None))
     cut = tuple(slice(size) for size in shape)
     return ForwardResults(
         output[cut], unclipped[0][cut] if unclipped else None, lse[..., : shape[1]]

@@ -31,6 +31,8 @@ class ForwardTiles:
       noise_warpgroup: a spare warpgroup makes the noise during the key loop (else: the epilogue),
       noise_columns: so many columns at a time.
       pair_stages: tiles of mask and bias in flight.
+      overlaps: a tile's end runs under the next one's first products. Else its answer waits in the
+        place of its queries, and the next tile's queries are loaded when it has left.
     """
 
     block_q: int = 64
@@ -40,6 +42,7 @@ class ForwardTiles:
     noise_warpgroup: bool = False
     noise_columns: int = 8
     pair_stages: int = 2
+    overlaps: bool = True
 
     def __post_init__(self) -> None:
         if self.block_q % WARPGROUP_ROWS or self.block_kv % 64 or self.stages < 2:
@@ -56,7 +59,9 @@ class ForwardTiles:
         kv = self.stages * self.block_kv * head_size * 4
         noise = self.rows * head_size * 4 if self.noise_warpgroup else 0
         pairs = self.pair_stages * self.block_kv * pair_bytes
-        return q + kv + noise + pairs + self.rows * 4
+        # With a noise warpgroup the answer takes the noise's place.
+        output = q if self.overlaps and not self.noise_warpgroup else 0
+        return q + kv + noise + pairs + output + self.rows * 4
 
 
 def forward_tiles(
@@ -77,8 +82,10 @@ def forward_tiles(
         ForwardTiles(block_kv=64),
         ForwardTiles(block_kv=64, pair_stages=1),
     ):
-        if candidate.shared_bytes(head_size, pair_bytes or 0) <= SHARED_MEMORY_BYTES:
-            return candidate
+        for overlaps in (True, False):
+            found = dataclasses.replace(candidate, overlaps=overlaps)
+            if found.shared_bytes(head_size, pair_bytes or 0) <= SHARED_MEMORY_BYTES:
+                return found
     raise ValueError(f"head_size={head_size}: no tile of the forward kernel fits")
 
 
@@ -219,6 +226,15 @@ def key_steps(
     end = most(begin, cdiv(last, block_kv))
     full_begin = least(most(cdiv(late, block_kv), begin), end)
     full_end = most(least(_fdiv(every, block_kv), end), full_begin)
+    return StepRange(begin, full_begin, full_end, end)
+
+
+def at_least_one(steps: StepRange, most_steps: int) -> StepRange:
+    """`steps`, with a last one that hides every key where there was none."""
+    begin = least(steps.begin, most_steps - 1)
+    end = most(least(steps.end, most_steps), begin + 1)
+    full_begin = least(most(steps.full_begin, begin), end)
+    full_end = most(least(steps.full_end, end), full_begin)
     return StepRange(begin, full_begin, full_end, end)
 
 

@@ -1,0 +1,171 @@
+"""How the programs of the forward kernel walk over its tiles: 128 query rows of one head each."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jax import lax
+
+from dpfa_jax.kernels.base import AttentionSpec
+from dpfa_jax.kernels.mosaic_gpu import tiles
+from dpfa_jax.kernels.mosaic_gpu.schedule import balanced
+from dpfa_jax.kernels.mosaic_gpu.tiles import ForwardTiles, Scalar, StepRange
+
+# Keys and values of heads that start together stay in half of the second-level cache.
+_CACHE_BYTES = 24 * 2**20
+# What a tile costs beside its steps, in steps.
+_TILE_COST = 0.7
+_MANY = 2**30
+
+
+@dataclasses.dataclass(frozen=True)
+class Tile:
+    """Query rows of one head, and the steps along its keys.
+
+    `count`: steps of the tiles that the program did before, which says where its rings stand.
+    """
+
+    batch: Any
+    head: Any
+    block: Any
+    row_begin: Any
+    steps: StepRange
+    key_length: Scalar
+    query_length: Any
+    count: Any
+
+    def before(self, step: Any) -> Any:
+        """Steps of the program before `step` of this tile."""
+        return self.count + (step - self.steps.begin)
+
+    @property
+    def after(self) -> Any:
+        """Steps of the program when this tile is done."""
+        return self.before(self.steps.end)
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """All tiles of a call.
+
+    Attributes:
+      spec, tile: of the call.
+      batch, heads, queries, keys: its sizes; `keys` as they are, `queries` with the padding.
+      head_bytes: keys and values that one query head adds.
+      heads_first: number the tiles of one head in all batch rows together.
+      has_lengths: whether query or key lengths are among the operands.
+    """
+
+    spec: AttentionSpec
+    tile: ForwardTiles
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    head_bytes: int
+    heads_first: bool
+    has_lengths: bool
+
+    @property
+    def blocks(self) -> int:
+        """Tiles of one head."""
+        return tiles.cdiv(self.queries, self.tile.rows)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every step shows every key to every row, and all tiles have as many steps."""
+        begin, full_begin, full_end, end = self._steps(0, self.keys, None)
+        reaches = (tiles.left_reach(self.spec), tiles.right_reach(self.spec))
+        return (
+            reaches == (None, None)
+            and not self.has_lengths
+            and (begin, end) == (full_begin, full_end)
+        )
+
+    def schedule(self, processors: int) -> Any:
+        """`schedule.balanced` of these tiles; one row a processor, none without a tile."""
+        costs = []
+        for block in range(self.blocks):
+            begin, _, _, end = self._steps(block, self.keys, None)
+            costs.append(end - begin + _TILE_COST)
+        pairs = self.batch * self.heads
+        together = max(1, _CACHE_BYTES // self.head_bytes)
+        programs = min(processors, pairs * self.blocks)
+        return balanced(tuple(costs), pairs, programs, together)
+
+    def at(self, arrays: Any, number: Any, count: Any) -> Tile:
+        """The tile of a number; `arrays` holds the lengths."""
+        pair = lax.div(number, jnp.int32(self.blocks))
+        block = number - pair * self.blocks
+        inner = self.batch if self.heads_first else self.heads
+        outer = lax.div(pair, jnp.int32(inner))
+        batch, head = outer, pair - outer * inner
+        if self.heads_first:
+            batch, head = head, batch
+        key_length: Scalar = self.keys
+        if arrays.key_lengths is not None:
+            key_length = jnp.clip(arrays.key_lengths[batch], 0, self.keys)
+        query_length = None if arrays.query_lengths is None else arrays.query_lengths[batch]
+        steps = self._steps(block, key_length, query_length)
+        rows = block * self.tile.rows
+        return Tile(batch, head, block, rows, steps, key_length, query_length, count)
+
+    def _steps(self, block: Any, key_length: Scalar, query_length: Any) -> StepRange:
+        tile = self.tile
+        steps = tiles.key_steps(
+            self.spec, block * tile.rows, tile.rows, tile.block_kv, key_length, query_length
+        )
+        return tiles.at_least_one(steps, tiles.cdiv(self.keys, tile.block_kv))
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """One program's way over its tiles: those of its row of the schedule.
+
+    Attributes:
+      tiling: all tiles.
+      arrays: references to the operands.
+      schedule: reference to what `Tiling.schedule` gave.
+    """
+
+    tiling: Tiling
+    arrays: Any
+    schedule: Any
+
+    def _number(self, index: Any) -> Any:
+        return self.schedule[lax.axis_index("program"), index + 1]
+
+    def _at(self, number: Any, count: Any) -> Tile:
+        tile = self.tiling.at(self.arrays, number, count)
+        # Never smaller, which the compiler cannot know: it would unroll the loop over the steps of
+        # each tile, and run out of registers.
+        steps = StepRange(*(tiles.least(step, number + _MANY) for step in tile.steps))
+        return dataclasses.replace(tile, steps=steps)
+
+    def each(self, body: Callable[[Tile, Callable[[], Tile], Any, Any], Any], carry: Any) -> Any:
+        """Steps done, and `carry` after `body(tile, next tile, whether there is one, carry)`."""
+        total = self._number(-1)
+
+        def turn(index: Any, state: Any) -> Any:
+            number, count, carry = state
+            following = self._number(index + 1)
+            here = self._at(number, count)
+
+            def next_tile() -> Tile:
+                return self._at(following, here.after)
+
+            carry = body(here, next_tile, index + 1 < total, carry)
+            return following, here.after, carry
+
+        state = (self._number(0), jnp.int32(0), carry)
+        _, count, carry = lax.fori_loop(0, total, turn, state)
+        return count, carry
+
+    def first(self) -> Tile:
+        """The first tile."""
+        return self._at(self._number(0), jnp.int32(0))
+
+    def beyond(self, total: Any) -> Tile:
+        """The last tile once more, `total` steps later: what stands for the next one behind it."""
+        return self._at(self._number(self._number(-1)), total)
