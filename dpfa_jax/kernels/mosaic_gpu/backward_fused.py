@@ -1,8 +1,25 @@
 """Backward in one kernel: dK and dV in registers, dQ added up in float32 (Shah et al., 2024).
 
 A program owns 128 keys, 64 for each compute warpgroup, and streams queries and cotangents. Five
-products where the two kernels of `backward` need seven. Programs add to dQ in the order in which
-they come: two runs may differ in its last bits.
+products where the two kernels of `backward` need seven. One warp of the third warpgroup loads,
+another one adds dQ to its sum in global memory.
+
+Where the same bits are asked for, programs add to a tile of dQ in the order of their keys. Each
+tile has a counter: a program adds when as many have added as come before it there, waits until its
+addition is done, and counts it. So no gradient depends on when a program runs, nor on the number of
+processors, and those of one example not on the others.
+
+Programs walk their tiles from the last to the first. The last tile of a program is none before that
+of the program before it, with causality, a window or neither. So a program that
+starts no earlier than that one reaches no tile earlier: at its first tile it waits for one addition
+of each that started with it, and then follows.
+
+No program waits for ever. It waits only for programs of its head with a lower number, so with a
+lower linear index in the grid. Take the unfinished one of least index among those that were
+started: all that it waits for have a lower index, so were started and are finished, with their
+additions counted. Hence it waits for none and ends; by induction each one does. This assumes that
+the hardware starts programs in the order of their linear index and lets run what it has started, as
+FlashAttention-3 and stream-K do, and nothing of how many run at the same time.
 """
 
 from typing import Any
@@ -35,10 +52,13 @@ BLOCK = WARPGROUP_ROWS
 PROGRAM_KEYS = COMPUTE_WARPGROUPS * BLOCK
 # Slots of logit gradients: an even number, so that those of a slot all belong to one warpgroup.
 SLOTS = COMPUTE_WARPGROUPS
+# Of the slowest axis of a grid.
+MAX_CHUNKS = 65535
 
 
 def _side_by_side(pairs: int, heads: int) -> int:
     """Of so many pairs of example and key head, those of one chunk: `heads`, or evenly fewer."""
+    heads = max(heads, tiles.cdiv(pairs, MAX_CHUNKS))
     return tiles.cdiv(pairs, tiles.cdiv(pairs, heads))
 
 
@@ -120,13 +140,13 @@ def _program(
                 plgpu.wgmma(s_acc, k_shared, q_shared.T)
                 ring.await_full("cotangent", done)
                 plgpu.wgmma(dp_acc, v_shared, do_shared.T)
-                lse2 = plgpu.load(shared["lse2"].at[slot], layout=COLUMN)
                 seen = None
                 if masked:
                     seen = visible(
                         spec, shape, step * BLOCK, key_begin, key_length, None, transposed=True
                     )
                 s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                lse2 = plgpu.load(shared["lse2"].at[slot], layout=COLUMN)
                 p, slope = weights_of(spec, s, lse2, 1, seen)
                 multiply(dv_acc, p.astype(dtype), do_shared, spare)
                 dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
@@ -215,19 +235,19 @@ def _program(
         ring.drain(("query", "cotangent"), total)
 
     def add():
-        """dQ to its sum, of each tile in its turn where the order is to be the same each time."""
+        """dQ to its sum, of each tile in its turn where the same bits are asked for."""
         for slot in range(COMPUTE_WARPGROUPS):
             plgpu.barrier_arrive(barriers["dq_free"].at[slot])
 
         @each_tile
         def _(step, head, done):
-            slot = slot_of(done)
-            plgpu.barrier_wait(barriers["dq"].at[slot])
             turn = None if turns is None else turns.at[batch, head, step]
             if turn is not None:
                 earlier = program - tiles.first_program(spec, step * BLOCK, PROGRAM_KEYS)
                 plgpu.semaphore_wait(turn, earlier, decrement=False, memory_scope="gpu")
                 _order_copies()
+            slot = slot_of(done)
+            plgpu.barrier_wait(barriers["dq"].at[slot])
             plgpu.copy_smem_to_gmem(
                 shared["dq"].at[slot],
                 dq_sum.at[batch, pl.ds(step * BLOCK, BLOCK), head],
@@ -307,8 +327,8 @@ def fused_backward(
                 "dq_free": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
                 **ring_barriers({"query": 3, "cotangent": 1}, tile.stages),
             },
-            (side_by_side, programs, tiles.cdiv(batch * kv_heads, side_by_side)),
-            ("heads", "keys", "chunks"),
+            (tiles.cdiv(batch * kv_heads, side_by_side), programs, side_by_side),
+            ("chunks", "keys", "heads"),
             "dpfa_attention_backward",
             interpret,
             spec=spec,
