@@ -22,6 +22,7 @@ the hardware starts programs in the order of their linear index and lets run wha
 FlashAttention-3 and stream-K do, and nothing of how many run at the same time.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ from jax import lax
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm
 
+from dpfa_jax.kernels import manual_axes
 from dpfa_jax.kernels.base import AttentionSpec
 from dpfa_jax.kernels.mosaic_gpu import tiles
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
@@ -285,7 +287,7 @@ def fused_backward(
     Args:
       spec: the forward's.
       arrays: operands, padded; `lse2` and `delta` to whole tiles.
-      tile: stages of the ring.
+      tile: stages of the ring, order of launch.
       keys: S before padding.
       interpret: parameters of the Mosaic GPU simulator, None on a GPU.
     """
@@ -294,7 +296,6 @@ def fused_backward(
     programs = tiles.cdiv(keys, PROGRAM_KEYS)
     side_by_side = _side_by_side(batch * kv_heads, tile.heads)
     own_sums = () if interpret is None else (programs,)
-    dq_zeros = jnp.zeros((*own_sums, *arrays.query.shape), jnp.float32)
     resident = tiled_shared((COMPUTE_WARPGROUPS, BLOCK, head_size), dtype)
     streamed = tiled_shared((tile.stages, BLOCK, head_size), dtype)
     per_row = plgpu.SMEM((tile.stages, BLOCK), jnp.float32)
@@ -311,12 +312,14 @@ def fused_backward(
     if interpret is not None:
         shared["spare"] = tiled_shared((COMPUTE_WARPGROUPS, BLOCK, BLOCK), dtype)
     like_key = jax.ShapeDtypeStruct(arrays.key.shape, dtype)
+    arrays = arrays._replace(delta=-arrays.delta)
+    names = [name for name, x in arrays._asdict().items() if x is not None]
 
-    def run(refs: Any) -> None:
+    def run(operands: dict[str, jax.Array], refs: Any) -> None:
         dq_sum, dk_ref, dv_ref = refs
         dk, dv = launch(
             _body,
-            arrays._replace(delta=-arrays.delta, dq_sum=dq_sum),
+            BackwardArrays(**operands, dq_sum=dq_sum),
             (like_key, like_key),
             shared,
             {
@@ -338,9 +341,15 @@ def fused_backward(
         )
         dk_ref[...], dv_ref[...] = dk, dv
 
-    # A state that begins and ends here: `jax.new_ref` has an effect that the partitioner refuses.
-    like = jnp.zeros(like_key.shape, dtype)
-    dq, dk, dv = pl.run_state(run)((dq_zeros, like, like))
+    def gradients(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        dq = jnp.zeros((*own_sums, *arrays.query.shape), jnp.float32)
+        like = jnp.zeros(like_key.shape, dtype)
+        given = dict(zip(names, operands, strict=True))
+        # A state that begins and ends here: `jax.new_ref` has an effect that the partitioner
+        # refuses.
+        return pl.run_state(functools.partial(run, given))((dq, like, like))
+
+    dq, dk, dv = manual_axes.unaware(gradients)(*(getattr(arrays, name) for name in names))
     if own_sums:
         dq = dq.sum(axis=0)
     return (dq * spec.scale).astype(dtype), dk, dv
