@@ -19,7 +19,7 @@ lower linear index in the grid. Take the unfinished one of least index among tho
 started: all that it waits for have a lower index, so were started and are finished, with their
 additions counted. Hence it waits for none and ends; by induction each one does. This assumes that
 the hardware starts programs in the order of their linear index and lets run what it has started, as
-FlashAttention-3 and stream-K do, and nothing of how many run at the same time.
+FlashAttention-3 does, and nothing of how many run at the same time.
 """
 
 import functools
