@@ -1,8 +1,8 @@
 """Backward in one kernel: dK and dV in registers, dQ added up in float32 (Shah et al., 2024).
 
 A program owns 128 keys, 64 for each compute warpgroup, and streams queries and cotangents. Five
-products where the two kernels of `backward` need seven. One warp of the third warpgroup loads,
-another one adds dQ to its sum in global memory.
+products where the two kernels of `backward` need seven. One warp of the third warpgroup loads, two
+others add dQ, of every other tile each, to its sum in global memory.
 
 Where the same bits are asked for, programs add to a tile of dQ in the order of their keys. Each
 tile has a counter: a program adds when as many have added as come before it there, waits until its
@@ -10,9 +10,9 @@ addition is done, and counts it. So no gradient depends on when a program runs, 
 processors, and those of one example not on the others.
 
 Programs walk their tiles from the last to the first. The last tile of a program is none before that
-of the program before it, with causality, a window or neither. So a program that
-starts no earlier than that one reaches no tile earlier: at its first tile it waits for one addition
-of each that started with it, and then follows.
+of the program before it, with causality, a window or neither. So a program that starts no earlier
+than that one reaches no tile earlier: at its first tile it waits for one addition of each that
+started with it, and then follows.
 
 No program waits for ever. It waits only for programs of its head with a lower number, so with a
 lower linear index in the grid. Take the unfinished one of least index among those that were
@@ -236,19 +236,16 @@ def _program(
 
         ring.drain(("query", "cotangent"), total)
 
-    def add():
-        """dQ to its sum, of each tile in its turn where the same bits are asked for."""
-        for slot in range(COMPUTE_WARPGROUPS):
-            plgpu.barrier_arrive(barriers["dq_free"].at[slot])
+    def add(slot):
+        """dQ of one slot to its sum, each tile in its turn where the same bits are asked for."""
+        plgpu.barrier_arrive(barriers["dq_free"].at[slot])
 
-        @each_tile
-        def _(step, head, done):
+        def one_tile(step, head):
             turn = None if turns is None else turns.at[batch, head, step]
             if turn is not None:
                 earlier = program - tiles.first_program(spec, step * BLOCK, PROGRAM_KEYS)
                 plgpu.semaphore_wait(turn, earlier, decrement=False, memory_scope="gpu")
                 _order_copies()
-            slot = slot_of(done)
             plgpu.barrier_wait(barriers["dq"].at[slot])
             plgpu.copy_smem_to_gmem(
                 shared["dq"].at[slot],
@@ -261,6 +258,10 @@ def _program(
                 plgpu.wait_smem_to_gmem(0)
                 plgpu.semaphore_signal(turn, memory_scope="gpu")
 
+        @each_tile
+        def _(step, head, done):
+            pl.when(slot_of(done) == slot)(lambda: one_tile(step, head))
+
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
@@ -271,7 +272,7 @@ def _program(
         @plgpu.warp_map
         def _(warp):
             pl.when(warp == 0)(load)
-            pl.when(warp == 1)(add)
+            pl.when((warp > 0) & (warp <= COMPUTE_WARPGROUPS))(lambda: add(warp - 1))
 
 
 def fused_backward(
