@@ -3,8 +3,12 @@
 The only file that reads that part of an array's type: its name has changed between JAX releases.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Shaped
 
 
@@ -35,3 +39,17 @@ def result(
 ) -> jax.ShapeDtypeStruct:
     """The shape of a kernel's result that varies over the same axes as its operand `like`."""
     return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+
+
+def unaware(function: Callable[..., Any]) -> Callable[..., tuple[jax.Array, ...]]:
+    """`function`, a kernel call and nothing else, traced as if no argument varied over a mesh axis.
+
+    For kernels that map over warps, which Pallas refuses where a reference varies. Its results are
+    not marked as varying either, so mark them.
+    """
+
+    def call(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        plain = (jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays)
+        return tuple(jaxpr_as_fun(jax.make_jaxpr(function)(*plain))(*arrays))
+
+    return call

@@ -1,10 +1,28 @@
 """Backward in one kernel: dK and dV in registers, dQ added up in float32 (Shah et al., 2024).
 
 A program owns 128 keys, 64 for each compute warpgroup, and streams queries and cotangents. Five
-products where the two kernels of `backward` need seven. Programs add to dQ in the order in which
-they come: two runs may differ in its last bits.
+products where the two kernels of `backward` need seven. One warp of the third warpgroup loads, two
+others add dQ, of every other tile each, to its sum in global memory.
+
+Where the same bits are asked for, programs add to a tile of dQ in the order of their keys. Each
+tile has a counter: a program adds when as many have added as come before it there, waits until its
+addition is done, and counts it. So no gradient depends on when a program runs, nor on the number of
+processors, and those of one example not on the others.
+
+Programs walk their tiles from the last to the first. The last tile of a program is none before that
+of the program before it, with causality, a window or neither. So a program that starts no earlier
+than that one reaches no tile earlier: at its first tile it waits for one addition of each that
+started with it, and then follows.
+
+No program waits for ever. It waits only for programs of its head with a lower number, so with a
+lower linear index in the grid. Take the unfinished one of least index among those that were
+started: all that it waits for have a lower index, so were started and are finished, with their
+additions counted. Hence it waits for none and ends; by induction each one does. This assumes that
+the hardware starts programs in the order of their linear index and lets run what it has started, as
+FlashAttention-3 does, and nothing of how many run at the same time.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -12,7 +30,10 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
+from dpfa_jax.kernels import manual_axes
 from dpfa_jax.kernels.base import AttentionSpec
 from dpfa_jax.kernels.mosaic_gpu import tiles
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
@@ -33,10 +54,41 @@ BLOCK = WARPGROUP_ROWS
 PROGRAM_KEYS = COMPUTE_WARPGROUPS * BLOCK
 # Slots of logit gradients: an even number, so that those of a slot all belong to one warpgroup.
 SLOTS = COMPUTE_WARPGROUPS
+# Of the slowest axis of a grid.
+MAX_CHUNKS = 65535
 
 
-def _body(arrays, dk_out, dv_out, shared, barriers, *, spec, tile, keys, group, simulate) -> None:
-    batch, kv_head = lax.axis_index("batch"), lax.axis_index("heads")
+def _side_by_side(pairs: int, heads: int) -> int:
+    """Of so many pairs of example and key head, those of one chunk: `heads`, or evenly fewer."""
+    heads = max(heads, tiles.cdiv(pairs, MAX_CHUNKS))
+    return tiles.cdiv(pairs, tiles.cdiv(pairs, heads))
+
+
+@plgpu.inline_mgpu()
+def _order_copies(_: Any) -> None:
+    """Copies that this warp starts come after what it has waited for, which is another proxy."""
+    void = ir.Type.parse("!llvm.void")
+    llvm.inline_asm(void, [], "fence.proxy.async.global;", "", has_side_effects=True)
+
+
+def _body(arrays, dk_out, dv_out, shared, barriers, *, tile, **static) -> None:
+    batch, kv_heads = arrays.key.shape[0], arrays.key.shape[2]
+    pairs = batch * kv_heads
+    side_by_side = _side_by_side(pairs, tile.heads)
+    pair = lax.axis_index("chunks") * side_by_side + lax.axis_index("heads")
+    pair = jnp.int32(pair)
+    # The last chunk may be short.
+    is_there = True if pairs % side_by_side == 0 else pair < pairs
+
+    @pl.when(is_there)
+    def _():
+        example, kv_head = lax.div(pair, jnp.int32(kv_heads)), lax.rem(pair, jnp.int32(kv_heads))
+        _program(arrays, dk_out, dv_out, shared, barriers, example, kv_head, tile=tile, **static)
+
+
+def _program(
+    arrays, dk_out, dv_out, shared, barriers, batch, kv_head, *, spec, tile, keys, group, simulate
+) -> None:
     warpgroup = lax.axis_index("warpgroup")
     program = lax.axis_index("keys")
     program_begin = program * PROGRAM_KEYS
@@ -44,14 +96,22 @@ def _body(arrays, dk_out, dv_out, shared, barriers, *, spec, tile, keys, group, 
     key_length = key_length_of(arrays, batch, keys)
     steps = tiles.query_steps(spec, program_begin, PROGRAM_KEYS, BLOCK, num_queries)
     steps = tiles.within_key_length(steps, program_begin, PROGRAM_KEYS, key_length)
-    count = steps.end - steps.begin
+    total = group * (steps.end - steps.begin)
     ring = Ring(barriers, tile.stages)
     dtype = arrays.query.dtype
     # The simulator cannot add: there each program has a sum of its own.
     dq_sum = arrays.dq_sum.at[program] if simulate else arrays.dq_sum
+    turns = None
+    if spec.deterministic and not simulate:
+        shape = (*arrays.lse2.shape[:2], tiles.cdiv(num_queries, BLOCK))
+        turns = pl.get_global(plgpu.SemaphoreType.REGULAR(shape))
 
     def slot_of(done):
         return lax.rem(jnp.int32(done), jnp.int32(SLOTS))
+
+    def done_before(step, member):
+        """Tiles of a program before this one: steps descend, a step has one for each head."""
+        return (steps.end - 1 - step) * group + member
 
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def compute():
@@ -82,13 +142,13 @@ def _body(arrays, dk_out, dv_out, shared, barriers, *, spec, tile, keys, group, 
                 plgpu.wgmma(s_acc, k_shared, q_shared.T)
                 ring.await_full("cotangent", done)
                 plgpu.wgmma(dp_acc, v_shared, do_shared.T)
-                lse2 = plgpu.load(shared["lse2"].at[slot], layout=COLUMN)
                 seen = None
                 if masked:
                     seen = visible(
                         spec, shape, step * BLOCK, key_begin, key_length, None, transposed=True
                     )
                 s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                lse2 = plgpu.load(shared["lse2"].at[slot], layout=COLUMN)
                 p, slope = weights_of(spec, s, lse2, 1, seen)
                 multiply(dv_acc, p.astype(dtype), do_shared, spare)
                 dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
@@ -108,7 +168,7 @@ def _body(arrays, dk_out, dv_out, shared, barriers, *, spec, tile, keys, group, 
             plgpu.wgmma_wait(0)
             ring.free("query", done)
 
-        def query_gradient(head, step, done):
+        def query_gradient(done):
             """dQ of one whole tile, by the warpgroup whose turn it is."""
             slot = slot_of(done)
             plgpu.barrier_wait(barriers["ds"].at[slot])
@@ -120,46 +180,33 @@ def _body(arrays, dk_out, dv_out, shared, barriers, *, spec, tile, keys, group, 
 
             dq = pl.run_scoped(product, plgpu.ACC((BLOCK, head_size), jnp.float32))
             plgpu.barrier_arrive(barriers["ds_free"].at[slot])
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # what was sent last time
-            dq_shared = shared["dq"].at[warpgroup]
-            dq_shared[...] = dq
+            plgpu.barrier_wait(barriers["dq_free"].at[warpgroup])
+            shared["dq"].at[warpgroup][...] = dq
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(
-                dq_shared,
-                dq_sum.at[batch, pl.ds(step * BLOCK, BLOCK), head],
-                reduction_op=None if simulate else "add",
-            )
+            plgpu.barrier_arrive(barriers["dq"].at[warpgroup])
 
         def accumulate(dk_acc, dv_acc):
-            def one_head(member):
-                head = kv_head * group + member
-
-                def body(step, masked):
-                    done = member * count + step - steps.begin
+            def body(step, masked):
+                def one_head(member):
+                    done = done_before(step, member)
                     one_tile(dk_acc, dv_acc, step, done, masked)
 
                     # dQ of the tile before: the other warpgroup has made its part by now.
                     @pl.when((done > 0) & (slot_of(done + 1) == warpgroup))
                     def _():
-                        is_first = step == steps.begin
-                        query_gradient(
-                            jnp.where(is_first, head - 1, head),
-                            jnp.where(is_first, steps.end, step) - 1,
-                            done - 1,
-                        )
+                        query_gradient(done - 1)
 
-                run_steps(steps, spec, body)
+                pl.loop(0, group)(one_head)
 
-            pl.loop(0, group)(one_head)
+            run_steps(steps, spec, body, descending=True)
             return dk_acc[...], dv_acc[...]
 
         acc = plgpu.ACC((BLOCK, head_size), jnp.float32)
         dk, dv = pl.run_scoped(accumulate, acc, acc)
-        last = group * count - 1
 
-        @pl.when((last >= 0) & (slot_of(last) == warpgroup))
+        @pl.when((total > 0) & (slot_of(total + 1) == warpgroup))
         def _():
-            query_gradient(kv_head * group + group - 1, steps.end - 1, last)
+            query_gradient(total - 1)
 
         for slot in range(SLOTS):  # the other warpgroup reads these keys no more
             plgpu.barrier_wait(barriers["ds_free"].at[slot])
@@ -168,23 +215,64 @@ def _body(arrays, dk_out, dv_out, shared, barriers, *, spec, tile, keys, group, 
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k_shared, dk_out.at[rows])
         plgpu.copy_smem_to_gmem(v_shared, dv_out.at[rows])
+        plgpu.barrier_wait(barriers["dq_free"].at[warpgroup])
+        plgpu.wait_smem_to_gmem(0)
+
+    def each_tile(body):
+        """Calls body(step, head, tiles before it) in the order of the compute warpgroups."""
+
+        @pl.loop(0, steps.end - steps.begin)
+        def _(index):
+            step = steps.end - 1 - index
+
+            @pl.loop(0, group)
+            def _(member):
+                body(step, kv_head * group + member, done_before(step, member))
+
+    def load():
+        @each_tile
+        def _(step, head, done):
+            load_queries(arrays, shared, barriers, ring, done, batch, head, step, BLOCK)
+
+        ring.drain(("query", "cotangent"), total)
+
+    def add(slot):
+        """dQ of one slot to its sum, each tile in its turn where the same bits are asked for."""
+        plgpu.barrier_arrive(barriers["dq_free"].at[slot])
+
+        def one_tile(step, head):
+            turn = None if turns is None else turns.at[batch, head, step]
+            if turn is not None:
+                earlier = program - tiles.first_program(spec, step * BLOCK, PROGRAM_KEYS)
+                plgpu.semaphore_wait(turn, earlier, decrement=False, memory_scope="gpu")
+                _order_copies()
+            plgpu.barrier_wait(barriers["dq"].at[slot])
+            plgpu.copy_smem_to_gmem(
+                shared["dq"].at[slot],
+                dq_sum.at[batch, pl.ds(step * BLOCK, BLOCK), head],
+                reduction_op=None if simulate else "add",
+            )
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(barriers["dq_free"].at[slot])
+            if turn is not None:
+                plgpu.wait_smem_to_gmem(0)
+                plgpu.semaphore_signal(turn, memory_scope="gpu")
+
+        @each_tile
+        def _(step, head, done):
+            pl.when(slot_of(done) == slot)(lambda: one_tile(step, head))
+
         plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
-    def produce():
+    def serve():
         if not simulate:
             plgpu.set_max_registers(24, action="decrease")
 
-        @pl.loop(0, group)
-        def _(member):
-            head = kv_head * group + member
-
-            @pl.loop(steps.begin, steps.end)
-            def _(step):
-                done = member * count + step - steps.begin
-                load_queries(arrays, shared, barriers, ring, done, batch, head, step, BLOCK)
-
-        ring.drain(("query", "cotangent"), group * count)
+        @plgpu.warp_map
+        def _(warp):
+            pl.when(warp == 0)(load)
+            pl.when((warp > 0) & (warp <= COMPUTE_WARPGROUPS))(lambda: add(warp - 1))
 
 
 def fused_backward(
@@ -200,15 +288,15 @@ def fused_backward(
     Args:
       spec: the forward's.
       arrays: operands, padded; `lse2` and `delta` to whole tiles.
-      tile: stages of the ring.
+      tile: stages of the ring, order of launch.
       keys: S before padding.
       interpret: parameters of the Mosaic GPU simulator, None on a GPU.
     """
     batch, _, heads, head_size = arrays.query.shape
     kv_heads, dtype = arrays.key.shape[2], arrays.query.dtype
     programs = tiles.cdiv(keys, PROGRAM_KEYS)
+    side_by_side = _side_by_side(batch * kv_heads, tile.heads)
     own_sums = () if interpret is None else (programs,)
-    dq_zeros = jnp.zeros((*own_sums, *arrays.query.shape), jnp.float32)
     resident = tiled_shared((COMPUTE_WARPGROUPS, BLOCK, head_size), dtype)
     streamed = tiled_shared((tile.stages, BLOCK, head_size), dtype)
     per_row = plgpu.SMEM((tile.stages, BLOCK), jnp.float32)
@@ -225,22 +313,26 @@ def fused_backward(
     if interpret is not None:
         shared["spare"] = tiled_shared((COMPUTE_WARPGROUPS, BLOCK, BLOCK), dtype)
     like_key = jax.ShapeDtypeStruct(arrays.key.shape, dtype)
+    arrays = arrays._replace(delta=-arrays.delta)
+    names = [name for name, x in arrays._asdict().items() if x is not None]
 
-    def run(refs: Any) -> None:
+    def run(operands: dict[str, jax.Array], refs: Any) -> None:
         dq_sum, dk_ref, dv_ref = refs
         dk, dv = launch(
             _body,
-            arrays._replace(delta=-arrays.delta, dq_sum=dq_sum),
+            BackwardArrays(**operands, dq_sum=dq_sum),
             (like_key, like_key),
             shared,
             {
                 "own": plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
                 "ds": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=SLOTS),
                 "ds_free": plgpu.Barrier(num_barriers=SLOTS),
+                "dq": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
+                "dq_free": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
                 **ring_barriers({"query": 3, "cotangent": 1}, tile.stages),
             },
-            (kv_heads, programs, batch),
-            ("heads", "keys", "batch"),
+            (tiles.cdiv(batch * kv_heads, side_by_side), programs, side_by_side),
+            ("chunks", "keys", "heads"),
             "dpfa_attention_backward",
             interpret,
             spec=spec,
@@ -250,9 +342,15 @@ def fused_backward(
         )
         dk_ref[...], dv_ref[...] = dk, dv
 
-    # A state that begins and ends here: `jax.new_ref` has an effect that the partitioner refuses.
-    like = jnp.zeros(like_key.shape, dtype)
-    dq, dk, dv = pl.run_state(run)((dq_zeros, like, like))
+    def gradients(*operands: jax.Array) -> tuple[jax.Array, ...]:
+        dq = jnp.zeros((*own_sums, *arrays.query.shape), jnp.float32)
+        like = jnp.zeros(like_key.shape, dtype)
+        given = dict(zip(names, operands, strict=True))
+        # A state that begins and ends here: `jax.new_ref` has an effect that the partitioner
+        # refuses.
+        return pl.run_state(functools.partial(run, given))((dq, like, like))
+
+    dq, dk, dv = manual_axes.unaware(gradients)(*(getattr(arrays, name) for name in names))
     if own_sums:
         dq = dq.sum(axis=0)
     return (dq * spec.scale).astype(dtype), dk, dv

@@ -91,16 +91,23 @@ def logit_gradient(p, slope, dp, delta, axis):
     return ds if slope is None else ds * slope
 
 
-def run_steps(steps: StepRange, spec: AttentionSpec, body: Any) -> None:
+def run_steps(
+    steps: StepRange, spec: AttentionSpec, body: Any, *, descending: bool = False
+) -> None:
     """Calls body(step, masked) over the range, the mask only where it is due."""
 
     def loop(begin, end, masked):
         if not (isinstance(begin, int) and isinstance(end, int) and begin == end):
-            pl.loop(begin, end)(lambda step: body(step, masked))
+            turned = begin + end - 1
+            pl.loop(begin, end)(lambda i: body(turned - i if descending else i, masked))
 
-    loop(steps.begin, steps.full_begin, True)
-    loop(steps.full_begin, steps.full_end, False)
-    loop(steps.full_end, steps.end, True)
+    parts = [
+        (steps.begin, steps.full_begin, True),
+        (steps.full_begin, steps.full_end, False),
+        (steps.full_end, steps.end, True),
+    ]
+    for part in reversed(parts) if descending else parts:
+        loop(*part)
 
 
 class Ring:

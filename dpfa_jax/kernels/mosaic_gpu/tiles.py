@@ -106,9 +106,12 @@ class FusedTiles:
 
     Attributes:
       stages: tiles of queries and cotangents in flight.
+      heads: key heads, of all examples, whose programs start side by side. More of them are fewer
+        programs of one head at a time, which wait less for each other and share fewer loads.
     """
 
     stages: int = 2
+    heads: int = 16
 
 
 def backward_tiles(
@@ -258,6 +261,15 @@ def query_steps(
     full_begin = least(most(cdiv(late, block_q), begin), end)
     full_end = most(least(_fdiv(every, block_q), end), full_begin)
     return StepRange(begin, full_begin, full_end, end)
+
+
+def first_program(spec: AttentionSpec, row_begin: Scalar, keys: int) -> Scalar:
+    """First of the programs, of `keys` keys each, that need the query tile that begins there.
+
+    Of those before a program that needs it, all from this one on do (`query_steps`).
+    """
+    left = left_reach(spec)
+    return 0 if left is None else _fdiv(most(0, row_begin - left), keys)
 
 
 def within_key_length(

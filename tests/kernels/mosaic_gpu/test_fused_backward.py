@@ -20,12 +20,13 @@ from dpfa_jax.kernels.mosaic_gpu import backend, tiles
 from dpfa_jax.kernels.mosaic_gpu.backward import attention_backward
 from dpfa_jax.kernels.mosaic_gpu.tiles import BackwardTiles, FusedTiles
 
-# (B, T, S, N, K, H), options. Steps are 128 rows, programs 128 keys.
+# (B, T, S, N, K, H), options. Steps are 64 rows, programs 128 keys; two pairs of example and key
+# head lie side by side, so that the last chunk of three is short.
 CASES = {
     "causal, ragged, GQA": ((1, 137, 130, 2, 1, 40), {"is_causal": True}),
     "window, cap, key lengths": (
-        (2, 70, 150, 1, 1, 64),
-        {"local_window": (40, 70), "logits_soft_cap": 4.0, "key_lengths": (150, 60)},
+        (3, 70, 150, 1, 1, 64),
+        {"local_window": (40, 70), "logits_soft_cap": 4.0, "key_lengths": (150, 60, 129)},
     ),
     "head size 128": ((1, 130, 130, 1, 1, 128), {}),
 }
@@ -73,7 +74,7 @@ def relative(x, y):
 def errors(case, hurt=False):
     """Relative errors of dq, dk, dv; `hurt`: one row of cotangents is lost."""
     change = (lambda x: x.at[0, 130, 1].set(0)) if hurt else (lambda x: x)
-    gradients, expected = gradients_and_expected(case, FusedTiles(), change)
+    gradients, expected = gradients_and_expected(case, FusedTiles(heads=2), change)
     assert all(x.shape == y.shape for x, y in zip(gradients, expected, strict=True))
     return [relative(x, y) for x, y in zip(gradients, expected, strict=True)]
 
@@ -145,12 +146,41 @@ def test_deterministic_is_two_kernels(head_size):
         assert ("reduce.async.bulk" in text) != deterministic
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
+@pytest.mark.parametrize("heads", [16, 2])
+def test_turns_are_counted_where_the_same_bits_are_asked_for(deterministic, heads):
+    """V6: a counter for each tile of dQ and query head, zeroed by XLA; none where it is not due."""
+    struct = jax.ShapeDtypeStruct
+    query, key = (struct((3, 200, n, 64), jnp.bfloat16) for n in (4, 1))
+    rows = struct((3, 4, 200), jnp.float32)
+    spec = AttentionSpec(0.1, deterministic=deterministic)
+
+    def gradients(*arrays):
+        return attention_backward(spec, *arrays, None, FusedTiles(heads=heads))
+
+    text = lower(gradients, query, key, key, query, rows, rows)
+    (kernel,) = (line for line in text.splitlines() if "custom_call @mosaic_gpu" in line)
+    assert "reduce.async.bulk" in kernel
+    counters = 3 * 4 * 4  # batch, query heads, tiles of 64 rows
+    assert (f"tensor<{counters}xi32>" in kernel.split(" : ")[-1]) == deterministic
+
+
+@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.slow
-def test_sharded_and_mapped_gradients_lower():
-    """The mutable sum of dQ is no obstacle to shard_map and vmap."""
+def test_sharded_and_mapped_gradients_lower(deterministic, monkeypatch):
+    """The mutable sum of dQ, and its counters, are no obstacle to shard_map and vmap."""
+    monkeypatch.setattr(backend, "backward_tiles", lambda *_, **__: FusedTiles())
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     split = PartitionSpec("data")
-    gradient = jax.grad(functools.partial(loss, AttentionSpec(0.1, deterministic=False)))
+    spec = AttentionSpec(0.1, deterministic=deterministic)
+    # A name of its own keeps its traces apart from those of the two kernels.
+    own = backend.MosaicGpuBackend(name=f"mosaic_gpu, fused, {deterministic}")
+
+    def fused_loss(query, inputs):
+        answer, _ = core.attend(own, spec, inputs._replace(query=query))
+        return answer.astype(jnp.float32).sum()
+
+    gradient = jax.grad(fused_loss)
     inputs = shapes(rows=64, keys=64)
     sharded = jax.shard_map(gradient, mesh=mesh, in_specs=(split, split), out_specs=split)
     assert "reduce.async.bulk" in lower(sharded, inputs.query, inputs)

@@ -19,13 +19,14 @@ from dpfa_jax.kernels import epilogue
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, ExampleReadout, NoiseInputs
 from dpfa_jax.kernels.mosaic_gpu import backend as backend_module
 from dpfa_jax.kernels.mosaic_gpu.backend import MosaicGpuBackend
-from dpfa_jax.kernels.mosaic_gpu.tiles import ForwardTiles, FusedTiles
+from dpfa_jax.kernels.mosaic_gpu.tiles import BackwardTiles, ForwardTiles, FusedTiles
 from dpfa_jax.kernels.public_maximum import has_public_maximum
 from dpfa_jax.noise.fields import attention_noise
 
 pytestmark = pytest.mark.gpu
 BACKEND = MosaicGpuBackend()
-# A name of its own keeps its traces apart from those of the two backward kernels.
+# Names of their own keep the traces of the backward kernels apart.
+TWO = MosaicGpuBackend(name="mosaic_gpu, two kernels")
 FUSED = MosaicGpuBackend(name="mosaic_gpu, fused")
 
 CASES = {
@@ -117,12 +118,32 @@ def distance(x, y):
     return np.linalg.norm(np.asarray(x, np.float64) - y)
 
 
-@pytest.mark.parametrize("backend", [BACKEND, FUSED], ids=["two kernels", "fused"])
+def two_kernels(spec, head_size, **_):
+    return BackwardTiles(block_kv_dq=128 if head_size == 64 else 64)
+
+
+def fused(spec, head_size, **_):
+    return FusedTiles()
+
+
+def use_tiles(monkeypatch, tiles_of):
+    """Backward passes by the kernels whose tiles these are, on a backend of its own name."""
+    monkeypatch.setattr(backend_module, "backward_tiles", tiles_of)
+
+
+BACKWARD = {
+    "two kernels": (TWO, two_kernels, True),
+    "fused, in order": (FUSED, fused, True),
+    "fused, any order": (FUSED, fused, False),
+}
+
+
+@pytest.mark.parametrize("kernels", BACKWARD)
 @pytest.mark.parametrize("case", CASES)
-def test_error_is_within_twice_the_naive_one(case, backend, monkeypatch):
+def test_error_is_within_twice_the_naive_one(case, kernels, monkeypatch):
     """V7, V8: output and gradients against float64; hidden slots hold NaN."""
-    if backend is FUSED:
-        monkeypatch.setattr(backend_module, "backward_tiles", lambda *_, **__: FusedTiles())
+    backend, tiles_of, deterministic = BACKWARD[kernels]
+    use_tiles(monkeypatch, tiles_of)
     (batch, rows, keys, heads, kv_heads, size), options, dtype = CASES[case]
     options = dict(options)
     rng = np.random.default_rng(1)
@@ -134,7 +155,7 @@ def test_error_is_within_twice_the_naive_one(case, backend, monkeypatch):
             "query_lengths": rng.integers(0, rows, batch),
             "key_lengths": rng.integers(1, keys, batch),
         }
-    spec = AttentionSpec(size**-0.5, **options)
+    spec = AttentionSpec(size**-0.5, deterministic=deterministic, **options)
     clean = AttentionInputs(query, key, value)
     inputs = clean._replace(**{name: jnp.asarray(x, jnp.int32) for name, x in lengths.items()})
     if lengths:
@@ -388,24 +409,88 @@ def test_131072_keys_in_linear_memory(deterministic):
     close(d_key[some], scale * slopes.T @ query)
 
 
-def test_fused_backward_of_many_programs():
-    """V7: a grid that outnumbers the processors; runs differ in the last bits of dQ only."""
+# (B, T, S, N, K, H), options; a program owns 128 keys of one of the B K key heads.
+MANY = {
+    "full": ((4, 1024, 1024, 8, 4, 128), {}),
+    "more programs than processors": ((2, 4096, 4096, 8, 8, 128), {}),
+    "head size 64": ((2, 4096, 4096, 8, 8, 64), {}),
+    "causal": ((4, 2048, 2048, 8, 8, 128), {"is_causal": True}),
+    "causal, GQA, ragged": ((3, 1001, 999, 10, 5, 64), {"is_causal": True}),
+    "MQA, a short last chunk": ((21, 700, 900, 4, 1, 128), {}),
+    "window": ((3, 1500, 1500, 6, 2, 64), {"local_window": (300, 70)}),
+    "lengths": ((5, 1300, 1300, 4, 4, 128), {"lengths": True}),
+    "more keys than rows": ((4, 40, 3000, 8, 8, 64), {}),
+}
+
+
+def many(case, deterministic):
+    (batch, rows, keys, heads, kv_heads, size), options = MANY[case]
+    options = dict(options)
     rng = np.random.default_rng(10)
-    arrays = [draw(rng, (4, 1024, n, 128), jnp.bfloat16) for n in (8, 4, 4, 8)]
-    spec = AttentionSpec(128**-0.5, deterministic=False)
-    inputs = AttentionInputs(*arrays[:3])
-    runs = [value_and_gradients(spec, inputs, arrays[3], FUSED)[2:] for _ in range(3)]
-    asked = dataclasses.replace(spec, deterministic=True)
-    expected = value_and_gradients(asked, inputs, arrays[3], FUSED)[2:]
+    query, cotangent = (draw(rng, (batch, rows, heads, size), jnp.bfloat16) for _ in range(2))
+    key, value = (draw(rng, (batch, keys, kv_heads, size), jnp.bfloat16) for _ in range(2))
+    inputs = AttentionInputs(query, key, value)
+    if options.pop("lengths", False):
+        lengths = jnp.asarray(rng.integers(0, keys + 1, batch), jnp.int32)
+        inputs = inputs._replace(key_lengths=lengths.at[0].set(0))
+    return AttentionSpec(size**-0.5, deterministic=deterministic, **options), inputs, cotangent
+
+
+@pytest.mark.parametrize("case", MANY)
+def test_fused_backward_has_the_same_bits(case, monkeypatch):
+    """V6: five runs, and programs launched in other company; values against the two kernels."""
+    spec, inputs, cotangent = many(case, deterministic=True)
+    use_tiles(monkeypatch, two_kernels)
+    expected = value_and_gradients(spec, inputs, cotangent, TWO)[2:]
+    use_tiles(monkeypatch, fused)
+    runs = [value_and_gradients(spec, inputs, cotangent, FUSED)[2:] for _ in range(5)]
+    use_tiles(monkeypatch, lambda *_, **__: FusedTiles(heads=5))
+    runs.append(value_and_gradients(spec, inputs, cotangent, MosaicGpuBackend(name="five"))[2:])
     for run in runs:
-        for mine, theirs in zip(run, expected, strict=True):
-            theirs = np.asarray(theirs, np.float64)
-            # Each is the float32 gradient rounded to bf16 of nearly the same weights.
-            assert distance(mine, theirs) <= 2.0**-8 * np.linalg.norm(theirs)
-            away = np.abs(np.asarray(mine, np.float64) - theirs).max()
-            assert away <= 2.0**-6 * np.abs(theirs).max()
-        for mine, first in zip(run[1:], runs[0][1:], strict=True):  # dK and dV have one order
+        for mine, first in zip(run, runs[0], strict=True):
             assert np.array_equal(np.asarray(mine, np.float32), np.asarray(first, np.float32))
+    for mine, theirs in zip(runs[0], expected, strict=True):
+        theirs = np.asarray(theirs, np.float64)
+        # Each is the float32 gradient rounded to bf16 of nearly the same weights.
+        assert distance(mine, theirs) <= 2.0**-8 * np.linalg.norm(theirs)
+        assert np.abs(np.asarray(mine, np.float64) - theirs).max() <= 2.0**-6 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("case", ["full", "lengths"])
+def test_gradients_of_an_example_do_not_depend_on_the_others(case, monkeypatch):
+    """V6: others have other values and lengths, so that their programs end at other times."""
+    use_tiles(monkeypatch, fused)
+    spec, inputs, cotangent = many(case, deterministic=True)
+    batch, keys = inputs.key.shape[:2]
+    if inputs.key_lengths is None:
+        inputs = inputs._replace(key_lengths=jnp.full(batch, keys, jnp.int32))
+    inputs = inputs._replace(key_lengths=inputs.key_lengths.at[2].set(keys - 9))
+    first = value_and_gradients(spec, inputs, cotangent, FUSED)[2:]
+    other = [x[::-1].at[2].set(x[2]) for x in inputs[:3]]
+    lengths = jnp.zeros(batch, jnp.int32).at[2].set(keys - 9)
+    moved = AttentionInputs(*other, key_lengths=lengths)
+    second = value_and_gradients(spec, moved, cotangent[::-1].at[2].set(cotangent[2]), FUSED)[2:]
+    for one, two in zip(first, second, strict=True):
+        one, two = (np.asarray(x, np.float32) for x in (one, two))
+        assert np.array_equal(one[2], two[2])
+        assert not np.array_equal(one[1], two[1])
+
+
+def test_fused_backward_in_any_order():
+    """V7: dK and dV have one order; dQ none, the negative control of the test of its bits."""
+    differ = False
+    for case in ("full", "more programs than processors"):
+        spec, inputs, cotangent = many(case, deterministic=False)
+        runs = [value_and_gradients(spec, inputs, cotangent, FUSED)[2:] for _ in range(5)]
+        for run in runs[1:]:
+            dq, dk, dv = (
+                np.array_equal(np.asarray(x, np.float32), np.asarray(y, np.float32))
+                for x, y in zip(run, runs[0], strict=True)
+            )
+            assert dk
+            assert dv
+            differ |= not dq
+    assert differ
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,34 @@ def test_query_steps(is_causal, window, traced):
             check(steps, existing.any(axis=(1, 2)), mine.all(axis=(1, 2)))
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("window", WINDOWS)
+@pytest.mark.parametrize("queries", [45, 13])
+def test_programs_before(is_causal, window, queries):
+    """V6: a program's turn at a query tile comes after as many as need that tile before it.
+
+    Were one counted too many it would wait for ever, one too few and two could add at once.
+    """
+    spec = AttentionSpec(1.0, is_causal=is_causal, local_window=window)
+    keys, program, block = 90, 8, 4
+    for key_length in (0, 1, 8, 20, keys):
+        ranges = []
+        for begin in range(0, keys, program):
+            steps = tiles.query_steps(spec, begin, program, block, queries)
+            ranges.append(tiles.within_key_length(steps, begin, program, key_length))
+        needed = 0
+        for tile in range(-(-queries // block)):
+            those = [n for n, steps in enumerate(ranges) if steps.begin <= tile < steps.end]
+            for before, number in enumerate(those):
+                assert number - tiles.first_program(spec, tile * block, program) == before
+            needed += len(those)
+        assert (needed > 0) == (key_length > 0)
+        # The last tile of a program is none before that of an earlier one: who begins later, or
+        # with it, passes each tile later.
+        ends = [steps.end for steps in ranges if steps.begin < steps.end]
+        assert ends == sorted(ends)
+
+
 @pytest.mark.parametrize("block_kv", [64, 128, 256])
 def test_masks_only_last(block_kv):
     """V7: where the mask is left out of all steps but the last, none of them needs it."""
