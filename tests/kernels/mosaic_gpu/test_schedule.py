@@ -1,0 +1,75 @@
+"""Which tiles each program walks over: every tile once, shares of equal cost, neighbours together."""
+
+import numpy as np
+import pytest
+
+from dpfa_jax.kernels.base import AttentionSpec
+from dpfa_jax.kernels.mosaic_gpu.schedule import balanced
+from dpfa_jax.kernels.mosaic_gpu.tiles import ForwardTiles, StepRange, at_least_one
+from dpfa_jax.kernels.mosaic_gpu.walk import Tiling
+
+
+def shares(table):
+    return [row[1 : 1 + row[0]].tolist() for row in table]
+
+
+def tiling(batch, heads, length, *, head_bytes=2**20, **options):
+    return Tiling(
+        AttentionSpec(1.0, **options), ForwardTiles(), batch, heads, length, length,
+        head_bytes=head_bytes, heads_first=False, has_lengths=False,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("costs", [(1.0,) * 16, tuple(range(1, 17)), (5.0, 1.0, 3.0)])
+@pytest.mark.parametrize(("groups", "programs", "together"), [(128, 132, 16), (7, 3, 2), (1, 2, 4)])
+def test_every_tile_once_and_balanced(costs, groups, programs, together):
+    table = balanced(costs, groups, programs, together)
+    found = shares(table)
+    assert sorted(sum(found, [])) == list(range(groups * len(costs)))
+    loads = [sum(costs[tile % len(costs)] for tile in share) for share in found]
+    # A program that takes a tile was the first to be free: nobody is further behind than one tile.
+    assert max(loads) - sum(loads) / programs <= max(costs)
+    # Behind its last tile a row names that tile again.
+    for row in table:
+        assert row[0] == 0 or row[1 + row[0]] == row[row[0]]
+
+
+def test_causal_tiles_are_shared_fairly():
+    """In launch order a program would take long and short tiles as they come: a fifth more work."""
+    call = tiling(8, 16, 2048, is_causal=True)
+    table = call.schedule(132)
+    costs = np.arange(1, 17) + 0.7
+    loads = np.array([sum(costs[tile % 16] for tile in share) for share in shares(table)])
+    assert loads.max() / loads.mean() < 1.02
+    in_turn = np.zeros(132)
+    for place in range(2048):
+        batch, rest = divmod(place, 256)
+        in_turn[place % 132] += costs[15 - rest // 16]
+    assert in_turn.max() / in_turn.mean() > 1.05
+
+
+def test_heads_that_start_together_fit_the_cache():
+    for head_bytes, most in ((2**20, 24), (2**24, 1), (2**30, 1)):
+        table = tiling(4, 16, 2048, head_bytes=head_bytes).schedule(132)
+        seen = [{int(row[1 + turn]) // 16 for row in table if row[0] > turn} for turn in range(2)]
+        for heads in seen:  # 132 tiles that start at once
+            assert len(heads) <= most + 132 // 16 + 1
+
+
+def test_no_more_programs_than_tiles():
+    assert len(tiling(1, 2, 300).schedule(132)) == 2 * 3
+
+
+@pytest.mark.parametrize(
+    ("steps", "expected"),
+    [
+        (StepRange(0, 0, 4, 4), StepRange(0, 0, 4, 4)),
+        (StepRange(0, 0, 0, 0), StepRange(0, 0, 0, 1)),
+        (StepRange(6, 6, 6, 6), StepRange(3, 3, 3, 4)),  # a window beyond the last key
+        (StepRange(2, 3, 3, 4), StepRange(2, 3, 3, 4)),
+    ],
+)
+def test_a_tile_has_a_step_that_may_hide_everything(steps, expected):
+    assert at_least_one(steps, 4) == expected
+    begin, full_begin, full_end, end = at_least_one(steps, 4)
+    assert begin <= full_begin <= full_end <= end <= 4
