@@ -21,8 +21,11 @@ class BackwardArrays(NamedTuple):
 
     `lse2`: (B, N, rows) float32, log-sum-exp in base 2, +inf where a row sees no key or is padding.
     `delta`: (B, N, rows) float32, row sums of output times cotangent less the cotangent of lse.
-    `dq_sum`: mutable float32 like query, zeros, to which the fused kernel adds.
+    `dq_sum`: mutable float32 like query, zeros, to which the fused kernel adds. Beside it
+    `dk_sum`, `dv_sum`: mutable gradients that several launches of the wide kernels fill.
     `mask`, `bias`: as `pairs.arranged` for each kernel.
+    `chunk`: (3,) int32, first batch row, key head and key block of a launch; None: all zero.
+    `logit_gradients`: (b, n, s, rows) of the launch's share, keys first.
     """
 
     query: Any
@@ -35,6 +38,10 @@ class BackwardArrays(NamedTuple):
     dq_sum: Any = None
     mask: Any = None
     bias: Any = None
+    dk_sum: Any = None
+    dv_sum: Any = None
+    chunk: Any = None
+    logit_gradients: Any = None
 
 
 def key_length_of(arrays: BackwardArrays, batch: Any, keys: int) -> Any:
@@ -155,21 +162,35 @@ def load_queries(
     block: Any,
     rows: int,
     load_pairs: Callable[[], None] = lambda: None,
+    *,
+    parts: int = 1,
 ) -> None:
-    """Producer: the `block`-th tile of queries, with what belongs to its rows, into slot `done`."""
+    """Producer: the `block`-th tile of queries, with what belongs to its rows, into slot `done`.
+
+    With `parts`, columns lie in so many parts, which are the first axis of a slot.
+    """
     slot = ring.slot(done)
     begin = pl.ds(block * rows, rows)
 
-    def load(name, source, barrier):
-        plgpu.copy_gmem_to_smem(source, shared[name].at[slot], barriers[barrier].at[slot])
+    def load(source, target, barrier):
+        plgpu.copy_gmem_to_smem(source, target, barriers[barrier].at[slot])
+
+    def load_rows(name, array):
+        source, target = array.at[batch, begin, head], shared[name].at[slot]
+        if parts == 1:
+            load(source, target, name)
+            return
+        size = array.shape[3] // parts
+        for part in range(parts):
+            load(source.at[:, pl.ds(part * size, size)], target.at[part], name)
 
     ring.await_free("query", done)
-    load("query", arrays.query.at[batch, begin, head], "query")
-    load("lse2", arrays.lse2.at[batch, head, begin], "query")
-    load("delta", arrays.delta.at[batch, head, begin], "query")
+    load_rows("query", arrays.query)
+    load(arrays.lse2.at[batch, head, begin], shared["lse2"].at[slot], "query")
+    load(arrays.delta.at[batch, head, begin], shared["delta"].at[slot], "query")
     load_pairs()
     ring.await_free("cotangent", done)
-    load("cotangent", arrays.cotangent.at[batch, begin, head], "cotangent")
+    load_rows("cotangent", arrays.cotangent)
 
 
 def launch(

@@ -16,6 +16,8 @@ Scalar = int | jax.Array
 SHARED_MEMORY_BYTES = 227 * 1024 - 1024
 WARPGROUP_ROWS = 64
 COMPUTE_WARPGROUPS = 2
+# Past this the accumulators of dK and dV, 64 keys each, do not fit the registers of a warpgroup.
+MAX_HEAD_SIZE_ONE_WARPGROUP = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,13 +106,28 @@ class FusedTiles:
     stages: int = 2
 
 
+@dataclasses.dataclass(frozen=True)
+class WideTiles:
+    """Of the two kernels above head size 128; their tiles are 64 by 64.
+
+    Attributes:
+      stages: tiles of queries and cotangents in flight.
+      key_stages: tiles of keys and logit gradients in flight, in the kernel of dQ.
+    """
+
+    stages: int = 2
+    key_stages: int = 3
+
+
 def backward_tiles(
     spec: AttentionSpec, head_size: int, *, pair_bytes: int | None = None
-) -> BackwardTiles | FusedTiles:
-    """Tiles for a padded head size of at most 128, as measured on an H100 80GB.
+) -> BackwardTiles | FusedTiles | WideTiles:
+    """Tiles for a padded head size, as measured on an H100 80GB.
 
-    `pair_bytes`: as `forward_tiles`.
+    `pair_bytes`: as `forward_tiles`; above head size 128 nothing is served with them.
     """
+    if head_size > MAX_HEAD_SIZE_ONE_WARPGROUP:
+        return WideTiles()
     is_dense = right_reach(spec) is None and left_reach(spec) is None
     if not spec.deterministic and pair_bytes is None and (head_size == 64 or is_dense):
         return FusedTiles()
