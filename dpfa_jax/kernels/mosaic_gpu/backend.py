@@ -24,12 +24,14 @@ from dpfa_jax.kernels.mosaic_gpu.bias_gradient import bias_gradient
 from dpfa_jax.kernels.mosaic_gpu.forward import ForwardArrays, ForwardResults, attention_forward
 from dpfa_jax.kernels.mosaic_gpu.pair_calls import in_pieces, pairs_of, summing_vmap
 from dpfa_jax.kernels.mosaic_gpu.pairs import bytes_per_column
-from dpfa_jax.kernels.mosaic_gpu.tiles import backward_tiles, forward_tiles
+from dpfa_jax.kernels.mosaic_gpu.tiles import (
+    MAX_HEAD_SIZE_ONE_WARPGROUP,
+    backward_tiles,
+    forward_tiles,
+)
 from dpfa_jax.kernels.public_maximum import has_public_maximum
 
 MAX_HEAD_SIZE = 256
-# Past this the accumulators of dK and dV do not fit the registers of a warpgroup.
-MAX_HEAD_SIZE_BACKWARD = 128
 MAX_BATCH = 65535
 # Dimensions of the forward kernel's operands, as `by_batch_and_heads` reads them; "pair": by shape.
 FORWARD_AXES = ForwardArrays(
@@ -72,6 +74,15 @@ def _varying_as(inputs: Any, results: Any) -> Any:
     """`results`, marked as varying over the manual mesh axes of `inputs`."""
     axes = manual_axes.varying_axes(*jax.tree.leaves(inputs))
     return jax.tree.map(lambda x: manual_axes.vary_over(x, axes), results)
+
+
+def _backward_cannot(inputs: AttentionInputs) -> str | None:
+    """None if the backward kernels serve what the forward kernel serves, else why not."""
+    head_size = inputs.query.shape[3]
+    has_pairs = inputs.mask is not None or inputs.bias is not None
+    if has_pairs and head_size > MAX_HEAD_SIZE_ONE_WARPGROUP:
+        return f"head size {head_size} with a mask or bias array: no shared memory is left for it"
+    return None
 
 
 def _keep_rows(x: Float[Array, "B T N H"], lengths: jax.Array | None) -> Float[Array, "B T N H"]:
@@ -219,8 +230,8 @@ class MosaicGpuBackend:
         cotangent: Float[Array, "B T N H"],
         lse_cotangent: Float[Array, "B T N"] | None,
     ) -> AttentionGradients:
-        """Gradients of plain attention; above head size 128 through the blocked backend."""
-        if inputs.query.shape[3] > MAX_HEAD_SIZE_BACKWARD:
+        """Gradients of plain attention; through the blocked backend where `_backward_cannot`."""
+        if _backward_cannot(inputs) is not None:
             from dpfa_jax.kernels.blocked import BACKEND as BLOCKED
 
             return BLOCKED.backward(spec, inputs, outputs, cotangent, lse_cotangent)

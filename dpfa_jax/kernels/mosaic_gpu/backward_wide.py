@@ -125,12 +125,8 @@ def _key_value_body(
                         products(s_acc, k_shared, q_shared, True)
                         ring.await_full("cotangent", done)
                         products(dp_acc, v_shared, do_shared, True)
-                        lse2 = plgpu.load(
-                            shared["lse2"].at[ring.slot(done), part], layout=COLUMN
-                        )
-                        delta = plgpu.load(
-                            shared["delta"].at[ring.slot(done), part], layout=COLUMN
-                        )
+                        lse2 = plgpu.load(shared["lse2"].at[ring.slot(done), part], layout=COLUMN)
+                        delta = plgpu.load(shared["delta"].at[ring.slot(done), part], layout=COLUMN)
                         seen = None
                         if masked:
                             seen = visible(

@@ -64,9 +64,7 @@ def chunks_of(
     """
     block_bytes = rows * group * block * ITEM_BYTES
     # A wave of programs with one query head each; one with `group` makes as many logit gradients.
-    limit = max(
-        LOGIT_GRADIENT_BYTES // block_bytes, math.ceil(WAVES / group) * processors, 1
-    )
+    limit = max(LOGIT_GRADIENT_BYTES // block_bytes, math.ceil(WAVES / group) * processors, 1)
     if batch * key_heads * key_blocks <= limit:
         return Chunks(batch, key_heads, key_blocks, (1, 1, 1))
     if key_heads * key_blocks <= limit:

@@ -118,6 +118,17 @@ class WideTiles:
     stages: int = 2
     key_stages: int = 3
 
+    def shared_bytes(self, head_size: int) -> tuple[int, int]:
+        """Shared memory of one program of each kernel."""
+        rows = WARPGROUP_ROWS * head_size * 2
+        pairs = WARPGROUP_ROWS * WARPGROUP_ROWS * 2
+        numbers = WARPGROUP_ROWS * 4
+        both = COMPUTE_WARPGROUPS
+        return (
+            2 * rows + self.stages * 2 * (rows + numbers) + 2 * both * pairs,
+            both * rows + self.key_stages * (rows + both * pairs),
+        )
+
 
 def backward_tiles(
     spec: AttentionSpec, head_size: int, *, pair_bytes: int | None = None
@@ -127,7 +138,7 @@ def backward_tiles(
     `pair_bytes`: as `forward_tiles`; above head size 128 nothing is served with them.
     """
     if head_size > MAX_HEAD_SIZE_ONE_WARPGROUP:
-        return WideTiles()
+        return WideTiles() if head_size > 192 else WideTiles(stages=3, key_stages=4)
     is_dense = right_reach(spec) is None and left_reach(spec) is None
     if not spec.deterministic and pair_bytes is None and (head_size == 64 or is_dense):
         return FusedTiles()
