@@ -75,7 +75,7 @@ def _key_value_body(
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def compute():
         if not simulate:
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
         part = pl.ds(warpgroup * PART, PART)
         columns = pl.ds(warpgroup * half, half)
         k_shared, v_shared = shared["key"], shared["value"]
@@ -126,7 +126,6 @@ def _key_value_body(
                         ring.await_full("cotangent", done)
                         products(dp_acc, v_shared, do_shared, True)
                         lse2 = plgpu.load(shared["lse2"].at[ring.slot(done), part], layout=COLUMN)
-                        delta = plgpu.load(shared["delta"].at[ring.slot(done), part], layout=COLUMN)
                         seen = None
                         if masked:
                             seen = visible(
@@ -145,6 +144,7 @@ def _key_value_body(
 
                         plgpu.barrier_wait(barriers["p"].at[slot])
                         products(dv_acc, shared["p"].at[slot], do_shared, False)
+                        delta = plgpu.load(shared["delta"].at[ring.slot(done), part], layout=COLUMN)
                         dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=COMPUTE_WARPGROUPS)
                         return logit_gradient(p, slope, dp, delta, 1)
 
@@ -184,12 +184,12 @@ def _key_value_body(
             staged.at[warpgroup][...] = gradient.astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(staged.at[warpgroup], out.at[(*rows, columns)])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the writes end with the kernel
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def produce():
         if not simulate:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
 
         @pl.loop(0, group)
         def _(member):
@@ -234,7 +234,7 @@ def _query_body(
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def compute():
         if not simulate:
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(240, action="increase")
         row_begin = program_begin + warpgroup * BLOCK
         rows = pl.ds(row_begin, BLOCK)
         # Tiles outside this range were never written: nothing may read them.
@@ -271,12 +271,12 @@ def _query_body(
             dq_shared[...] = (dq * spec.scale).astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(dq_shared, dq_out.at[batch, rows, head])
-            plgpu.wait_smem_to_gmem(0)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the writes end with the kernel
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def produce():
         if not simulate:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(24, action="decrease")
         kv_head = lax.div(head, jnp.int32(group))
 
         @pl.loop(begin, end)
