@@ -76,15 +76,6 @@ def _varying_as(inputs: Any, results: Any) -> Any:
     return jax.tree.map(lambda x: manual_axes.vary_over(x, axes), results)
 
 
-def _backward_cannot(inputs: AttentionInputs) -> str | None:
-    """None if the backward kernels serve what the forward kernel serves, else why not."""
-    head_size = inputs.query.shape[3]
-    has_pairs = inputs.mask is not None or inputs.bias is not None
-    if has_pairs and head_size > MAX_HEAD_SIZE_ONE_WARPGROUP:
-        return f"head size {head_size} with a mask or bias array: no shared memory is left for it"
-    return None
-
-
 def _keep_rows(x: Float[Array, "B T N H"], lengths: jax.Array | None) -> Float[Array, "B T N H"]:
     """`x` with rows past their example's length replaced by zero: 0 * NaN must not reach a sum."""
     if lengths is None:
@@ -230,11 +221,7 @@ class MosaicGpuBackend:
         cotangent: Float[Array, "B T N H"],
         lse_cotangent: Float[Array, "B T N"] | None,
     ) -> AttentionGradients:
-        """Gradients of plain attention; through the blocked backend where `_backward_cannot`."""
-        if _backward_cannot(inputs) is not None:
-            from dpfa_jax.kernels.blocked import BACKEND as BLOCKED
-
-            return BLOCKED.backward(spec, inputs, outputs, cotangent, lse_cotangent)
+        """Gradients of plain attention; above head size 128 a bias has its by the blocked one."""
         assert outputs.lse is not None
         answer = outputs.output if outputs.unclipped is None else outputs.unclipped
         rows = (inputs.query, cotangent)
@@ -286,6 +273,11 @@ class MosaicGpuBackend:
         d_bias = None
         if inputs.bias is not None and inputs.bias.shape[3] == 1:
             d_bias = _of_rows(inputs.bias, outputs.lse, lse_cotangent)
+        elif inputs.bias is not None and query.shape[3] > MAX_HEAD_SIZE_ONE_WARPGROUP:
+            from dpfa_jax.kernels.blocked import BACKEND as BLOCKED
+
+            # XLA drops it where nobody reads the gradient, as the call below.
+            d_bias = BLOCKED.backward(spec, inputs, outputs, cotangent, lse_cotangent).bias
         elif inputs.bias is not None:
             # A call of its own: XLA drops it where nobody reads the gradient.
             run_bias = in_pieces(run_bias, axes, ["pair"], key.shape[2])

@@ -355,7 +355,7 @@ def attention_backward(
       delta: (B, N, T) float32, row sums of output times cotangent less the cotangent of lse.
       key_lengths: (B,) int32 or None. Rows past a query length are told by their lse.
       tile: tile sizes; their type says which kernels run.
-      mask, bias: (b, n, t, s), each axis full or 1; bool and floating. Only with `BackwardTiles`.
+      mask, bias: (b, n, t, s), each axis full or 1; bool and floating. Not with `FusedTiles`.
       interpret: parameters of the Mosaic GPU simulator, None on a GPU.
     """
     q_shape, k_shape = query.shape, key.shape
@@ -371,12 +371,13 @@ def attention_backward(
         jnp.pad(delta, rows),
         key_lengths,
     )
-    if not isinstance(tile, BackwardTiles):
-        assert mask is None and bias is None
     if isinstance(tile, FusedTiles):
+        assert mask is None and bias is None
         dq, dk, dv = fused_backward(spec, arrays, tile, keys=keys, interpret=interpret)
     elif isinstance(tile, WideTiles):
-        dq, dk, dv = wide_backward(spec, arrays, tile, keys=keys, interpret=interpret)
+        dq, dk, dv = wide_backward(
+            spec, arrays, tile, keys=keys, mask=mask, bias=bias, interpret=interpret
+        )
     else:
         dq, dk, dv = _two_kernels(
             spec, arrays, tile, rows=q_shape[1], keys=keys, mask=mask, bias=bias,

@@ -164,33 +164,36 @@ def load_queries(
     load_pairs: Callable[[], None] = lambda: None,
     *,
     parts: int = 1,
+    cotangents: Ring | None = None,
 ) -> None:
     """Producer: the `block`-th tile of queries, with what belongs to its rows, into slot `done`.
 
-    With `parts`, columns lie in so many parts, which are the first axis of a slot.
+    With `parts`, columns lie in so many parts, which are the first axis of a slot. `cotangents`:
+    their ring where it has another number of slots.
     """
-    slot = ring.slot(done)
+    cotangents = cotangents or ring
     begin = pl.ds(block * rows, rows)
+    slot = ring.slot(done)
 
-    def load(source, target, barrier):
-        plgpu.copy_gmem_to_smem(source, target, barriers[barrier].at[slot])
+    def load(source, target, name, slot):
+        plgpu.copy_gmem_to_smem(source, target, barriers[name].at[slot])
 
-    def load_rows(name, array):
+    def load_rows(name, array, slot):
         source, target = array.at[batch, begin, head], shared[name].at[slot]
         if parts == 1:
-            load(source, target, name)
+            load(source, target, name, slot)
             return
         size = array.shape[3] // parts
         for part in range(parts):
-            load(source.at[:, pl.ds(part * size, size)], target.at[part], name)
+            load(source.at[:, pl.ds(part * size, size)], target.at[part], name, slot)
 
     ring.await_free("query", done)
-    load_rows("query", arrays.query)
-    load(arrays.lse2.at[batch, head, begin], shared["lse2"].at[slot], "query")
-    load(arrays.delta.at[batch, head, begin], shared["delta"].at[slot], "query")
+    load_rows("query", arrays.query, slot)
+    load(arrays.lse2.at[batch, head, begin], shared["lse2"].at[slot], "query", slot)
+    load(arrays.delta.at[batch, head, begin], shared["delta"].at[slot], "query", slot)
     load_pairs()
-    ring.await_free("cotangent", done)
-    load_rows("cotangent", arrays.cotangent)
+    cotangents.await_free("cotangent", done)
+    load_rows("cotangent", arrays.cotangent, cotangents.slot(done))
 
 
 def launch(
@@ -206,17 +209,20 @@ def launch(
     *,
     pairs: PairArrays | None = None,
     step: int = 0,
+    pair_stages: int | None = None,
+    column_parts: int = 1,
     **static,
 ):
     """Runs `body(arrays, *outputs, shared, barriers, simulate=..., **static)` on each program.
 
     With `pairs`, streamed in steps of `step` columns, the body's next argument is their reader, or
-    None where there are none.
+    None where there are none. `pair_stages`: slots of its ring, None: as many as of the tiles.
+    `column_parts`: as `PairReader`.
     """
     if pairs is not None:
-        stages = static["tile"].stages
+        stages = pair_stages or static["tile"].stages
         arrays = arrays._replace(mask=pairs.mask, bias=pairs.bias)
-        pair_shared, pair_barriers = pair_tiles.scratch(pairs, stages, step)
+        pair_shared, pair_barriers = pair_tiles.scratch(pairs, stages, step, column_parts)
         shared, barriers = shared | pair_shared, barriers | pair_barriers
         if pair_tiles.is_shared_by_batch(pairs):
             grid, names = grid[::-1], names[::-1]
@@ -232,7 +238,7 @@ def launch(
             if pairs.is_there:
                 shown = pairs._replace(mask=in_refs.mask, bias=in_refs.bias)
                 shared_refs, barrier_refs = rest[outputs:]
-                reader = PairReader(shown, shared_refs, barrier_refs, stages, step)
+                reader = PairReader(shown, shared_refs, barrier_refs, stages, step, column_parts)
             rest.append(reader)
         body(in_refs, *rest, simulate=interpret is not None, **static)
 

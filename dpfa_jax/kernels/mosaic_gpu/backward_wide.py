@@ -16,6 +16,7 @@ from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec
 from dpfa_jax.kernels.mosaic_gpu import device, tiles
+from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     BackwardArrays,
     Ring,
@@ -23,6 +24,7 @@ from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     launch,
     load_queries,
     logit_gradient,
+    read,
     ring_barriers,
     run_steps,
     weights_of,
@@ -53,7 +55,19 @@ def _first_of(arrays: BackwardArrays) -> tuple[Any, Any, Any]:
 
 
 def _key_value_body(
-    arrays, logit_gradients, dk_out, dv_out, shared, barriers, *, spec, tile, keys, group, simulate
+    arrays,
+    logit_gradients,
+    dk_out,
+    dv_out,
+    shared,
+    barriers,
+    pairs,
+    *,
+    spec,
+    tile,
+    keys,
+    group,
+    simulate,
 ) -> None:
     first_batch, first_head, first_block = _first_of(arrays)
     chunk_batch, chunk_head = lax.axis_index("batch"), lax.axis_index("heads")
@@ -68,7 +82,7 @@ def _key_value_body(
     steps = tiles.within_key_length(steps, key_begin, BLOCK, key_length)
     count = steps.end - steps.begin
     total = group * count
-    ring = Ring(barriers, tile.stages)
+    ring, cotangents = Ring(barriers, tile.stages), Ring(barriers, tile.cotangent_stages)
     dtype = arrays.query.dtype
     rows = (batch, pl.ds(key_begin, BLOCK), kv_head)
 
@@ -111,19 +125,22 @@ def _key_value_body(
         def accumulate(dk_acc, dv_acc):
             def one_head(member):
                 head = chunk_head * group + member
+                fixed = None
+                if pairs is not None:
+                    fixed = pairs.fixed(batch, kv_head * group + member, rows[1])
 
                 def body(step, masked):
                     done = member * count + step - steps.begin
                     slot = slot_of(done)
                     q_shared = shared["query"].at[ring.slot(done)]
-                    do_shared = shared["cotangent"].at[ring.slot(done)]
+                    do_shared = shared["cotangent"].at[cotangents.slot(done)]
                     shape = (BLOCK, PART)
 
                     def weights_and_products(s_acc, dp_acc):
                         ring.await_full("query", done)
                         key_gradient(dk_acc, done - 1)
                         products(s_acc, k_shared, q_shared, True)
-                        ring.await_full("cotangent", done)
+                        cotangents.await_full("cotangent", done)
                         products(dp_acc, v_shared, do_shared, True)
                         lse2 = plgpu.load(shared["lse2"].at[ring.slot(done), part], layout=COLUMN)
                         seen = None
@@ -133,7 +150,10 @@ def _key_value_body(
                                 key_length, None, transposed=True,
                             )  # fmt: skip
                         s = plgpu.wgmma_accumulator_load(s_acc, wait_n=COMPUTE_WARPGROUPS)
-                        p, slope = weights_of(spec, s, lse2, 1, seen)
+                        shown, bias = read(pairs, done, warpgroup, fixed)
+                        p, slope = weights_of(spec, s, lse2, 1, seen, shown, bias)
+                        if pairs is not None:
+                            pairs.free(done)
                         shared["p"].at[slot, warpgroup][...] = p.astype(dtype)
                         plgpu.commit_smem()
                         plgpu.barrier_arrive(barriers["p"].at[slot])
@@ -162,7 +182,7 @@ def _key_value_body(
                         logit_gradients.at[chunk_batch, head, pl.ds(chunk_begin, BLOCK), queries],
                     )
                     plgpu.wgmma_wait(0)
-                    ring.free("cotangent", done)
+                    cotangents.free("cotangent", done)
 
                 run_steps(steps, spec, body)
 
@@ -198,12 +218,20 @@ def _key_value_body(
             @pl.loop(steps.begin, steps.end)
             def _(step):
                 done = member * count + step - steps.begin
+
+                def load_pairs():
+                    if pairs is not None:
+                        pairs.load(done, batch, head, first_block + lax.axis_index("keys"), step)
+
                 load_queries(
-                    arrays, shared, barriers, ring, done, batch, head, step, BLOCK,
-                    parts=COMPUTE_WARPGROUPS,
+                    arrays, shared, barriers, ring, done, batch, head, step, BLOCK, load_pairs,
+                    parts=COMPUTE_WARPGROUPS, cotangents=cotangents,
                 )  # fmt: skip
 
-        ring.drain(("query", "cotangent"), total)
+        ring.drain(("query",), total)
+        cotangents.drain(("cotangent",), total)
+        if pairs is not None:
+            pairs.drain(total)
 
 
 def _within_chunk(steps: StepRange, first_block: Any, blocks: int) -> tuple[Any, Any]:
@@ -308,6 +336,8 @@ def wide_backward(
     tile: WideTiles,
     *,
     keys: int,
+    mask: jax.Array | None = None,
+    bias: jax.Array | None = None,
     interpret: Any = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """dQ (B, T, N, H), dK and dV (B, S, K, H), padded as the operands, H at most 256.
@@ -317,6 +347,7 @@ def wide_backward(
       arrays: operands, padded; `lse2` and `delta` to whole tiles.
       tile: stages of the rings.
       keys: S before padding.
+      mask, bias: (b, n, t, s), each axis full or 1.
       interpret: parameters of the Mosaic GPU simulator, None on a GPU.
     """
     batch, num_queries, heads, head_size = arrays.query.shape
@@ -340,6 +371,7 @@ def wide_backward(
         return tiled_shared(shape, dtype, swizzle=SWIZZLE)
 
     shared_by_both = tiled_shared((SLOTS, COMPUTE_WARPGROUPS, BLOCK, PART), dtype, swizzle=SWIZZLE)
+    turned = pair_tiles.arranged(mask, bias, rows=keys, is_turned=True)
     per_row = plgpu.SMEM((tile.stages, BLOCK), jnp.float32)
     both = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=SLOTS)
 
@@ -359,7 +391,7 @@ def wide_backward(
                 "key": halves(),
                 "value": halves(),
                 "query": halves(tile.stages),
-                "cotangent": halves(tile.stages),
+                "cotangent": halves(tile.cotangent_stages),
                 "lse2": per_row,
                 "delta": per_row,
                 "p": shared_by_both,
@@ -369,14 +401,17 @@ def wide_backward(
                 "own": plgpu.Barrier(num_arrivals=2 * COMPUTE_WARPGROUPS),
                 "p": both,
                 "ds": both,
-                **ring_barriers(
-                    {"query": COMPUTE_WARPGROUPS + 2, "cotangent": COMPUTE_WARPGROUPS}, tile.stages
-                ),
+                **ring_barriers({"query": COMPUTE_WARPGROUPS + 2}, tile.stages),
+                **ring_barriers({"cotangent": COMPUTE_WARPGROUPS}, tile.cotangent_stages),
             },
             (chunks.heads, chunks.key_blocks, chunks.batch),
             ("heads", "keys", "batch"),
             "dpfa_attention_backward_wide_kv",
             interpret,
+            pairs=turned,
+            step=BLOCK,
+            pair_stages=tile.pair_stages,
+            column_parts=COMPUTE_WARPGROUPS,
             **static,
         )
 

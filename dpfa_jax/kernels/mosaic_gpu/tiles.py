@@ -111,21 +111,29 @@ class WideTiles:
     """Of the two kernels above head size 128; their tiles are 64 by 64.
 
     Attributes:
-      stages: tiles of queries and cotangents in flight.
+      stages: tiles of queries in flight.
+      cotangent_stages: tiles of cotangents in flight.
+      pair_stages: tiles of mask and bias in flight.
       key_stages: tiles of keys and logit gradients in flight, in the kernel of dQ.
     """
 
     stages: int = 2
+    cotangent_stages: int = 2
+    pair_stages: int = 2
     key_stages: int = 3
 
-    def shared_bytes(self, head_size: int) -> tuple[int, int]:
-        """Shared memory of one program of each kernel."""
+    def shared_bytes(self, head_size: int, pair_bytes: int = 0) -> tuple[int, int]:
+        """Shared memory of one program of each kernel; `pair_bytes`: as `ForwardTiles`."""
         rows = WARPGROUP_ROWS * head_size * 2
         pairs = WARPGROUP_ROWS * WARPGROUP_ROWS * 2
         numbers = WARPGROUP_ROWS * 4
         both = COMPUTE_WARPGROUPS
+        streamed = self.stages * (rows + 2 * numbers) + self.cotangent_stages * rows
+        # A program has half the rows for which `pair_bytes` counts.
+        arrays = self.pair_stages * WARPGROUP_ROWS * pair_bytes // 2
+        barriers = 8 * (5 + 2 * (self.stages + self.cotangent_stages + self.pair_stages))
         return (
-            2 * rows + self.stages * 2 * (rows + numbers) + 2 * both * pairs,
+            2 * rows + streamed + 2 * both * pairs + arrays + barriers,
             both * rows + self.key_stages * (rows + both * pairs),
         )
 
@@ -135,17 +143,25 @@ def backward_tiles(
 ) -> BackwardTiles | FusedTiles | WideTiles:
     """Tiles for a padded head size, as measured on an H100 80GB.
 
-    `pair_bytes`: as `forward_tiles`; above head size 128 nothing is served with them.
+    `pair_bytes`: as `forward_tiles`.
     """
     if head_size > MAX_HEAD_SIZE_ONE_WARPGROUP:
-        return WideTiles() if head_size > 192 else WideTiles(stages=3, key_stages=4)
+        for wide in (
+            WideTiles(stages=3, cotangent_stages=3, key_stages=4),
+            WideTiles(),
+            WideTiles(cotangent_stages=1),
+            WideTiles(cotangent_stages=1, pair_stages=1),
+        ):
+            if max(wide.shared_bytes(head_size, pair_bytes or 0)) <= SHARED_MEMORY_BYTES:
+                return wide
+        raise ValueError(f"head_size={head_size}: no tile of the backward kernels fits")
     is_dense = right_reach(spec) is None and left_reach(spec) is None
     if not spec.deterministic and pair_bytes is None and (head_size == 64 or is_dense):
         return FusedTiles()
-    wide = BackwardTiles(block_kv_dq=128)
-    rows = COMPUTE_WARPGROUPS * wide.block_q_dq + wide.stages * wide.block_kv_dq
-    bytes_used = rows * head_size * 4 + wide.stages * wide.block_kv_dq * (pair_bytes or 0)
-    return wide if head_size == 64 and bytes_used <= SHARED_MEMORY_BYTES else BackwardTiles()
+    longer = BackwardTiles(block_kv_dq=128)
+    rows = COMPUTE_WARPGROUPS * longer.block_q_dq + longer.stages * longer.block_kv_dq
+    bytes_used = rows * head_size * 4 + longer.stages * longer.block_kv_dq * (pair_bytes or 0)
+    return longer if head_size == 64 and bytes_used <= SHARED_MEMORY_BYTES else BackwardTiles()
 
 
 def loop(begin: Scalar, end: Scalar, body: Callable[..., Any], carry: Any) -> Any:

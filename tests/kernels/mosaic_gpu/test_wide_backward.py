@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dpfa_jax.attention import core
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec
-from dpfa_jax.kernels.mosaic_gpu import backend, gradient_chunks, tiles
+from dpfa_jax.kernels.mosaic_gpu import backend, gradient_chunks, pairs, tiles
 from dpfa_jax.kernels.mosaic_gpu.gradient_chunks import chunks_of
 from dpfa_jax.kernels.mosaic_gpu.tiles import WideTiles
 
@@ -23,6 +23,14 @@ CASES = {
     "window, cap, key lengths": (
         (2, 70, 150, 1, 1, 192),
         {"local_window": (40, 70), "logits_soft_cap": 4.0, "key_lengths": (150, 60)},
+    ),
+    "mask and bias, causal": (
+        (2, 137, 100, 2, 1, 256),
+        {"is_causal": True, "mask": (2, 1, 137, 100), "bias": (1, 2, 137, 100)},
+    ),
+    "mask of keys, bias of rows": (
+        (1, 70, 100, 2, 2, 192),
+        {"mask": (1, 1, 1, 100), "bias": (1, 2, 70, 1)},
     ),
     "head size 200, two heads": ((2, 130, 70, 2, 2, 200), {}),
     # A key block that no row sees, rows that see no key.
@@ -42,7 +50,8 @@ def errors(case, *words):
         group, rows = sizes[3] // sizes[4], -(-sizes[1] // 128) * 128
         gradient_chunks.LOGIT_GRADIENT_BYTES = int(words[-1]) * group * rows * 64 * 2
         gradient_chunks.WAVES = 0
-    return backward_simulation.errors(sizes, options, WideTiles(), change)
+    tile = WideTiles(cotangent_stages=1 if "mask" in options else 2)
+    return backward_simulation.errors(sizes, options, tile, change)
 
 
 def simulated_errors(*arguments):
@@ -181,14 +190,27 @@ def test_chunks_lower(programs, monkeypatch):
     lower(jax.vmap(gradient), stacked.query, stacked)
 
 
-def test_masks_go_to_the_blocked_backend():
-    """Shared memory has no place for a mask array: said, and served elsewhere."""
-    mask = jax.ShapeDtypeStruct((1, 1, 100, 93), bool)
-    inputs = shapes(mask=mask)
-    assert "no shared memory" in backend._backward_cannot(inputs)
-    assert backend._backward_cannot(shapes()) is None
+@pytest.mark.parametrize(
+    ("head_size", "mask", "bias", "dtype"),
+    [
+        (256, (1, 2, 100, 93), (2, 1, 100, 93), jnp.float32),
+        pytest.param(192, (2, 1, 1, 93), (1, 1, 1, 93), jnp.bfloat16, marks=pytest.mark.slow),
+        pytest.param(256, None, (2, 2, 100, 1), jnp.bfloat16, marks=pytest.mark.slow),
+    ],
+)
+def test_masks_and_biases_lower(head_size, mask, bias, dtype):
+    """The largest arrays of pairs have their place beside one slot of cotangents."""
+    struct = jax.ShapeDtypeStruct
+    inputs = shapes(
+        head_size=head_size,
+        mask=None if mask is None else struct(mask, bool),
+        bias=struct(bias, dtype),
+    )
     text = lower(jax.grad(functools.partial(loss, AttentionSpec(0.1))), inputs.query, inputs)
-    assert text.count("custom_call @mosaic_gpu") == 1
+    assert text.count("custom_call @mosaic_gpu") == 3
+    pair_bytes = pairs.bytes_per_column(inputs.mask, inputs.bias)
+    tile = tiles.backward_tiles(AttentionSpec(1.0), head_size, pair_bytes=pair_bytes)
+    assert max(tile.shared_bytes(head_size, pair_bytes)) <= tiles.SHARED_MEMORY_BYTES
 
 
 @pytest.mark.parametrize("head_size", [192, 256])
@@ -196,7 +218,7 @@ def test_tiles_fit_shared_memory(head_size):
     tile = tiles.backward_tiles(AttentionSpec(1.0), head_size)
     assert isinstance(tile, WideTiles)
     assert max(tile.shared_bytes(head_size)) <= tiles.SHARED_MEMORY_BYTES
-    more = WideTiles(stages=4, key_stages=5)
+    more = WideTiles(stages=5, key_stages=6)
     assert min(more.shared_bytes(head_size)) > tiles.SHARED_MEMORY_BYTES
 
 
