@@ -14,6 +14,7 @@ Scalar = int | jax.Array
 
 # Shared memory that one block of a Hopper GPU can own, less room for barriers.
 SHARED_MEMORY_BYTES = 227 * 1024 - 1024
+SHARED_MEMORY_ALIGNMENT = 1024  # of each array in it
 WARPGROUP_ROWS = 64
 COMPUTE_WARPGROUPS = 2
 # Past this the accumulators of dK and dV, 64 keys each, do not fit the registers of a warpgroup.
@@ -122,19 +123,27 @@ class WideTiles:
     pair_stages: int = 2
     key_stages: int = 3
 
-    def shared_bytes(self, head_size: int, pair_bytes: int = 0) -> tuple[int, int]:
-        """Shared memory of one program of each kernel; `pair_bytes`: as `ForwardTiles`."""
+    def shared_bytes(self, head_size: int, pair_bytes: int | None = None) -> tuple[int, int]:
+        """Shared memory of one program of each kernel.
+
+        `pair_bytes`: of mask and bias, as `ForwardTiles`, None without them. Keys are the rows
+        here: what is the same for each key, another 4 bytes a column, may count as none there.
+        """
         rows = WARPGROUP_ROWS * head_size * 2
-        pairs = WARPGROUP_ROWS * WARPGROUP_ROWS * 2
-        numbers = WARPGROUP_ROWS * 4
-        both = COMPUTE_WARPGROUPS
-        streamed = self.stages * (rows + 2 * numbers) + self.cotangent_stages * rows
-        # A program has half the rows for which `pair_bytes` counts.
-        arrays = self.pair_stages * WARPGROUP_ROWS * pair_bytes // 2
-        barriers = 8 * (5 + 2 * (self.stages + self.cotangent_stages + self.pair_stages))
+        pairs = COMPUTE_WARPGROUPS * WARPGROUP_ROWS * WARPGROUP_ROWS * 2
+
+        def whole(size: int) -> int:
+            return -(-size // SHARED_MEMORY_ALIGNMENT) * SHARED_MEMORY_ALIGNMENT
+
+        streamed = (self.stages + self.cotangent_stages) * rows
+        numbers = 2 * whole(self.stages * WARPGROUP_ROWS * 4)
+        arrays = 0
+        if pair_bytes is not None:  # of half the rows for which they count
+            columns = self.pair_stages * WARPGROUP_ROWS
+            arrays = whole(columns * (pair_bytes // 2 + 2 * 4)) + SHARED_MEMORY_ALIGNMENT
         return (
-            2 * rows + streamed + 2 * both * pairs + arrays + barriers,
-            both * rows + self.key_stages * (rows + both * pairs),
+            2 * rows + streamed + numbers + 2 * pairs + arrays,
+            COMPUTE_WARPGROUPS * rows + self.key_stages * (rows + pairs),
         )
 
 
@@ -152,7 +161,7 @@ def backward_tiles(
             WideTiles(cotangent_stages=1),
             WideTiles(cotangent_stages=1, pair_stages=1),
         ):
-            if max(wide.shared_bytes(head_size, pair_bytes or 0)) <= SHARED_MEMORY_BYTES:
+            if max(wide.shared_bytes(head_size, pair_bytes)) <= SHARED_MEMORY_BYTES:
                 return wide
         raise ValueError(f"head_size={head_size}: no tile of the backward kernels fits")
     is_dense = right_reach(spec) is None and left_reach(spec) is None
