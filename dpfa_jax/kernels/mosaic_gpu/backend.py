@@ -24,12 +24,14 @@ from dpfa_jax.kernels.mosaic_gpu.bias_gradient import bias_gradient
 from dpfa_jax.kernels.mosaic_gpu.forward import ForwardArrays, ForwardResults, attention_forward
 from dpfa_jax.kernels.mosaic_gpu.pair_calls import in_pieces, pairs_of, summing_vmap
 from dpfa_jax.kernels.mosaic_gpu.pairs import bytes_per_column
-from dpfa_jax.kernels.mosaic_gpu.tiles import backward_tiles, forward_tiles
+from dpfa_jax.kernels.mosaic_gpu.tiles import (
+    MAX_HEAD_SIZE_ONE_WARPGROUP,
+    backward_tiles,
+    forward_tiles,
+)
 from dpfa_jax.kernels.public_maximum import has_public_maximum
 
 MAX_HEAD_SIZE = 256
-# Past this the accumulators of dK and dV do not fit the registers of a warpgroup.
-MAX_HEAD_SIZE_BACKWARD = 128
 MAX_BATCH = 65535
 # Dimensions of the forward kernel's operands, as `by_batch_and_heads` reads them; "pair": by shape.
 FORWARD_AXES = ForwardArrays(
@@ -219,11 +221,7 @@ class MosaicGpuBackend:
         cotangent: Float[Array, "B T N H"],
         lse_cotangent: Float[Array, "B T N"] | None,
     ) -> AttentionGradients:
-        """Gradients of plain attention; above head size 128 through the blocked backend."""
-        if inputs.query.shape[3] > MAX_HEAD_SIZE_BACKWARD:
-            from dpfa_jax.kernels.blocked import BACKEND as BLOCKED
-
-            return BLOCKED.backward(spec, inputs, outputs, cotangent, lse_cotangent)
+        """Gradients of plain attention; above head size 128 a bias has its by the blocked one."""
         assert outputs.lse is not None
         answer = outputs.output if outputs.unclipped is None else outputs.unclipped
         rows = (inputs.query, cotangent)
@@ -275,6 +273,11 @@ class MosaicGpuBackend:
         d_bias = None
         if inputs.bias is not None and inputs.bias.shape[3] == 1:
             d_bias = _of_rows(inputs.bias, outputs.lse, lse_cotangent)
+        elif inputs.bias is not None and query.shape[3] > MAX_HEAD_SIZE_ONE_WARPGROUP:
+            from dpfa_jax.kernels.blocked import BACKEND as BLOCKED
+
+            # XLA drops it where nobody reads the gradient, as the call below.
+            d_bias = BLOCKED.backward(spec, inputs, outputs, cotangent, lse_cotangent).bias
         elif inputs.bias is not None:
             # A call of its own: XLA drops it where nobody reads the gradient.
             run_bias = in_pieces(run_bias, axes, ["pair"], key.shape[2])

@@ -29,6 +29,7 @@ from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     run_steps,
     weights_of,
 )
+from dpfa_jax.kernels.mosaic_gpu.backward_wide import wide_backward
 from dpfa_jax.kernels.mosaic_gpu.layouts import (
     COLUMN,
     LOG2_E,
@@ -37,7 +38,12 @@ from dpfa_jax.kernels.mosaic_gpu.layouts import (
     tiled_shared,
     visible,
 )
-from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, BackwardTiles, FusedTiles
+from dpfa_jax.kernels.mosaic_gpu.tiles import (
+    COMPUTE_WARPGROUPS,
+    BackwardTiles,
+    FusedTiles,
+    WideTiles,
+)
 
 ROW_MULTIPLE = 128  # rows of lse and delta are padded to whole tiles of every kernel
 
@@ -333,7 +339,7 @@ def attention_backward(
     lse: jax.Array,
     delta: jax.Array,
     key_lengths: jax.Array | None,
-    tile: BackwardTiles | FusedTiles,
+    tile: BackwardTiles | FusedTiles | WideTiles,
     *,
     mask: jax.Array | None = None,
     bias: jax.Array | None = None,
@@ -343,7 +349,7 @@ def attention_backward(
 
     Args:
       spec: the forward's.
-      query, cotangent: (B, T, N, H), bfloat16 or float16, H <= 128.
+      query, cotangent: (B, T, N, H), bfloat16 or float16; H <= 128, or <= 256 with `WideTiles`.
       key, value: (B, S, K, H); what lies past a key length must be finite.
       lse: (B, N, T) float32, natural; -inf for rows that see no key.
       delta: (B, N, T) float32, row sums of output times cotangent less the cotangent of lse.
@@ -368,6 +374,10 @@ def attention_backward(
     if isinstance(tile, FusedTiles):
         assert mask is None and bias is None
         dq, dk, dv = fused_backward(spec, arrays, tile, keys=keys, interpret=interpret)
+    elif isinstance(tile, WideTiles):
+        dq, dk, dv = wide_backward(
+            spec, arrays, tile, keys=keys, mask=mask, bias=bias, interpret=interpret
+        )
     else:
         dq, dk, dv = _two_kernels(
             spec, arrays, tile, rows=q_shape[1], keys=keys, mask=mask, bias=bias,

@@ -21,8 +21,11 @@ class BackwardArrays(NamedTuple):
 
     `lse2`: (B, N, rows) float32, log-sum-exp in base 2, +inf where a row sees no key or is padding.
     `delta`: (B, N, rows) float32, row sums of output times cotangent less the cotangent of lse.
-    `dq_sum`: mutable float32 like query, zeros, to which the fused kernel adds.
+    `dq_sum`: mutable float32 like query, zeros, to which the fused kernel adds. Beside it
+    `dk_sum`, `dv_sum`: mutable gradients that several launches of the wide kernels fill.
     `mask`, `bias`: as `pairs.arranged` for each kernel.
+    `chunk`: (3,) int32, first batch row, key head and key block of a launch; None: all zero.
+    `logit_gradients`: (b, n, s, rows) of the launch's share, keys first.
     """
 
     query: Any
@@ -35,6 +38,10 @@ class BackwardArrays(NamedTuple):
     dq_sum: Any = None
     mask: Any = None
     bias: Any = None
+    dk_sum: Any = None
+    dv_sum: Any = None
+    chunk: Any = None
+    logit_gradients: Any = None
 
 
 def key_length_of(arrays: BackwardArrays, batch: Any, keys: int) -> Any:
@@ -162,21 +169,38 @@ def load_queries(
     block: Any,
     rows: int,
     load_pairs: Callable[[], None] = lambda: None,
+    *,
+    parts: int = 1,
+    cotangents: Ring | None = None,
 ) -> None:
-    """Producer: the `block`-th tile of queries, with what belongs to its rows, into slot `done`."""
-    slot = ring.slot(done)
-    begin = pl.ds(block * rows, rows)
+    """Producer: the `block`-th tile of queries, with what belongs to its rows, into slot `done`.
 
-    def load(name, source, barrier):
-        plgpu.copy_gmem_to_smem(source, shared[name].at[slot], barriers[barrier].at[slot])
+    With `parts`, columns lie in so many parts, which are the first axis of a slot. `cotangents`:
+    their ring where it has another number of slots.
+    """
+    cotangents = cotangents or ring
+    begin = pl.ds(block * rows, rows)
+    slot = ring.slot(done)
+
+    def load(source, target, name, slot):
+        plgpu.copy_gmem_to_smem(source, target, barriers[name].at[slot])
+
+    def load_rows(name, array, slot):
+        source, target = array.at[batch, begin, head], shared[name].at[slot]
+        if parts == 1:
+            load(source, target, name, slot)
+            return
+        size = array.shape[3] // parts
+        for part in range(parts):
+            load(source.at[:, pl.ds(part * size, size)], target.at[part], name, slot)
 
     ring.await_free("query", done)
-    load("query", arrays.query.at[batch, begin, head], "query")
-    load("lse2", arrays.lse2.at[batch, head, begin], "query")
-    load("delta", arrays.delta.at[batch, head, begin], "query")
+    load_rows("query", arrays.query, slot)
+    load(arrays.lse2.at[batch, head, begin], shared["lse2"].at[slot], "query", slot)
+    load(arrays.delta.at[batch, head, begin], shared["delta"].at[slot], "query", slot)
     load_pairs()
-    ring.await_free("cotangent", done)
-    load("cotangent", arrays.cotangent.at[batch, begin, head], "cotangent")
+    cotangents.await_free("cotangent", done)
+    load_rows("cotangent", arrays.cotangent, cotangents.slot(done))
 
 
 def launch(
@@ -192,17 +216,20 @@ def launch(
     *,
     pairs: PairArrays | None = None,
     step: int = 0,
+    pair_stages: int | None = None,
+    column_parts: int = 1,
     **static,
 ):
     """Runs `body(arrays, *outputs, shared, barriers, simulate=..., **static)` on each program.
 
     With `pairs`, streamed in steps of `step` columns, the body's next argument is their reader, or
-    None where there are none.
+    None where there are none. `pair_stages`: slots of its ring, None: as many as of the tiles.
+    `column_parts`: as `PairReader`.
     """
     if pairs is not None:
-        stages = static["tile"].stages
+        stages = pair_stages or static["tile"].stages
         arrays = arrays._replace(mask=pairs.mask, bias=pairs.bias)
-        pair_shared, pair_barriers = pair_tiles.scratch(pairs, stages, step)
+        pair_shared, pair_barriers = pair_tiles.scratch(pairs, stages, step, column_parts)
         shared, barriers = shared | pair_shared, barriers | pair_barriers
         if pair_tiles.is_shared_by_batch(pairs):
             grid, names = grid[::-1], names[::-1]
@@ -218,7 +245,7 @@ def launch(
             if pairs.is_there:
                 shown = pairs._replace(mask=in_refs.mask, bias=in_refs.bias)
                 shared_refs, barrier_refs = rest[outputs:]
-                reader = PairReader(shown, shared_refs, barrier_refs, stages, step)
+                reader = PairReader(shown, shared_refs, barrier_refs, stages, step, column_parts)
             rest.append(reader)
         body(in_refs, *rest, simulate=interpret is not None, **static)
 

@@ -17,10 +17,14 @@ ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
-def tiled_shared(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory laid out for the tensor cores."""
+def tiled_shared(shape: tuple[int, ...], dtype: Any, *, swizzle: int | None = None) -> Any:
+    """Shared memory laid out for the tensor cores.
+
+    `swizzle`: bytes of a tile's rows, None: as many as fit. Both operands of a product have the
+    same, and what is contracted is a multiple of it.
+    """
     itemsize = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(shape[-1] * itemsize * 8)
+    swizzle = swizzle or plgpu.find_swizzle(shape[-1] * itemsize * 8)
     transforms = (
         plgpu.TilingTransform((8, swizzle // itemsize)),  # type: ignore[abstract]
         plgpu.SwizzleTransform(swizzle),  # type: ignore[abstract]

@@ -153,20 +153,23 @@ def is_shared_by_batch(pairs: PairArrays) -> bool:
     return pairs.bias_form is Form.TILES and pairs.bias.shape[0] == 1
 
 
-def scratch(pairs: PairArrays, stages: int, columns: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Shared memory and barriers of the ring; `columns`: of one step."""
+def scratch(
+    pairs: PairArrays, stages: int, columns: int, column_parts: int = 1
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Shared memory and barriers of the ring; `columns`, `column_parts`: as `PairReader`."""
     copies = _copies(pairs)
     if not copies:
         return {}, {}
     shared = {}
     line = plgpu.SMEM((stages, columns), jnp.float32)
     if pairs.mask_form is Form.BITS:
-        words = (stages, columns // WORD, COMPUTE_WARPGROUPS, WARPGROUP_ROWS)
+        groups = COMPUTE_WARPGROUPS // column_parts
+        words = (stages, columns // WORD, groups, WARPGROUP_ROWS)
         shared["mask"] = plgpu.SMEM(words, jnp.uint32)
     elif pairs.mask_form is Form.COLUMNS:
         shared["mask"] = line
     if pairs.bias_form is Form.TILES:
-        shape = (stages * COMPUTE_WARPGROUPS, WARPGROUP_ROWS, columns)
+        shape = (stages * COMPUTE_WARPGROUPS, WARPGROUP_ROWS, columns // column_parts)
         shared["bias"] = tiled_shared(shape, pairs.bias.dtype)
     elif pairs.bias_form is Form.COLUMNS:
         shared["bias"] = line
@@ -190,6 +193,8 @@ class PairReader:
       shared, barriers: the kernel's, with those of `scratch` among them.
       stages: slots of the ring.
       columns: of one step.
+      column_parts: 1: each warpgroup has 64 rows of its own and all columns of a step. 2: the two
+        have the same 64 rows, and each a half of the columns.
     """
 
     pairs: PairArrays
@@ -197,6 +202,17 @@ class PairReader:
     barriers: dict[str, Any]
     stages: int
     columns: int
+    column_parts: int = 1
+
+    @property
+    def _groups(self) -> int:
+        """Groups of 64 rows that a program owns."""
+        return COMPUTE_WARPGROUPS // self.column_parts
+
+    @property
+    def _width(self) -> int:
+        """Columns of a step that one warpgroup reads."""
+        return self.columns // self.column_parts
 
     def _slot(self, count: Scalar) -> jax.Array:
         return lax.rem(jnp.int32(count), jnp.int32(self.stages))
@@ -204,7 +220,7 @@ class PairReader:
     def load(self, count: Scalar, batch: Scalar, head: Scalar, block: Scalar, step: Scalar) -> None:
         """The producer's part of a step: `count` steps came before it in the program.
 
-        `block`: which 128 rows; `step`: which columns.
+        `block`: which rows, in units of a program's; `step`: which columns.
         """
         if not _copies(self.pairs):
             return
@@ -222,16 +238,18 @@ class PairReader:
         if self.pairs.mask_form is Form.BITS:
             count_words = self.columns // WORD
             words = pl.ds(step * count_words, count_words)
-            rows = pl.ds(block * COMPUTE_WARPGROUPS, COMPUTE_WARPGROUPS)
+            rows = pl.ds(block * self._groups, self._groups)
             copy(mask.at[(*place(mask, batch, head), words, rows)], self.shared["mask"].at[slot])
         elif self.pairs.mask_form is Form.COLUMNS:
             copy(mask.at[(*place(mask, batch, head), columns)], self.shared["mask"].at[slot])
         if self.pairs.bias_form is Form.TILES:
-            for part in range(COMPUTE_WARPGROUPS):
-                rows = pl.ds(block * PROGRAM_ROWS + part * WARPGROUP_ROWS, WARPGROUP_ROWS)
+            for piece in range(COMPUTE_WARPGROUPS):
+                group, part = divmod(piece, self.column_parts)
+                rows = pl.ds((block * self._groups + group) * WARPGROUP_ROWS, WARPGROUP_ROWS)
+                columns = pl.ds(step * self.columns + part * self._width, self._width)
                 copy(
                     bias.at[(*place(bias, batch, head), rows, columns)],
-                    self.shared["bias"].at[slot * COMPUTE_WARPGROUPS + part],
+                    self.shared["bias"].at[slot * COMPUTE_WARPGROUPS + piece],
                 )
         elif self.pairs.bias_form is Form.COLUMNS:
             copy(bias.at[(*place(bias, batch, head), columns)], self.shared["bias"].at[slot])
@@ -261,8 +279,16 @@ class PairReader:
         self, count: Scalar, warpgroup: Scalar, fixed: Fixed
     ) -> tuple[jax.Array | None, jax.Array | None]:
         """(which pairs the mask shows, bias in float32) of one warpgroup's part of a step."""
-        shape = (WARPGROUP_ROWS, self.columns)
+        shape = (WARPGROUP_ROWS, self._width)
+        group, part = (warpgroup, 0) if self.column_parts == 1 else (0, warpgroup)
         slot = self._slot(count)
+
+        def of_columns(lines: Any) -> jax.Array:
+            line = lines.at[slot]
+            if self.column_parts > 1:
+                line = line.at[pl.ds(part * self._width, self._width)]
+            return lax.broadcast_in_dim(plgpu.load(line, layout=COLUMN), shape, [1])
+
         if _copies(self.pairs):
             plgpu.barrier_wait(self.barriers["pairs"].at[slot])
         seen, bias = fixed
@@ -271,20 +297,21 @@ class PairReader:
         if bias is not None:
             bias = lax.broadcast_in_dim(bias, shape, [0])
         if self.pairs.mask_form is Form.BITS:
+            count_words = self._width // WORD
             words = [
-                plgpu.load(self.shared["mask"].at[slot, word, warpgroup], layout=ROW)
-                for word in range(self.columns // WORD)
+                plgpu.load(
+                    self.shared["mask"].at[slot, part * count_words + word, group], layout=ROW
+                )
+                for word in range(count_words)
             ]
             seen = _unpacked(words, shape)
         elif self.pairs.mask_form is Form.COLUMNS:
-            line = plgpu.load(self.shared["mask"].at[slot], layout=COLUMN)
-            seen = lax.broadcast_in_dim(line, shape, [1]) > 0.5
+            seen = of_columns(self.shared["mask"]) > 0.5
         if self.pairs.bias_form is Form.TILES:
             tile = self.shared["bias"].at[slot * COMPUTE_WARPGROUPS + warpgroup]
             bias = plgpu.load(tile, layout=WGMMA).astype(jnp.float32)
         elif self.pairs.bias_form is Form.COLUMNS:
-            line = plgpu.load(self.shared["bias"].at[slot], layout=COLUMN)
-            bias = lax.broadcast_in_dim(line, shape, [1])
+            bias = of_columns(self.shared["bias"])
         return seen, bias
 
     def free(self, count: Scalar) -> None:

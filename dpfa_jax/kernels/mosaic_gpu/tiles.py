@@ -14,8 +14,11 @@ Scalar = int | jax.Array
 
 # Shared memory that one block of a Hopper GPU can own, less room for barriers.
 SHARED_MEMORY_BYTES = 227 * 1024 - 1024
+SHARED_MEMORY_ALIGNMENT = 1024  # of each array in it
 WARPGROUP_ROWS = 64
 COMPUTE_WARPGROUPS = 2
+# Past this the accumulators of dK and dV, 64 keys each, do not fit the registers of a warpgroup.
+MAX_HEAD_SIZE_ONE_WARPGROUP = 128
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,20 +117,70 @@ class FusedTiles:
     heads: int = 16
 
 
+@dataclasses.dataclass(frozen=True)
+class WideTiles:
+    """Of the two kernels above head size 128; their tiles are 64 by 64.
+
+    Attributes:
+      stages: tiles of queries in flight.
+      cotangent_stages: tiles of cotangents in flight.
+      pair_stages: tiles of mask and bias in flight.
+      key_stages: tiles of keys and logit gradients in flight, in the kernel of dQ.
+    """
+
+    stages: int = 2
+    cotangent_stages: int = 2
+    pair_stages: int = 2
+    key_stages: int = 3
+
+    def shared_bytes(self, head_size: int, pair_bytes: int | None = None) -> tuple[int, int]:
+        """Shared memory of one program of each kernel.
+
+        `pair_bytes`: of mask and bias, as `ForwardTiles`, None without them. Keys are the rows
+        here: what is the same for each key, another 4 bytes a column, may count as none there.
+        """
+        rows = WARPGROUP_ROWS * head_size * 2
+        pairs = COMPUTE_WARPGROUPS * WARPGROUP_ROWS * WARPGROUP_ROWS * 2
+
+        def whole(size: int) -> int:
+            return -(-size // SHARED_MEMORY_ALIGNMENT) * SHARED_MEMORY_ALIGNMENT
+
+        streamed = (self.stages + self.cotangent_stages) * rows
+        numbers = 2 * whole(self.stages * WARPGROUP_ROWS * 4)
+        arrays = 0
+        if pair_bytes is not None:  # of half the rows for which they count
+            columns = self.pair_stages * WARPGROUP_ROWS
+            arrays = whole(columns * (pair_bytes // 2 + 2 * 4)) + SHARED_MEMORY_ALIGNMENT
+        return (
+            2 * rows + streamed + numbers + 2 * pairs + arrays,
+            COMPUTE_WARPGROUPS * rows + self.key_stages * (rows + pairs),
+        )
+
+
 def backward_tiles(
     spec: AttentionSpec, head_size: int, *, pair_bytes: int | None = None
-) -> BackwardTiles | FusedTiles:
-    """Tiles for a padded head size of at most 128, as measured on an H100 80GB.
+) -> BackwardTiles | FusedTiles | WideTiles:
+    """Tiles for a padded head size, as measured on an H100 80GB.
 
     `pair_bytes`: as `forward_tiles`.
     """
+    if head_size > MAX_HEAD_SIZE_ONE_WARPGROUP:
+        for wide in (
+            WideTiles(stages=3, cotangent_stages=3, key_stages=4),
+            WideTiles(),
+            WideTiles(cotangent_stages=1),
+            WideTiles(cotangent_stages=1, pair_stages=1),
+        ):
+            if max(wide.shared_bytes(head_size, pair_bytes)) <= SHARED_MEMORY_BYTES:
+                return wide
+        raise ValueError(f"head_size={head_size}: no tile of the backward kernels fits")
     is_dense = right_reach(spec) is None and left_reach(spec) is None
     if not spec.deterministic and pair_bytes is None and (head_size == 64 or is_dense):
         return FusedTiles()
-    wide = BackwardTiles(block_kv_dq=128)
-    rows = COMPUTE_WARPGROUPS * wide.block_q_dq + wide.stages * wide.block_kv_dq
-    bytes_used = rows * head_size * 4 + wide.stages * wide.block_kv_dq * (pair_bytes or 0)
-    return wide if head_size == 64 and bytes_used <= SHARED_MEMORY_BYTES else BackwardTiles()
+    longer = BackwardTiles(block_kv_dq=128)
+    rows = COMPUTE_WARPGROUPS * longer.block_q_dq + longer.stages * longer.block_kv_dq
+    bytes_used = rows * head_size * 4 + longer.stages * longer.block_kv_dq * (pair_bytes or 0)
+    return longer if head_size == 64 and bytes_used <= SHARED_MEMORY_BYTES else BackwardTiles()
 
 
 def loop(begin: Scalar, end: Scalar, body: Callable[..., Any], carry: Any) -> Any:

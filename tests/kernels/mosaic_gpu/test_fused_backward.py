@@ -2,16 +2,13 @@
 
 import dataclasses
 import functools
-import os
-import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import attention_oracle as oracle
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from helpers import backward_simulation
 from jax.sharding import Mesh, PartitionSpec
 
 from dpfa_jax.attention import core
@@ -32,69 +29,14 @@ CASES = {
 }
 
 
-def draw(*shape, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).standard_normal(shape), jnp.bfloat16)
-
-
-def gradients_and_expected(case, tile, hurt=lambda x: x):
-    """(dq, dk, dv) of the kernels in the simulator, and in float64."""
-    (batch, rows, keys, heads, kv_heads, size), options = CASES[case]
-    options = dict(options)
-    key_lengths = options.pop("key_lengths", None)
-    spec = AttentionSpec(0.2, **options)
-    query, cotangent = (draw(batch, rows, heads, size, seed=n) for n in (1, 2))
-    key, value = (draw(batch, keys, kv_heads, size, seed=n) for n in (3, 4))
-    hiding = {"is_causal": spec.is_causal, "window": spec.local_window, "key_lengths": key_lengths}
-    output, *expected, _ = oracle.attention(
-        *(query, key, value, cotangent), scale=0.2, soft_cap=spec.logits_soft_cap, **hiding
-    )
-    q, k = (np.asarray(x, np.float64) for x in (query, np.repeat(key, heads // kv_heads, 2)))
-    logits = 0.2 * np.einsum("btnh,bsnh->bnts", q, k)
-    if spec.logits_soft_cap is not None:
-        logits = spec.logits_soft_cap * np.tanh(logits / spec.logits_soft_cap)
-    seen = oracle.visibility(logits.shape, **hiding)
-    with np.errstate(divide="ignore"):
-        lse = np.log(np.sum(np.exp(logits) * seen, -1))
-    delta = np.einsum("btnh,btnh->bnt", output, np.asarray(cotangent, np.float64))
-    gradients = attention_backward(
-        *(spec, query, key, value, hurt(cotangent)),
-        jnp.asarray(lse, jnp.float32),
-        jnp.asarray(delta, jnp.float32),
-        None if key_lengths is None else jnp.asarray(key_lengths, jnp.int32),
-        tile,
-        interpret=plgpu.InterpretGPUParams(),
-    )
-    return gradients, expected
-
-
-def relative(x, y):
-    return np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y)
-
-
 def errors(case, hurt=False):
     """Relative errors of dq, dk, dv; `hurt`: one row of cotangents is lost."""
     change = (lambda x: x.at[0, 130, 1].set(0)) if hurt else (lambda x: x)
-    gradients, expected = gradients_and_expected(case, FusedTiles(heads=2), change)
-    assert all(x.shape == y.shape for x, y in zip(gradients, expected, strict=True))
-    return [relative(x, y) for x, y in zip(gradients, expected, strict=True)]
+    return backward_simulation.errors(*CASES[case], FusedTiles(heads=2), change)
 
 
 def simulated_errors(*arguments):
-    """`errors` in a process whose CPU client has a thread for each simulated warpgroup.
-
-    Fewer threads than barriers that are waited on at once never come back.
-    """
-    flags = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, __file__, *arguments],
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [float(x) for x in done.stdout.split()]
+    return backward_simulation.in_a_process(__file__, *arguments)
 
 
 QUICK = "causal, ragged, GQA"
