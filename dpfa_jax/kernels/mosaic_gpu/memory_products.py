@@ -34,8 +34,9 @@ def begin_block(
     """
     if simulate:
         return _product(e, values[...])
+    is_fresh = over is None
     if over is None:
-        over, never = _zeros((e.shape[0], PART)), jnp.int32(0)
+        over = _zeros((e.shape[0], PART))
     transforms = (plgpu.TilingTransform((8, PART)), plgpu.SwizzleTransform(_SWIZZLE))
 
     @plgpu.inline_mgpu(
@@ -52,7 +53,8 @@ def begin_block(
         )
         each = PART // _DEPTH
         offsets = [i // each * group + i % each * stride for i in range(e.shape[1] // _DEPTH)]
-        return _issue(e, base, offsets, over, never.registers.item(), PART, True)
+        adds = None if is_fresh else never.registers.item()
+        return _issue(e, base, offsets, over, adds, PART, True)
 
     return begin(e, values, over, never)
 
@@ -123,7 +125,7 @@ def _i32() -> Any:
 def _issue(
     e: Any, base: Any, offsets: list[int], over: Any, never: Any, columns: int, transposed: bool
 ) -> Any:
-    """Products of 16 keys each; the first adds to `over` if `never` is true. Commits the group."""
+    """Products of 16 keys each; only if `never` (None: no) does the first one add to `over`."""
     f32, i64 = ir.F32Type.get(), ir.IntegerType.get_signless(64)
     kind = str(e.mlir_dtype)
     over = mgpu.fragmented_array.optimization_barrier(over)
@@ -133,22 +135,28 @@ def _issue(
     count = len(acc)
     place = ",".join(f"${i}" for i in range(count))
     left = ",".join(f"${2 * count + i}" for i in range(4))
-    code = (
-        f"{{ .reg .pred p; setp.ne.b32 p, ${2 * count + 5}, 0; "
+    product = (
         f"wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.{kind}.{kind} "
-        f"{{{place}}}, {{{left}}}, ${2 * count + 4}, p, 1, 1, {int(transposed)}; }}"
+        f"{{{place}}}, {{{left}}}, ${2 * count + 4}, p, 1, 1, {int(transposed)};"
     )
-    constraints = ",".join(["=f"] * count + [str(i) for i in range(count)] + ["r"] * 4 + ["l", "r"])
-    always = llvm.ConstantOp(_i32(), ir.IntegerAttr.get(_i32(), 1)).result
+    constraints = ["=f"] * count + [str(i) for i in range(count)] + ["r"] * 4 + ["l"]
     result = llvm.StructType.get_literal([f32] * count)
     for i, offset in enumerate(offsets):
         step = llvm.ConstantOp(i64, ir.IntegerAttr.get(i64, mma_utils.encode_addr(offset))).result
         there = llvm.add(base, step, overflow_flags=llvm.IntegerOverflowFlags.none)
+        # Known ones as literals: ptxas may take a 0 in a register for any number.
+        if i:
+            adds = "0, 1"
+        elif never is None:
+            adds = "0, 0"
+        else:
+            adds = f"${2 * count + 5}, 0"
+        asked = [never] if i == 0 and never is not None else []
         done = llvm.inline_asm(
             result,
-            [*acc, *pairs[4 * i : 4 * i + 4], there, always if i else never],
-            code,
-            constraints,
+            [*acc, *pairs[4 * i : 4 * i + 4], there, *asked],
+            f"{{ .reg .pred p; setp.ne.b32 p, {adds}; {product} }}",
+            ",".join([*constraints, *["r"] * len(asked)]),
             has_side_effects=True,
         )
         acc = [llvm.extractvalue(f32, done, [j]) for j in range(count)]
