@@ -17,15 +17,19 @@ ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
-def tiled_shared(shape: tuple[int, ...], dtype: Any) -> Any:
-    """Shared memory laid out for the tensor cores."""
+def tile_transforms(columns: int, dtype: Any) -> tuple[Any, ...]:
+    """How rows of so many numbers lie in shared memory for the tensor cores."""
     itemsize = jnp.dtype(dtype).itemsize
-    swizzle = plgpu.find_swizzle(shape[-1] * itemsize * 8)
-    transforms = (
+    swizzle = plgpu.find_swizzle(columns * itemsize * 8)
+    return (
         plgpu.TilingTransform((8, swizzle // itemsize)),  # type: ignore[abstract]
         plgpu.SwizzleTransform(swizzle),  # type: ignore[abstract]
     )
-    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def tiled_shared(shape: tuple[int, ...], dtype: Any) -> Any:
+    """Shared memory laid out for the tensor cores."""
+    return plgpu.SMEM(shape, dtype, transforms=tile_transforms(shape[-1], dtype))
 
 
 def pad_sequence(x: jax.Array) -> jax.Array:

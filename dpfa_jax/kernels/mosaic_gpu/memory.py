@@ -1,8 +1,10 @@
 """Memory readout, sum form: (N, Z) under a public maximum on Hopper, noised, snapped and divided.
 
 The schedule is the forward kernel's. There is no running maximum: a step of `SUM_BLOCK` keys makes
-the weights e = min(round(exp(s - B)), 1), their products with the values start at zero, and the
+the weights e = round(min(exp(s - B), 1)), their products with the values start at zero, and the
 finished block is rounded once to a whole multiple of a public unit and added to a 32-bit integer.
+Sums, logits, weights and half a block fit the registers: the other half of the columns is begun
+behind the next logits, when the first half is summed.
 Integers add exactly in any order, so replacing one key changes its own block's number and no other:
 `memory_numbers` has the bound. Hidden keys have zero value rows and weight no normaliser either.
 """
@@ -109,11 +111,11 @@ def _body(
         plgpu.copy_gmem_to_smem(
             arrays.query.at[batch, rows, head], q_shared, barriers["query"].at[warpgroup]
         )
-        numerator = tuple(
+        numerator: Any = tuple(  # columns by the part
             plgpu.layout_cast(jnp.zeros((block_q, PART), jnp.int32), WGMMA)
             for _ in range(head_size // PART)
         )
-        normaliser = plgpu.layout_cast(jnp.zeros((block_q, 8), jnp.int32), WGMMA)
+        normaliser: Any = plgpu.layout_cast(jnp.zeros((block_q, 8), jnp.int32), WGMMA)
         plgpu.barrier_wait(barriers["query"].at[warpgroup])
         pl.when(warpgroup == 1)(take_turns)
 

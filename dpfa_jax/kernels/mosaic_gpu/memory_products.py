@@ -12,7 +12,7 @@ from jax.experimental.mosaic.gpu import mma_utils
 from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, llvm, nvvm, vector
 
-from dpfa_jax.kernels.mosaic_gpu.layouts import WGMMA
+from dpfa_jax.kernels.mosaic_gpu.layouts import WGMMA, tile_transforms
 
 PART = 64
 _DEPTH = 16
@@ -37,7 +37,7 @@ def begin_block(
     is_fresh = over is None
     if over is None:
         over = _zeros((e.shape[0], PART))
-    transforms = (plgpu.TilingTransform((8, PART)), plgpu.SwizzleTransform(_SWIZZLE))
+    transforms = tile_transforms(PART, e.dtype)
 
     @plgpu.inline_mgpu(
         arg_types=(WGMMA, plgpu.RefType(transforms), WGMMA, plgpu.Layout.WG_SPLAT),
@@ -164,9 +164,9 @@ def _issue(
     llvm.inline_asm(void, [], "wgmma.commit_group.sync.aligned;", "", has_side_effects=True)
     registers = np.empty(over.registers.shape, dtype=object)
     two = ir.VectorType.get((2,), f32)
-    for place, j in zip(np.ndindex(registers.shape), range(0, count, 2), strict=True):
+    for index, j in zip(np.ndindex(registers.shape), range(0, count, 2), strict=True):
         pair = llvm.mlir_undef(two)
         for k in range(2):
             pair = vector.insert(acc[j + k], pair, [], [k])
-        registers[place] = pair
+        registers[index] = pair
     return mgpu.FragmentedArray(_registers=registers, _layout=over.layout, _is_signed=None)
