@@ -1,7 +1,10 @@
 """Clip rows (query, key, value, one head's output) so that the STORED values keep the norm."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from dpfa_jax.core import ArgumentError, checks
@@ -23,16 +26,12 @@ def clip_rows(x: Float[Array, "... D"], l2_clip_norm: float) -> Float32[Array, "
     limit = float(l2_clip_norm) * (1.0 - (x.shape[-1] + 16) * 2.0**-24)
 
     x = x.astype(jnp.float32)
-    x = jnp.where(jnp.all(jnp.isfinite(x), axis=-1, keepdims=True), x, 0.0)
-    # Scaled by a power of two that brings the largest entry near 1, squares neither overflow nor
-    # vanish. Neither the result nor its derivative depends on the scale.
-    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), axis=-1, keepdims=True, initial=0.0)
-    scale = _reciprocal_power_of_two(largest)
-    scaled = x * scale
-    squares = jnp.sum(scaled * scaled, axis=-1, keepdims=True)
+    squares, scale, is_finite = _squares(x)
+    # Here, and not after the quotient: it has no derivative where a row is not finite.
+    x, squares = jnp.where(is_finite, x, 0.0), jnp.where(is_finite, squares, 0.0)
     length = jnp.sqrt(jnp.where(squares > 0.0, squares, 1.0))
     keeps = (squares == 0.0) | (length <= limit * scale)
-    return jnp.where(keeps, x, scaled * (limit / length))
+    return jnp.where(keeps, x, x * scale * (limit / length))
 
 
 def clip_rows_stored(x: Float[Array, "... D"], l2_clip_norm: float) -> Float[Array, "... D"]:
@@ -48,11 +47,44 @@ def clip_rows_stored(x: Float[Array, "... D"], l2_clip_norm: float) -> Float[Arr
     return _toward_zero(clip_rows(x, l2_clip_norm), x.dtype)
 
 
-def _reciprocal_power_of_two(x: Float32[Array, "..."]) -> Float32[Array, "..."]:
-    """2^-k, exact, with x 2^-k in [1, 4) for every normal x > 0. A division might underflow."""
-    bits = jax.lax.bitcast_convert_type(x, jnp.int32)
-    exponent = jnp.clip(jnp.right_shift(bits, 23), 1, 253)
-    return jax.lax.bitcast_convert_type(jnp.left_shift(254 - exponent, 23), jnp.float32)
+# Of a row whose largest entry is in [2^(k - 35), 2^(k + 35)) for one of these k, squares scaled by
+# 2^-2k neither overflow, 2^20 of them, nor vanish above 2^-56 of the largest.
+_CENTRES = (-100, -30, 40, 110)
+
+
+@jax.custom_jvp
+def _squares(x: Float32[Array, "... D"]) -> tuple[Array, Array, Array]:
+    """(sum of (x 2^-k)^2, 2^-k, whether all are finite), each (..., 1), along the last axis.
+
+    2^-k is exact. All sums and the largest entry come out of one pass: a scale that waited for the
+    largest entry would make XLA read `x` once more.
+    """
+    magnitudes = jax.lax.bitcast_convert_type(x, jnp.int32) & 0x7FFFFFFF
+    largest = jnp.max(magnitudes, axis=-1, keepdims=True, initial=0)
+    exponent = jnp.right_shift(largest, 23) - 127
+    scale = jnp.float32(2.0 ** -_CENTRES[0])
+    squares = _scaled_squares(x, scale)
+    for k in _CENTRES[1:]:
+        is_here = exponent >= k - 35
+        squares = jnp.where(is_here, _scaled_squares(x, jnp.float32(2.0**-k)), squares)
+        scale = jnp.where(is_here, jnp.float32(2.0**-k), scale)
+    return squares, jnp.broadcast_to(scale, squares.shape), largest < 0x7F800000
+
+
+def _scaled_squares(x: Array, scale: Array) -> Array:
+    scaled = x * scale
+    return jnp.sum(scaled * scaled, axis=-1, keepdims=True)
+
+
+@_squares.defjvp
+def _squares_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, Any]:
+    (x,), (dx,) = primals, tangents
+    squares, scale, is_finite = _squares(x)
+    # Of a row that becomes zero: no NaN times 0.
+    slope = jnp.where(is_finite, x * scale * scale, 0.0)
+    change = 2.0 * jnp.sum(slope * dx, axis=-1, keepdims=True)
+    no_change = np.zeros(is_finite.shape, jax.dtypes.float0)
+    return (squares, scale, is_finite), (change, jnp.zeros_like(scale), no_change)
 
 
 @jax.custom_jvp

@@ -73,6 +73,57 @@ def test_no_step_can_be_dropped_by_a_compiler(dtype):
     assert [eqn.invars[0] for eqn in widened] == [jaxpr.invars[0]]
 
 
+def _reductions_in_series(function, x):
+    """How many reductions along the rows wait for the result of another one."""
+    late, found = set(), 0
+
+    def walk(jaxpr):
+        nonlocal found
+        for eqn in jaxpr.eqns:
+            inner = [v for v in eqn.params.values() if hasattr(v, "eqns") or hasattr(v, "jaxpr")]
+            for sub in inner:
+                sub = getattr(sub, "jaxpr", sub)
+                late.update(
+                    i for i, o in zip(sub.invars, eqn.invars, strict=True)
+                    if not hasattr(o, "val") and o in late
+                )  # fmt: skip
+                walk(sub)
+                late.update(
+                    o for o, i in zip(eqn.outvars, sub.outvars, strict=True)
+                    if not hasattr(i, "val") and i in late
+                )  # fmt: skip
+            is_late = any(not hasattr(v, "val") and v in late for v in eqn.invars)
+            is_reduction = eqn.primitive.name.startswith("reduce_")
+            found += is_reduction and is_late
+            if is_reduction or is_late:
+                late.update(eqn.outvars)
+
+    walk(jax.make_jaxpr(function)(x).jaxpr)
+    return found
+
+
+def test_rows_are_read_twice():
+    """All reductions fit one pass, then rows are scaled: XLA reads once for each in series."""
+    x = jnp.ones((4, 8))
+    assert _reductions_in_series(lambda x: clip_rows(x, 1.0), x) == 0
+    # Negative control: a scale by the largest entry.
+    assert _reductions_in_series(lambda x: (x / x.max(-1, keepdims=True)).sum(-1), x) == 1
+
+
+@pytest.mark.parametrize("exponent", [-126, -66, -65, 4, 5, 74, 75, 126])
+def test_scales_meet_without_a_step(exponent):
+    """V4: rows on both sides of where the scale of the squares changes."""
+    rng = np.random.default_rng(exponent + 200)
+    x = rng.uniform(0.5, 2.0, (2000, 64)) * 2.0**exponent
+    x[:, 1:] *= 2.0 ** -rng.integers(0, 12, (2000, 63))
+    x = jnp.asarray(np.minimum(x, 3e38), jnp.float32)
+    norms = _norms(x)
+    for bound in (1e-18, 1.0, 1e18):
+        y = _norms(clip_rows(x, bound))
+        assert y.max() <= bound
+        assert np.all(y >= np.minimum(norms, bound) * (1 - 1e-4) - 1e-37)
+
+
 def test_a_cast_scale_factor_would_be_caught():
     """V4, negative control: scaling by a factor cast to bfloat16 overshoots the bound."""
     x = _hostile(20_000, 33, jnp.bfloat16)

@@ -17,18 +17,23 @@ ROW = plgpu.Layout.WGMMA.reduce(1)
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 
-def tiled_shared(shape: tuple[int, ...], dtype: Any, *, swizzle: int | None = None) -> Any:
-    """Shared memory laid out for the tensor cores.
+def tile_transforms(columns: int, dtype: Any, *, swizzle: int | None = None) -> tuple[Any, ...]:
+    """How rows of so many numbers lie in shared memory for the tensor cores.
 
     `swizzle`: bytes of a tile's rows, None: as many as fit. Both operands of a product have the
     same, and what is contracted is a multiple of it.
     """
     itemsize = jnp.dtype(dtype).itemsize
-    swizzle = swizzle or plgpu.find_swizzle(shape[-1] * itemsize * 8)
-    transforms = (
+    swizzle = swizzle or plgpu.find_swizzle(columns * itemsize * 8)
+    return (
         plgpu.TilingTransform((8, swizzle // itemsize)),  # type: ignore[abstract]
         plgpu.SwizzleTransform(swizzle),  # type: ignore[abstract]
     )
+
+
+def tiled_shared(shape: tuple[int, ...], dtype: Any, *, swizzle: int | None = None) -> Any:
+    """Shared memory laid out for the tensor cores; `swizzle` as in `tile_transforms`."""
+    transforms = tile_transforms(shape[-1], dtype, swizzle=swizzle)
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 

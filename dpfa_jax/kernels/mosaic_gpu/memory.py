@@ -1,8 +1,10 @@
 """Memory readout, sum form: (N, Z) under a public maximum on Hopper, noised, snapped and divided.
 
 The schedule is the forward kernel's. There is no running maximum: a step of `SUM_BLOCK` keys makes
-the weights e = min(round(exp(s - B)), 1), their products with the values start at zero, and the
+the weights e = round(min(exp(s - B), 1)), their products with the values start at zero, and the
 finished block is rounded once to a whole multiple of a public unit and added to a 32-bit integer.
+Sums, logits, weights and half a block fit the registers: the other half of the columns is begun
+behind the next logits, when the first half is summed.
 Integers add exactly in any order, so replacing one key changes its own block's number and no other:
 `memory_numbers` has the bound. Hidden keys have zero value rows and weight no normaliser either.
 """
@@ -27,7 +29,8 @@ from dpfa_jax.kernels.mosaic_gpu.layouts import (
     visible,
 )
 from dpfa_jax.kernels.mosaic_gpu.memory_numbers import MAGIC, MAGIC_BITS, SUM_BLOCK, Numbers
-from dpfa_jax.kernels.mosaic_gpu.memory_weights import clamped_weights, fresh_zeros, row_sums
+from dpfa_jax.kernels.mosaic_gpu.memory_products import PART, begin_block, begin_row_sums, settled
+from dpfa_jax.kernels.mosaic_gpu.memory_weights import clamped
 from dpfa_jax.kernels.mosaic_gpu.noise import stream_of, tile_normals
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ForwardTiles
 
@@ -108,38 +111,36 @@ def _body(
         plgpu.copy_gmem_to_smem(
             arrays.query.at[batch, rows, head], q_shared, barriers["query"].at[warpgroup]
         )
-        numerator = plgpu.layout_cast(jnp.zeros((block_q, head_size), jnp.int32), WGMMA)
-        normaliser = plgpu.layout_cast(jnp.zeros((block_q,), jnp.int32), ROW)
+        numerator: Any = tuple(  # columns by the part
+            plgpu.layout_cast(jnp.zeros((block_q, PART), jnp.int32), WGMMA)
+            for _ in range(head_size // PART)
+        )
+        normaliser: Any = plgpu.layout_cast(jnp.zeros((block_q, 8), jnp.int32), WGMMA)
         plgpu.barrier_wait(barriers["query"].at[warpgroup])
         pl.when(warpgroup == 1)(take_turns)
+
+        def add(sums, blocks):
+            return tuple(_add_block(*pair, numbers) for pair in zip(sums, blocks, strict=True))
 
         def await_keys(step):
             plgpu.barrier_wait(barriers["key"].at[slot_of(step)])
 
-        def logits_of(step, meanwhile=lambda: None):
-            """(S, what `meanwhile` returns), which runs while the tensor cores make S."""
-
+        def first_logits(step, _):
             def product(acc_ref):
                 plgpu.wgmma(acc_ref, q_shared, shared["key"].at[slot_of(step)].T)
-                # Long there, as a rule. Awaited before the weights, so that rounding, clamping and
-                # summing them can fill the gaps between their exponentials.
                 plgpu.barrier_wait(barriers["value"].at[slot_of(step)])
-                made = meanwhile()
                 take_turns()
-                return acc_ref[...], made
+                return acc_ref[...]
 
-            made = pl.run_scoped(product, plgpu.ACC((block_q, block_kv), jnp.float32))
-            plgpu.barrier_arrive(barriers["key_free"].at[slot_of(step)])
-            return made
-
-        def first_logits(step, _):
             await_keys(step)
-            return logits_of(step)[0]
+            s = pl.run_scoped(product, plgpu.ACC((block_q, block_kv), jnp.float32))
+            plgpu.barrier_arrive(barriers["key_free"].at[slot_of(step)])
+            return s
 
         def step_body(step, carry, masked: bool, is_last: bool):
             s, numerator, normaliser = carry
             slot = slot_of(step)
-            v_shared = shared["value"].at[slot]
+            v_shared, column = shared["value"].at[slot], shared["normaliser"].at[slot]
             factor = spec.scale
             if spec.logits_soft_cap is not None:
                 s = jnp.tanh(s * (factor / spec.logits_soft_cap))
@@ -149,31 +150,47 @@ def _body(
                 seen = visible(spec, s.shape, row_begin, step * block_kv, keys, None)
                 e = jnp.where(seen, e, 0.0)
             # Rounded once; numerator and normaliser use the same number.
-            e = clamped_weights(e.astype(dtype), simulate=simulate)
-            share = row_sums(e, shared["normaliser"].at[slot], simulate=simulate)
-            normaliser = _add_block(normaliser, share, numbers)
-            e, normaliser = lax.optimization_barrier((e, normaliser))
+            e = clamped(e, simulate=simulate).astype(dtype)
+            never = settled(e, simulate=simulate)
+            e, never = lax.optimization_barrier((e, never))
             take_turns()
-            if simulate:  # the simulator has no wgmma with an operand in registers
-                block_sum = jnp.dot(
-                    e.astype(jnp.float32),
-                    v_shared[...].astype(jnp.float32),
-                    preferred_element_type=jnp.float32,
-                )
-            else:
-                zeros = fresh_zeros((block_q, head_size))
-                block_sum = pl.run_state(lambda acc_ref: plgpu.wgmma(acc_ref, e, v_shared))(
-                    plgpu.ACC.init(zeros)
-                )
+
+            def begin(part, over=None):
+                columns = v_shared.at[:, pl.ds(part * PART, PART)]
+                return begin_block(e, columns, over, never, simulate=simulate)
+
+            def begin_first():
+                return begin(0), begin_row_sums(e, column, never, simulate=simulate)
+
             if is_last:
-                numerator = _add_block(numerator, block_sum, numbers)
-            else:  # the addition hides behind the next step's logits
-                # Here, after the product and before the logits' accumulator exists: only then are
-                # its zeros left out, and no registers held for them meanwhile.
+                made, share = begin_first()
+                blocks = [made, *(begin(part) for part in range(1, len(numerator)))]
+                plgpu.wgmma_wait(0)
+                share, blocks = lax.optimization_barrier((share, blocks))
+                numerator, (normaliser,) = add(numerator, blocks), add((normaliser,), (share,))
+            else:
+                # Here, before the accumulators exist: only then are their zeros left out.
                 await_keys(step + 1)
-                s, numerator = logits_of(
-                    step + 1, lambda: _add_block(numerator, block_sum, numbers)
+
+                def products(s_ref):
+                    first = begin_first()
+                    plgpu.wgmma(s_ref, q_shared, shared["key"].at[slot_of(step + 1)].T)
+                    plgpu.wgmma_wait(1)
+                    # The addition hides behind the logits.
+                    first = lax.optimization_barrier(first)
+                    sums = add((numerator[0], normaliser), first)
+                    over = lax.bitcast_convert_type(sums[0], jnp.float32)
+                    rest = tuple(begin(part, over) for part in range(1, len(numerator)))
+                    plgpu.barrier_wait(barriers["value"].at[slot_of(step + 1)])
+                    take_turns()
+                    s = s_ref[...]
+                    s, rest = lax.optimization_barrier((s, rest))
+                    return s, (sums[0], *add(numerator[1:], rest)), sums[1]
+
+                s, numerator, normaliser = pl.run_scoped(
+                    products, plgpu.ACC((block_q, block_kv), jnp.float32)
                 )
+                plgpu.barrier_arrive(barriers["key_free"].at[slot_of(step + 1)])
             plgpu.barrier_arrive(barriers["value_free"].at[slot])
             return s, numerator, normaliser
 
@@ -193,6 +210,9 @@ def _body(
         final = functools.partial(step_body, masked=not is_whole, is_last=True)
         _, numerator, normaliser = tiles.loop(last, steps.end, final, carry)
         pl.when(warpgroup == 0)(take_turns)
+        numerator = jnp.concatenate(numerator, axis=1)
+        lane = plgpu.broadcasted_iota(jnp.int32, normaliser.shape, 1, layout=WGMMA)
+        normaliser = jnp.where(lane == 0, normaliser, 0).sum(axis=1)
 
         if arrays.query_lengths is not None:
             query_length = arrays.query_lengths[batch]
