@@ -75,7 +75,7 @@ def bias_gradient(query, key, value, cotangent, bias):
     return (BACKEND.backward(spec, inputs, outputs, cotangent, None).bias,)
 
 def check_bias(mesh, key_heads, shape):
-    from dpfa_jax.kernels.mosaic_gpu.pair_calls import in_pieces
+    from dpfa_jax.kernels.pieces import in_pieces
     heads = P("batch", None, "heads")
     draw = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)
     arrays = [draw(4, 6, n, 8) for n in (8, key_heads, key_heads, 8)] + [draw(*shape)]
@@ -108,10 +108,10 @@ else:
     check(auto, 8, True, False, False)
     check(auto, 2, False, False, True)  # four pieces of two key heads: brought together
     check(mesh_of(AxisType.Explicit), 1, False, True, False)
-    from dpfa_jax.kernels.mosaic_gpu.backend import _fold_vmap
+    from dpfa_jax.kernels.pieces import fold_vmap
     # Under vmap, and on one device.
     x = jnp.asarray(rng.standard_normal((3, 2, 4, 6, 2, 8)), jnp.float32)
-    folded = _fold_vmap(kernels(2)[1])
+    folded = fold_vmap(kernels(2)[1])
     mapped = jax.jit(jax.vmap(jax.vmap(lambda q: folded(q, q, q, q))))(x)
     flat = backward(*[x.reshape(-1, 6, 2, 8)] * 4)
     for one, other in zip(mapped, flat, strict=True):
