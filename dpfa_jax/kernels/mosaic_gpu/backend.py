@@ -22,7 +22,7 @@ from dpfa_jax.kernels.mosaic_gpu.backward import attention_backward
 from dpfa_jax.kernels.mosaic_gpu.bias_gradient import bias_gradient
 from dpfa_jax.kernels.mosaic_gpu.forward import ForwardArrays, ForwardResults, attention_forward
 from dpfa_jax.kernels.mosaic_gpu.pairs import bytes_per_column
-from dpfa_jax.kernels.mosaic_gpu.tiles import backward_tiles, forward_tiles
+from dpfa_jax.kernels.mosaic_gpu.tile_choice import backward_tiles, forward_tiles
 from dpfa_jax.kernels.pieces import (
     fold_vmap,
     in_pieces,

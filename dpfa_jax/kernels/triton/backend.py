@@ -21,7 +21,7 @@ from dpfa_jax.kernels.base import (
     SoftmaxRows,
 )
 from dpfa_jax.kernels.pieces import varying_as
-from dpfa_jax.kernels.triton import calls, tiles
+from dpfa_jax.kernels.triton import calls, tile_choice, tiles
 from dpfa_jax.kernels.triton.backward import BackwardArrays
 from dpfa_jax.kernels.triton.forward import NoiseArrays
 from dpfa_jax.kernels.triton.logits import Arrays, Base
@@ -159,7 +159,7 @@ def _arrays(inputs: AttentionInputs) -> Arrays:
 
 def _tiles(inputs: AttentionInputs) -> tiles.KernelTiles:
     size = tiles.padded_size(inputs.query.shape[3])
-    return tiles.kernel_tiles(size, inputs.query.dtype.itemsize)
+    return tile_choice.kernel_tiles(size, inputs.query.dtype.itemsize)
 
 
 def _noise(readout: ExampleReadout | MemoryReadout, inputs: AttentionInputs) -> NoiseArrays:
