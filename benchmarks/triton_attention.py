@@ -129,7 +129,7 @@ def with_backward(function: Callable[..., jax.Array]) -> Callable[..., Any]:
 
 def with_tiles(function: Callable[..., Any], chosen: KernelTiles) -> Callable[..., Any]:
     def run(*arguments: Any) -> Any:
-        with mock.patch.object(triton.tiles, "kernel_tiles", lambda *_: chosen):
+        with mock.patch.object(triton.tile_choice, "kernel_tiles", lambda *_: chosen):
             return function(*arguments)
 
     return run

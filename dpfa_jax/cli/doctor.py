@@ -31,6 +31,7 @@ def run(arguments: list[str]) -> int:
     print_table(("attention", "served by", "why"), attention_check.serving())
     print()
     checks: list[tuple[str, Callable[[], str]]] = [
+        ("tile sizes of the kernels", _tiles),
         ("noise words equal jax.random.bits", _noise_words),
         ("noise is standard normal", _normals),
         ("noise keys come from the system and differ", _noise_keys),
@@ -62,6 +63,12 @@ def _print_extras() -> None:
         missing = [module for module in modules if importlib.util.find_spec(module) is None]
         rows.append((name, f"missing {', '.join(missing)}" if missing else "installed"))
     print_table(("", ""), rows)
+
+
+def _tiles() -> str:
+    from dpfa_jax.kernels import tile_tables
+
+    return tile_tables.in_use()
 
 
 def _attention() -> str:

@@ -8,6 +8,7 @@ from dpfa_jax.core.errors import (
     KeyReuseError,
     LedgerError,
     PrivateAutodiffError,
+    TileTableError,
     UnsupportedBackendError,
     UnsupportedEventError,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "KeyReuseError",
     "LedgerError",
     "PrivateAutodiffError",
+    "TileTableError",
     "UnsupportedBackendError",
     "UnsupportedEventError",
 ]

@@ -47,5 +47,9 @@ class UnsupportedEventError(DPFAError, ValueError):
     """An event and a relation, unit or accountant that do not go together."""
 
 
+class TileTableError(DPFAError, ValueError):
+    """A table of measured tiles is damaged, or is another device's."""
+
+
 class UnsupportedBackendError(DPFAError, NotImplementedError):
     """One backend cannot serve this call; the message is its reason."""

@@ -1,7 +1,12 @@
 """The released mean of one parameter: noise on its sum, the public grid, the division.
 
-One pass over memory where a Hopper kernel can serve; XLA elsewhere, from the same counters.
+One pass over memory where a Hopper kernel can serve; XLA elsewhere, from the same counters. A leaf
+in pieces stays so: each knows the global index of its elements.
 """
+
+import functools
+import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +15,7 @@ from jaxtyping import Array, Float, Float32, Key, UInt32
 from dpfa_jax.core import ArgumentError, UnsupportedBackendError
 from dpfa_jax.kernels import manual_axes
 from dpfa_jax.kernels.mosaic_gpu import device
+from dpfa_jax.kernels.partitioning import by_elements
 from dpfa_jax.noise import counters, fields, keys
 from dpfa_jax.noise import grid as grids
 
@@ -66,7 +72,7 @@ def released_mean(
 
 def cannot(total: Float[Array, "..."]) -> str | None:
     """None if the Hopper kernel serves this leaf, else why not, in one sentence."""
-    reason = device.cannot(total)
+    reason = device.cannot_pieces(total)
     if reason is not None:
         return reason
     if total.size < FEWEST or total.size > MOST or total.size % 4:
@@ -86,6 +92,40 @@ def _by_xla(
     return grids.snap(total + noise, grid) / divisor
 
 
+def of_piece(
+    shape: tuple[int, ...],
+    kind: Any,
+    piece: Float32[Array, "..."],
+    *more: Array,
+    interpret: Any = None,
+) -> tuple[Float32[Array, "..."]]:
+    """The released mean of a piece of a leaf of `shape`, as `by_elements` calls it.
+
+    `more`: the global index along each dimension; key words, leaf index (1,), and (stddev, grid,
+    divisor). `kind` names the key's generator. A piece that is one run of the leaf goes to the
+    kernel, any other to XLA.
+    """
+    *index, key_words, leaf, numbers = more
+    strides = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
+    is_run = piece.shape[1:] == shape[1:] and piece.size >= FEWEST and piece.size % 4 == 0
+    if not is_run:
+        places = jnp.ix_(*index)
+        element = sum(x * jnp.uint32(n) for x, n in zip(places, strides, strict=True))
+        noise_key = jax.random.wrap_key_data(key_words, impl=kind)
+        noise = fields.parameter_noise_at(noise_key, leaf[0], jnp.asarray(element))
+        return (grids.snap(piece + numbers[0] * noise, numbers[1]) / numbers[2],)
+    from dpfa_jax.kernels.mosaic_gpu import parameter_noise as kernel
+
+    words = counters.bind_parameter(key_words, leaf[0])
+    start = index[0][:1] * jnp.uint32(strides[0])
+    axes = manual_axes.varying_axes(piece, words, numbers, start)
+    flat, words, numbers, start = (
+        manual_axes.vary_over(x, axes) for x in (piece.reshape(-1), words, numbers, start)
+    )
+    found = kernel.released_mean(flat, words, numbers, start, interpret=interpret)
+    return (found.reshape(piece.shape),)
+
+
 def _by_kernel(
     total: Float32[Array, "..."],
     noise_key: Key[Array, ""],
@@ -93,18 +133,14 @@ def _by_kernel(
     numbers: Float32[Array, "3"],
 ) -> Float32[Array, "..."]:
     """The kernel; under `vmap` XLA, whatever of it is mapped."""
-    from dpfa_jax.kernels.mosaic_gpu import parameter_noise as kernel
-
     kind = jax.random.key_impl(noise_key)
 
     @jax.custom_batching.custom_vmap
     def run(total: Array, key_words: Array, leaf_index: Array, numbers: Array) -> Array:
-        words = counters.bind_parameter(key_words, leaf_index)
-        axes = manual_axes.varying_axes(total, words, numbers)
-        flat, words, numbers = (
-            manual_axes.vary_over(x, axes) for x in (total.reshape(-1), words, numbers)
-        )
-        return kernel.released_mean(flat, words, numbers).reshape(total.shape)
+        whole = (key_words, leaf_index[None], numbers)
+        function = functools.partial(of_piece, total.shape, kind)
+        (mean,) = by_elements(function, total.ndim, len(whole))(total, *whole)
+        return mean
 
     @run.def_vmap
     def _(axis_size: int, in_batched: list[bool], *operands: Array) -> tuple[Array, bool]:

@@ -1,4 +1,4 @@
-"""Kernels over sharded arrays: batch and heads stay in pieces, the rest is brought together.
+"""Kernels over sharded arrays: what a kernel can have in pieces stays so, the rest is gathered.
 
 XLA cannot see into a kernel, and would gather its operands. Under `jit` the partitioner asks here
 (`jax.experimental.custom_partitioning`, a Shardy rule); where types name the sharding (a mesh with
@@ -7,7 +7,7 @@ explicit axes) the call goes through `shard_map`; inside a manual mesh arrays ar
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -37,15 +37,13 @@ def by_batch_and_heads(
       key_heads: number of key heads.
     """
 
-    def partition(mesh: Any, given: Any, wanted: Any) -> tuple[Any, ...]:
-        if not isinstance(given[0].sharding, NamedSharding):  # of no mesh: `rule` left all whole
-            return mesh, function, *(tuple(x.sharding for x in xs) for xs in (wanted, given))
-        split = _split(mesh, operands[0], given[0].shape, given[0].sharding.spec, key_heads)
+    def plan(mesh: Any, shape: tuple[int, ...], spec: PartitionSpec) -> _Plan:
+        split = _split(mesh, operands[0], shape, spec, key_heads)
         own, theirs = (
-            tuple(NamedSharding(mesh, _spec(letters, split, key_heads)) for letters in group)
+            tuple(_spec(letters, split, key_heads) for letters in group)
             for group in (operands, results)
         )
-        return mesh, _summed(function, results, split, key_heads), theirs, own
+        return _Plan(_summed(function, results, split, key_heads), own, theirs)
 
     def rule(mesh: Any, given: Any, wanted: Any) -> tuple[str, dict[str, Any]]:
         del wanted
@@ -64,24 +62,81 @@ def by_batch_and_heads(
         sizes = {"g": members} if heads == "(k g)" else {}
         return text, {**sizes, "need_replication_factors": whole}
 
+    return _on_pieces(function, plan, rule)
+
+
+def by_elements(function: Function, rank: int, whole: int) -> Function:
+    """An elementwise `function` of one array of `rank` dimensions, run on each of its pieces.
+
+    `function` takes a piece; for each of its dimensions the global index of each place, a uint32
+    vector; then `whole` arrays that each device has whole. It returns a tuple of one array like the
+    piece. The function returned takes the array and the `whole` ones.
+    """
+
+    def plan(mesh: Any, shape: tuple[int, ...], spec: PartitionSpec) -> _Plan:
+        axes = [
+            _dividing(mesh, size, spec[place] if place < len(spec) else None) or None
+            for place, size in enumerate(shape)
+        ]
+        own = (PartitionSpec(*axes), *(PartitionSpec(x) for x in axes))
+        return _Plan(function, (*own, *(PartitionSpec(),) * whole), own[:1])
+
+    def rule(mesh: Any, given: Any, wanted: Any) -> tuple[str, dict[str, Any]]:
+        del wanted
+        dims = [f"d{place}" for place in range(rank)]
+        others = [
+            [f"w{index}x{place}" for place in range(len(x.shape))]
+            for index, x in enumerate(given[1 + rank :])
+        ]
+        own = " ".join(dims)
+        text = f"{', '.join([own, *dims, *(' '.join(x) for x in others)])} -> {own}"
+        kept = [*(dims if mesh.empty else []), *(name for x in others for name in x)]
+        return text, {"need_replication_factors": tuple(kept)}
+
+    run = _on_pieces(function, plan, rule)
+
+    def call(array: jax.Array, *others: jax.Array) -> tuple[jax.Array, ...]:
+        return run(array, *(jnp.arange(n, dtype=jnp.uint32) for n in array.shape), *others)
+
+    return call
+
+
+class _Plan(NamedTuple):
+    """What runs on the pieces, and how operands and results are cut."""
+
+    function: Function
+    own: tuple[PartitionSpec, ...]
+    theirs: tuple[PartitionSpec, ...]
+
+
+def _on_pieces(function: Function, plan: Callable[[Any, Any, Any], _Plan], rule: Any) -> Function:
+    """`function` on the pieces that `plan` makes of (mesh, shape, spec) of the first operand."""
+
+    def partition(mesh: Any, given: Any, wanted: Any) -> tuple[Any, ...]:
+        if not isinstance(given[0].sharding, NamedSharding):  # of no mesh: `rule` left all whole
+            return mesh, function, *(tuple(x.sharding for x in xs) for xs in (wanted, given))
+        found = plan(mesh, given[0].shape, given[0].sharding.spec)
+        own, theirs = (
+            tuple(NamedSharding(mesh, x) for x in specs) for specs in (found.own, found.theirs)
+        )
+        return mesh, found.function, theirs, own
+
     def call(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         if jax.sharding.get_abstract_mesh().manual_axes:
             return function(*arrays)
         sharding = jax.typeof(arrays[0]).sharding
         mesh = sharding.mesh
         if AxisType.Explicit in mesh.axis_types:
-            split = _split(mesh, operands[0], arrays[0].shape, sharding.spec, key_heads)
-            own, theirs = (
-                tuple(_spec(letters, split, key_heads) for letters in group)
-                for group in (operands, results)
-            )
+            found = plan(mesh, arrays[0].shape, sharding.spec)
             pieces = (
                 jax.sharding.reshard(x, NamedSharding(mesh, spec))
-                for x, spec in zip(arrays, own, strict=True)
+                for x, spec in zip(arrays, found.own, strict=True)
             )
-            piecewise = _summed(function, results, split, key_heads)
-            return jax.shard_map(piecewise, mesh=mesh, in_specs=own, out_specs=theirs)(*pieces)
-        partitioned = custom_partitioning(function)
+            return jax.shard_map(
+                found.function, mesh=mesh, in_specs=found.own, out_specs=found.theirs
+            )(*pieces)
+        # By position only: it cannot tell a keyword that has a default from one that is given.
+        partitioned = custom_partitioning(lambda *arrays: function(*arrays))
         partitioned.def_partition(partition, sharding_rule=rule)
         return partitioned(*arrays)
 
@@ -95,13 +150,17 @@ def _split(
     found = {}
     for letter, size in (("b", None), ("n", key_heads if key_heads > 1 else None)):
         place = letters.index(letter)
-        named = spec[place] if place < len(spec) else None
-        axes = () if named is None else (named,) if isinstance(named, str) else tuple(named)
         size = shape[place] if size is None else size
-        while size % math.prod(mesh.shape[axis] for axis in axes):
-            axes = axes[:-1]
-        found[letter] = axes
+        found[letter] = _dividing(mesh, size, spec[place] if place < len(spec) else None)
     return found
+
+
+def _dividing(mesh: Any, size: int, named: Any) -> _SplitAxes:
+    """The outermost of the `named` axes of a dimension, as many as divide its size evenly."""
+    axes = () if named is None else (named,) if isinstance(named, str) else tuple(named)
+    while size % math.prod(mesh.shape[axis] for axis in axes):
+        axes = axes[:-1]
+    return axes
 
 
 def _spec(letters: str, split: dict[str, _SplitAxes], key_heads: int) -> PartitionSpec:

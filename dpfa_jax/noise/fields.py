@@ -71,6 +71,13 @@ def parameter_noise(
         raise ArgumentError(
             "shape", shape, "more than 2^32 elements in one leaf", "Split the parameter."
         )
+    return parameter_noise_at(noise_key, leaf_index, _flat_index(shape))
+
+
+def parameter_noise_at(
+    noise_key: Key[Array, ""], leaf_index: int | UInt32[Array, ""], element: UInt32[Array, "..."]
+) -> Float32[Array, "..."]:
+    """`parameter_noise` of some elements, by their index in the flattened leaf."""
     # The barrier keeps XLA from fusing the scalar rounds that derive the leaf's key into every
     # element's own rounds, which takes its CPU compiler many seconds a leaf.
     words = jax.lax.optimization_barrier(
@@ -78,7 +85,6 @@ def parameter_noise(
     )
     # Each element makes its own pair and takes one part of it: twice the arithmetic, but one fused
     # pass without a second copy of the leaf (on a GPU, half the time), and a sharding stays local.
-    element = _flat_index(shape)
     is_odd = (element & jnp.uint32(1)) == jnp.uint32(1)
     pair = lax.shift_right_logical(element, jnp.full_like(element, 1))
     drawn = threefry2x32(words[0], words[1], *counters.parameter_counter(pair))

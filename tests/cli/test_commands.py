@@ -1,5 +1,6 @@
 """Commands in this process: help, bad input (V23), account, plan, predict."""
 
+import functools
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ from dpfa_jax.cli import attention_check, main
 from dpfa_jax.cli.program import program, quoted
 from dpfa_jax.cli.train import parse
 from dpfa_jax.dpsgd import DPSGDPlan
+from dpfa_jax.kernels import tile_tables
 from dpfa_jax.release import TrainingRelease
 from dpfa_jax.train import TrainConfig
 
@@ -314,6 +316,13 @@ def test_doctor_passes_and_fails(capsys, monkeypatch):
     text = capsys.readouterr().out
     assert "all is well" in text and "1024 of 1024" in text
     assert "blocked in 4 cases, reference in 4 cases" in text
+    assert tile_tables.in_use() in text
+    with monkeypatch.context() as patch:
+        patch.setattr(tile_tables, "device_kind", lambda: "a GPU")
+        damaged = functools.partial(tile_tables.parsed, b"{}", "a-gpu.json")
+        patch.setattr(tile_tables, "of_device", lambda _: damaged())
+        assert main(["doctor"]) == 1
+        assert "FAILED: TileTableError: a-gpu.json" in capsys.readouterr().out
     monkeypatch.setattr("dpfa_jax.noise.threefry2x32", lambda a, b, c, d: (c, d))
     monkeypatch.setattr("dpfa_jax.cli.attention_check.check", lambda: "not run again")
     assert main(["doctor"]) == 1

@@ -61,7 +61,7 @@ def test_one_fused_pass_without_a_second_copy():
     ],
 )
 def test_cannot_says_why(size, words, monkeypatch):
-    monkeypatch.setattr(device, "cannot", lambda array: None)
+    monkeypatch.setattr(device, "cannot_pieces", lambda array: None)
     reason = parameter_noise.cannot(jax.ShapeDtypeStruct((size,), jnp.float32))
     assert reason is None if words is None else words in reason
 

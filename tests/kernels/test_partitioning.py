@@ -12,7 +12,7 @@ import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec
 from dpfa_jax.kernels.blocked import BACKEND
-from dpfa_jax.kernels.partitioning import by_batch_and_heads
+from dpfa_jax.kernels.partitioning import by_batch_and_heads, by_elements
 from dpfa_jax.noise import attention_noise
 
 spec = AttentionSpec(0.5, is_causal=True)
@@ -75,7 +75,7 @@ def bias_gradient(query, key, value, cotangent, bias):
     return (BACKEND.backward(spec, inputs, outputs, cotangent, None).bias,)
 
 def check_bias(mesh, key_heads, shape):
-    from dpfa_jax.kernels.mosaic_gpu.pair_calls import in_pieces
+    from dpfa_jax.kernels.pieces import in_pieces
     heads = P("batch", None, "heads")
     draw = lambda *s: jnp.asarray(rng.standard_normal(s), jnp.float32)
     arrays = [draw(4, 6, n, 8) for n in (8, key_heads, key_heads, 8)] + [draw(*shape)]
@@ -92,6 +92,29 @@ def check_bias(mesh, key_heads, shape):
     expected, = bias_gradient(*arrays)
     np.testing.assert_allclose(compiled(*split), expected, atol=1e-5, rtol=1e-5)
 
+def check_elements(mesh, place, is_ambient=False):
+    # The released mean of a leaf in pieces: the noise of its global elements, no gather.
+    from dpfa_jax.kernels import parameter_noise
+    from dpfa_jax.noise import insecure_test_key
+    key, shape = insecure_test_key(1), (8, 6, 4)
+    kind = jax.random.key_impl(key)
+    total = jnp.asarray(rng.standard_normal(shape), jnp.float32)
+    numbers = jnp.asarray([1.5, 2.0**-6, 8.0])
+    def mean(total):
+        whole = (jax.random.key_data(key), jnp.full(1, 3, jnp.uint32), numbers)
+        of_piece = functools.partial(parameter_noise.of_piece, shape, kind)
+        return by_elements(of_piece, 3, 3)(total, *whole)[0]
+    expected = jax.jit(lambda x: parameter_noise.released_mean(
+        x, key, 3, stddev=1.5, grid=2.0**-6, divisor=8.0, implementation="xla"))(total)
+    split = jax.device_put(total, NamedSharding(mesh, place))
+    if is_ambient:
+        jax.set_mesh(mesh)
+    compiled = jax.jit(mean).lower(split).compile()
+    assert "all-gather" not in compiled.as_text(), place
+    found = compiled(split)
+    assert found.sharding.is_equivalent_to(split.sharding, 3), place
+    np.testing.assert_array_equal(found, expected)
+
 def mesh_of(kind, shape=(2, 4)):
     return jax.make_mesh(shape, ("batch", "heads"), axis_types=(kind,) * 2)
 
@@ -99,6 +122,8 @@ auto = mesh_of(AxisType.Auto)
 if sys.argv[1] == "quick":
     check(auto, 1, False, False, False)
 else:
+    for place in (P(), P("heads"), P("batch", None, "heads"), P(("batch", "heads"))):
+        check_elements(auto, place)
     for shape in ((1, 8, 6, 6), (4, 1, 6, 6), (1, 1, 1, 6), (4, 8, 6, 1)):
         check_bias(auto, 4, shape)
     check_bias(auto, 1, (1, 8, 6, 6))
@@ -108,10 +133,11 @@ else:
     check(auto, 8, True, False, False)
     check(auto, 2, False, False, True)  # four pieces of two key heads: brought together
     check(mesh_of(AxisType.Explicit), 1, False, True, False)
-    from dpfa_jax.kernels.mosaic_gpu.backend import _fold_vmap
+    check_elements(mesh_of(AxisType.Explicit), P(None, "batch", "heads"), True)
+    from dpfa_jax.kernels.pieces import fold_vmap
     # Under vmap, and on one device.
     x = jnp.asarray(rng.standard_normal((3, 2, 4, 6, 2, 8)), jnp.float32)
-    folded = _fold_vmap(kernels(2)[1])
+    folded = fold_vmap(kernels(2)[1])
     mapped = jax.jit(jax.vmap(jax.vmap(lambda q: folded(q, q, q, q))))(x)
     flat = backward(*[x.reshape(-1, 6, 2, 8)] * 4)
     for one, other in zip(mapped, flat, strict=True):

@@ -2,14 +2,13 @@
 
 import dataclasses
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dpfa_jax.kernels import manual_axes, masks
+from dpfa_jax.kernels import masks
 from dpfa_jax.kernels.base import (
     AttentionGradients,
     AttentionInputs,
@@ -22,58 +21,26 @@ from dpfa_jax.kernels.mosaic_gpu import device, memory_call
 from dpfa_jax.kernels.mosaic_gpu.backward import attention_backward
 from dpfa_jax.kernels.mosaic_gpu.bias_gradient import bias_gradient
 from dpfa_jax.kernels.mosaic_gpu.forward import ForwardArrays, ForwardResults, attention_forward
-from dpfa_jax.kernels.mosaic_gpu.pair_calls import in_pieces, pairs_of, summing_vmap
 from dpfa_jax.kernels.mosaic_gpu.pairs import bytes_per_column
-from dpfa_jax.kernels.mosaic_gpu.tiles import (
-    MAX_HEAD_SIZE_ONE_WARPGROUP,
-    backward_tiles,
-    forward_tiles,
+from dpfa_jax.kernels.mosaic_gpu.tile_choice import backward_tiles, forward_tiles
+from dpfa_jax.kernels.mosaic_gpu.tiles import MAX_HEAD_SIZE_ONE_WARPGROUP
+from dpfa_jax.kernels.pieces import (
+    fold_vmap,
+    in_pieces,
+    over_pieces,
+    pairs_of,
+    summing_vmap,
+    varying_as,
 )
 from dpfa_jax.kernels.public_maximum import has_public_maximum
 
 MAX_HEAD_SIZE = 256
 MAX_BATCH = 65535
-# Dimensions of the forward kernel's operands, as `by_batch_and_heads` reads them; "pair": by shape.
+# Dimensions of the forward kernel's operands, as `over_pieces` reads them.
 FORWARD_AXES = ForwardArrays(
     "btnh", "bskh", "bskh", "b", "b", "bw", "b", head_start="bn", stddevs="bn", grids="bn",
     ones="b", mask="pair", bias="pair",
 )  # fmt: skip
-
-
-def _fold_vmap(function: Any, pairs: Sequence[int] = ()) -> Any:
-    """`function` of arrays with a leading batch axis; a vmapped axis is folded into that axis.
-
-    `pairs`: which arguments may have 1 there for any batch. They keep it unless they are mapped.
-    """
-    folding = jax.custom_batching.custom_vmap(function)
-
-    @folding.def_vmap
-    def _(axis_size, in_batched, *args):
-        batch = args[0].shape[1 if in_batched[0] else 0]
-
-        def fold(x: jax.Array, is_batched: bool, is_pair: bool) -> jax.Array:
-            if is_pair and not is_batched and x.shape[0] == 1:
-                return x
-            if not is_batched:
-                x = jnp.broadcast_to(x, (axis_size, *x.shape))
-            if is_pair:
-                x = jnp.broadcast_to(x, (axis_size, batch, *x.shape[2:]))
-            return x.reshape(axis_size * x.shape[1], *x.shape[2:])
-
-        def unfold(x: jax.Array) -> jax.Array:
-            return x.reshape(axis_size, x.shape[0] // axis_size, *x.shape[1:])
-
-        is_pair = tuple(index in pairs for index in range(len(args)))
-        results = folding(*jax.tree.map(fold, args, tuple(in_batched), is_pair))
-        return jax.tree.map(unfold, results), jax.tree.map(lambda _: True, results)
-
-    return folding
-
-
-def _varying_as(inputs: Any, results: Any) -> Any:
-    """`results`, marked as varying over the manual mesh axes of `inputs`."""
-    axes = manual_axes.varying_axes(*jax.tree.leaves(inputs))
-    return jax.tree.map(lambda x: manual_axes.vary_over(x, axes), results)
 
 
 def _keep_rows(x: Float[Array, "B T N H"], lengths: jax.Array | None) -> Float[Array, "B T N H"]:
@@ -153,10 +120,8 @@ class MosaicGpuBackend:
     ) -> AttentionOutputs:
         """The readout and its residuals; without `residuals`, `unclipped` is None."""
         if isinstance(spec.readout, MemoryReadout):
-            released = memory_call.answer(
-                spec, inputs, fold_vmap=_fold_vmap, interpret=self.interpret
-            )
-            return _varying_as(inputs, memory_call.outputs(released))
+            released = memory_call.answer(spec, inputs, interpret=self.interpret)
+            return varying_as(inputs, memory_call.outputs(released))
         batch = inputs.query.shape[0]
         arrays = ForwardArrays(
             inputs.query,
@@ -182,36 +147,37 @@ class MosaicGpuBackend:
             arrays = arrays._replace(**noise, stddevs=stddevs, grids=grids, ones=ones)
         head_size = inputs.query.shape[3]
         pair_bytes = bytes_per_column(inputs.mask, inputs.bias)
+        is_bounded = has_public_maximum(spec, inputs)
         tile = forward_tiles(
-            spec, -(-head_size // 64) * 64, inputs.key.shape[1], pair_bytes=pair_bytes
+            spec,
+            -(-head_size // 64) * 64,
+            inputs.key.shape[1],
+            has_public_maximum=is_bounded,
+            pair_bytes=pair_bytes,
         )
-        present = [x is not None for x in arrays]
 
-        def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
-            given = iter(operands)
-            filled = ForwardArrays(*(next(given) if there else None for there in present))
-            if filled.head_start is not None:
-                filled = filled._replace(head_start=filled.head_start[:, 0])
+        def run(arrays: ForwardArrays) -> tuple[jax.Array, ...]:
+            if arrays.head_start is not None:
+                arrays = arrays._replace(head_start=arrays.head_start[:, 0])
             results = attention_forward(
                 spec,
-                filled,
+                arrays,
                 tile,
-                has_public_maximum=has_public_maximum(spec, inputs),
+                has_public_maximum=is_bounded,
                 keep_unclipped=residuals,
                 interpret=self.interpret,
             )
             return tuple(x for x in results if x is not None)
 
         is_kept = residuals and isinstance(spec.readout, ExampleReadout)
-        axes = [axes for axes, there in zip(FORWARD_AXES, present, strict=True) if there]
         results = ["btnh", *(["btnh"] if is_kept else []), "bnt"]
-        run = in_pieces(run, axes, results, inputs.key.shape[2])
-        output, *unclipped, lse = _fold_vmap(run, pairs_of(axes))(
-            *(x for x in arrays if x is not None)
+        key_heads = inputs.key.shape[2]
+        output, *unclipped, lse = over_pieces(
+            run, arrays, FORWARD_AXES, results, key_heads=key_heads
         )
         found = ForwardResults(output, unclipped[0] if unclipped else None, lse)
         outputs = AttentionOutputs(found.output, found.unclipped, jnp.swapaxes(found.lse, 1, 2))
-        return _varying_as(inputs, outputs)
+        return varying_as(inputs, outputs)
 
     def backward(
         self,
@@ -240,6 +206,7 @@ class MosaicGpuBackend:
         tile = backward_tiles(
             spec,
             -(-query.shape[3] // 64) * 64,
+            key.shape[1],
             pair_bytes=bytes_per_column(inputs.mask, inputs.bias),
         )
         options = {
@@ -269,7 +236,7 @@ class MosaicGpuBackend:
             return (found,)
 
         run = in_pieces(run, axes, ["btnh", "bskh", "bskh"], key.shape[2])
-        d_query, d_key, d_value = _fold_vmap(run, pairs_of(axes))(*operands)
+        d_query, d_key, d_value = fold_vmap(run, pairs_of(axes))(*operands)
         d_bias = None
         if inputs.bias is not None and inputs.bias.shape[3] == 1:
             d_bias = _of_rows(inputs.bias, outputs.lse, lse_cotangent)
@@ -281,10 +248,10 @@ class MosaicGpuBackend:
         elif inputs.bias is not None:
             # A call of its own: XLA drops it where nobody reads the gradient.
             run_bias = in_pieces(run_bias, axes, ["pair"], key.shape[2])
-            by_row = _fold_vmap(run_bias, pairs_of(axes[:-1]))
+            by_row = fold_vmap(run_bias, pairs_of(axes[:-1]))
             d_bias = summing_vmap(run_bias, by_row)(*operands).astype(inputs.bias.dtype)
         gradients = AttentionGradients(d_query, d_key, d_value, d_bias)
-        return _varying_as((inputs, cotangent), gradients)
+        return varying_as((inputs, cotangent), gradients)
 
 
 BACKEND = MosaicGpuBackend()

@@ -31,6 +31,18 @@ def processors() -> int:
 
 def cannot(array: jax.Array) -> str | None:
     """None if a kernel may read `array` whole on one Hopper GPU, else why not."""
+    reason = cannot_pieces(array)
+    if reason is not None or jax.sharding.get_abstract_mesh().manual_axes:
+        return reason
+    is_traced = isinstance(array, jax.core.Tracer)
+    pieces = jax.device_count() if is_traced else len(array.devices())
+    if pieces > 1:
+        return f"the array may be in pieces on {pieces} devices; inside shard_map it is not"
+    return None
+
+
+def cannot_pieces(array: jax.Array) -> str | None:
+    """None if a kernel may read each piece of `array` on its own Hopper GPU, else why not."""
     platform = static_platform(array)
     if platform != "gpu":
         return f"needs a Hopper GPU, the call is on {platform}"
@@ -38,12 +50,6 @@ def cannot(array: jax.Array) -> str | None:
     if reason is not None:
         return reason
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.manual_axes:
-        if set(mesh.manual_axes) == set(mesh.axis_names):
-            return None
+    if mesh.manual_axes and set(mesh.manual_axes) != set(mesh.axis_names):
         return "some axes of the mesh are not manual, so the array may be in pieces"
-    is_traced = isinstance(array, jax.core.Tracer)
-    pieces = jax.device_count() if is_traced else len(array.devices())
-    if pieces > 1:
-        return f"the array may be in pieces on {pieces} devices; inside shard_map it is not"
     return None

@@ -1,7 +1,6 @@
 """A memory readout's call: what the kernel serves, and the operands it takes."""
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -15,16 +14,16 @@ from dpfa_jax.kernels.base import AttentionInputs, AttentionOutputs, AttentionSp
 from dpfa_jax.kernels.mosaic_gpu.memory import MemoryArrays, MemoryResults, memory_forward
 from dpfa_jax.kernels.mosaic_gpu.memory_numbers import Numbers, memory_numbers
 from dpfa_jax.kernels.mosaic_gpu.tiles import ForwardTiles
-from dpfa_jax.kernels.partitioning import by_batch_and_heads
+from dpfa_jax.kernels.pieces import over_pieces
 from dpfa_jax.noise import check_attention_ranges
 
 MAX_HEAD_SIZE = 128
 MAX_BATCH = 65535
-# Dimensions of the kernel's operands, as `by_batch_and_heads` reads them.
+# Dimensions of the kernel's operands, as `over_pieces` reads them.
 _AXES = MemoryArrays(
     "btnh", "bskh", "bskh", "bs", "bw", "b", "bn", "b", "bn", "bn", "bn", "bn", "b"
 )
-TILE = ForwardTiles(noise_warpgroup=True)
+TILE = ForwardTiles(noise_warpgroup=True, noise_columns=8)
 
 
 def cannot(spec: AttentionSpec, inputs: AttentionInputs) -> str | None:
@@ -59,14 +58,12 @@ def answer(
     spec: AttentionSpec,
     inputs: AttentionInputs,
     *,
-    fold_vmap: Callable[[Any], Any] = lambda function: function,
     tile: ForwardTiles = TILE,
     keep_sums: bool = False,
     interpret: Any = None,
 ) -> MemoryResults:
     """The released answer, in the query's dtype, of a call that `cannot` has let pass.
 
-    `fold_vmap` makes a function of arrays with a batch axis fold a vmapped axis into it;
     `keep_sums` adds the un-noised sums, for tests. Errors: ArgumentError without noise inputs, or
     where the readout is for another number of heads.
     """
@@ -74,24 +71,16 @@ def answer(
     numbers = _numbers(spec.readout, inputs)
     assert isinstance(numbers, Numbers)
     arrays = _arrays(spec.readout, numbers, inputs)
-    present = [x is not None for x in arrays]
 
-    def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
-        given = iter(operands)
-        filled = MemoryArrays(*(next(given) if there else None for there in present))
-        filled = filled._replace(head_start=filled.head_start[:, 0])
+    def run(arrays: MemoryArrays) -> tuple[jax.Array, ...]:
+        arrays = arrays._replace(head_start=arrays.head_start[:, 0])
         results = memory_forward(
-            spec, filled, tile, numbers, keep_sums=keep_sums, interpret=interpret
+            spec, arrays, tile, numbers, keep_sums=keep_sums, interpret=interpret
         )
         return tuple(x for x in results if x is not None)
 
-    run = by_batch_and_heads(
-        run,
-        [axes for axes, there in zip(_AXES, present, strict=True) if there],
-        ["btnh", *(["btnh", "bnt"] if keep_sums else [])],
-        key_heads=inputs.key.shape[2],
-    )
-    return MemoryResults(*fold_vmap(run)(*(x for x in arrays if x is not None)))
+    made = ["btnh", *(["btnh", "bnt"] if keep_sums else [])]
+    return MemoryResults(*over_pieces(run, arrays, _AXES, made, key_heads=inputs.key.shape[2]))
 
 
 def outputs(results: MemoryResults) -> AttentionOutputs:

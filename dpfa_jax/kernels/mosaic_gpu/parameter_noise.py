@@ -56,6 +56,7 @@ def released_mean(
     total: jax.Array,
     key_words: jax.Array,
     numbers: jax.Array,
+    start: jax.Array | None = None,
     *,
     block: int = BLOCK,
     interpret: Any = None,
@@ -66,13 +67,16 @@ def released_mean(
       total: (n,) float32, n a multiple of 4 and at least `block`.
       key_words: (2,) uint32, bound to the leaf.
       numbers: (3,) float32: stddev, grid, divisor.
+      start: (1,) uint32, even: index in the leaf of the first number of `total`; None: 0.
       block: numbers of one program, a multiple of 512.
       interpret: parameters of the Mosaic GPU simulator, None on a GPU.
     """
     size = total.shape[0]
+    if start is None:
+        start = manual_axes.vary_over(jnp.zeros((1,), jnp.uint32), manual_axes.varying_axes(total))
     simulate = interpret is not None
 
-    def kernel(total_ref, key_ref, numbers_ref, out_ref):
+    def kernel(total_ref, key_ref, numbers_ref, start_ref, out_ref):
         begin = jnp.minimum(lax.axis_index("blocks") * block, size - block)
         own = pl.ds(begin, block)
         half = (block // 2,)
@@ -80,7 +84,8 @@ def released_mean(
         x = plgpu.load(total_ref.at[own], layout=whole, optimized=False)
         layout = plgpu.Layout.WG_STRIDED(half, VECTOR // 2)
         offset = plgpu.broadcasted_iota(jnp.uint32, half, 0, layout=layout)
-        pair = lax.convert_element_type(begin >> 1, jnp.uint32) + offset
+        first = lax.convert_element_type(begin >> 1, jnp.uint32) + (start_ref[0] >> jnp.uint32(1))
+        pair = first + offset
         key = key_ref[0], key_ref[1]
         words = threefry2x32(*key, *parameter_counter(pair))
         # A radius is continued once in 2^32 pairs: hardly ever a program makes the blocks for it.
@@ -101,4 +106,4 @@ def released_mean(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="dpfa_parameter_noise",
         interpret=interpret,
-    )(total, key_words, numbers)
+    )(total, key_words, numbers, start)

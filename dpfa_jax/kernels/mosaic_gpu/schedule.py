@@ -25,14 +25,15 @@ def balanced(
       costs: of the tiles of one group (a head), in any unit.
       groups: how many there are; tile t of group g has the number g * len(costs) + t.
       programs: rows of the result.
-      group_size: groups that start together, the longest tiles of all of them first.
+      group_size: at most so many groups start together, the longest tiles of all of them first.
     """
     longest_first = sorted(range(len(costs)), key=lambda tile: -costs[tile])
     shares: list[list[int]] = [[] for _ in range(programs)]
     queue = [(0.0, program) for program in range(programs)]
-    for first in range(0, groups, group_size):
+    # Parts of one size: a small last one would have too few short tiles to fill the gaps with.
+    for part in np.array_split(np.arange(groups), -(-groups // group_size)):
         for tile in longest_first:
-            for group in range(first, min(first + group_size, groups)):
+            for group in part.tolist():
                 done, program = queue[0]
                 shares[program].append(group * len(costs) + tile)
                 heapq.heapreplace(queue, (done + costs[tile], program))

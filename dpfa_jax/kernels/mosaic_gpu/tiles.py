@@ -43,7 +43,7 @@ class ForwardTiles:
     stages: int = 2
     ahead: bool = True
     noise_warpgroup: bool = False
-    noise_columns: int = 8
+    noise_columns: int = 16
     pair_stages: int = 2
     overlaps: bool = True
 
@@ -68,9 +68,14 @@ class ForwardTiles:
 
 
 def forward_tiles(
-    spec: AttentionSpec, head_size: int, keys: int, *, pair_bytes: int | None = None
+    spec: AttentionSpec,
+    head_size: int,
+    keys: int,
+    *,
+    has_public_maximum: bool = False,
+    pair_bytes: int | None = None,
 ) -> ForwardTiles:
-    """Tiles for a padded head size and a number of keys, as measured on an H100 80GB.
+    """Tiles for a padded head size and a number of keys, as measured on an H100 and an H200.
 
     `pair_bytes`: shared memory that mask and bias of one key need; None without them.
     """
@@ -78,8 +83,9 @@ def forward_tiles(
     is_dense = right_reach(spec) is None and left_reach(spec) is None
     if head_size == 64 and keys >= 1024 and is_dense and not is_noisy and pair_bytes is None:
         return ForwardTiles(block_kv=256, ahead=False)
+    columns = 8 if has_public_maximum and is_dense else 16
     for candidate in (
-        ForwardTiles(noise_warpgroup=is_noisy),
+        ForwardTiles(noise_warpgroup=is_noisy, noise_columns=columns),
         ForwardTiles(),
         ForwardTiles(pair_stages=1),
         ForwardTiles(block_kv=64),
@@ -157,10 +163,13 @@ class WideTiles:
         )
 
 
+LONG_BACKWARD = 2048
+
+
 def backward_tiles(
-    spec: AttentionSpec, head_size: int, *, pair_bytes: int | None = None
+    spec: AttentionSpec, head_size: int, keys: int, *, pair_bytes: int | None = None
 ) -> BackwardTiles | FusedTiles | WideTiles:
-    """Tiles for a padded head size, as measured on an H100 80GB.
+    """Tiles for a padded head size and a number of keys, as measured on an H100 and an H200.
 
     `pair_bytes`: as `forward_tiles`.
     """
@@ -175,7 +184,11 @@ def backward_tiles(
                 return wide
         raise ValueError(f"head_size={head_size}: no tile of the backward kernels fits")
     is_dense = right_reach(spec) is None and left_reach(spec) is None
-    if not spec.deterministic and pair_bytes is None and (head_size == 64 or is_dense):
+    if pair_bytes is None and spec.deterministic:
+        # Waiting for turns costs more than two products where tiles are few or small.
+        if head_size == 128 and is_dense and keys >= LONG_BACKWARD:
+            return FusedTiles(heads=8)
+    elif pair_bytes is None and (head_size == 64 or is_dense):
         return FusedTiles()
     longer = BackwardTiles(block_kv_dq=128)
     rows = COMPUTE_WARPGROUPS * longer.block_q_dq + longer.stages * longer.block_kv_dq

@@ -20,11 +20,11 @@ from dpfa_jax.kernels.base import (
     MemoryReadout,
     SoftmaxRows,
 )
-from dpfa_jax.kernels.triton import tiles
-from dpfa_jax.kernels.triton.backward import BackwardArrays, attention_backward
-from dpfa_jax.kernels.triton.forward import NoiseArrays, attention_forward
+from dpfa_jax.kernels.pieces import varying_as
+from dpfa_jax.kernels.triton import calls, tile_choice, tiles
+from dpfa_jax.kernels.triton.backward import BackwardArrays
+from dpfa_jax.kernels.triton.forward import NoiseArrays
 from dpfa_jax.kernels.triton.logits import Arrays, Base
-from dpfa_jax.kernels.triton.memory import memory_forward
 from dpfa_jax.noise import check_attention_ranges
 
 MAX_HEAD_SIZE = 256
@@ -95,13 +95,10 @@ class TritonBackend:
             noise = _noise(readout, inputs)
             clipped = clip_rows_stored(inputs.value, readout.value_clip_norm)
             arrays = arrays._replace(value=clipped)
-            return AttentionOutputs(
-                memory_forward(spec, arrays, noise, tile.memory, interpret=self.interpret),
-                None,
-                None,
-            )
+            released = calls.memory(spec, arrays, noise, tile.memory, interpret=self.interpret)
+            return varying_as(inputs, AttentionOutputs(released, None, None))
         run = functools.partial(
-            attention_forward, spec, arrays, tile=tile.forward, interpret=self.interpret
+            calls.forward, spec, arrays, tile=tile.forward, interpret=self.interpret
         )
         if isinstance(readout, ExampleReadout) and readout.clip == "row":
             results = run(_noise(readout, inputs), dtype=dtype, keep_unclipped=residuals)
@@ -121,7 +118,7 @@ class TritonBackend:
         is_empty = rows.total == 0.0
         rows = rows._replace(total=jnp.where(is_empty, 1.0, rows.total))
         lse = jnp.where(is_empty, -jnp.inf, rows.maximum + jnp.log(rows.total))
-        return AttentionOutputs(output, unclipped, lse, rows=rows)
+        return varying_as(inputs, AttentionOutputs(output, unclipped, lse, rows=rows))
 
     def backward(
         self,
@@ -150,11 +147,10 @@ class TritonBackend:
             shift, factor = outputs.rows.maximum, by_head(1.0 / outputs.rows.total)
         shift = jnp.where(is_empty, jnp.inf, shift * Base.of(inputs.query.dtype).unit)
         given = BackwardArrays(cotangent, by_head(shift), by_head(delta), factor)
-        return AttentionGradients(
-            *attention_backward(
-                spec, _arrays(inputs), given, _tiles(inputs), interpret=self.interpret
-            )
+        gradients = calls.backward(
+            spec, _arrays(inputs), given, _tiles(inputs), interpret=self.interpret
         )
+        return varying_as((inputs, cotangent), AttentionGradients(*gradients))
 
 
 def _arrays(inputs: AttentionInputs) -> Arrays:
@@ -163,7 +159,7 @@ def _arrays(inputs: AttentionInputs) -> Arrays:
 
 def _tiles(inputs: AttentionInputs) -> tiles.KernelTiles:
     size = tiles.padded_size(inputs.query.shape[3])
-    return tiles.kernel_tiles(size, inputs.query.dtype.itemsize)
+    return tile_choice.kernel_tiles(size, inputs.query.dtype.itemsize)
 
 
 def _noise(readout: ExampleReadout | MemoryReadout, inputs: AttentionInputs) -> NoiseArrays:
@@ -183,12 +179,14 @@ def _noise(readout: ExampleReadout | MemoryReadout, inputs: AttentionInputs) -> 
     columns = size + isinstance(readout, MemoryReadout)
     check_attention_ranges(batches=batch, heads=heads, rows=rows, columns=columns)
     grids = np.asarray(readout.grids, np.float32)
-    per_head = np.stack([np.asarray(readout.noise_stddevs, np.float32), 1 / grids, grids])
+    per_head = np.stack([np.asarray(readout.noise_stddevs, np.float32), 1 / grids, grids], axis=1)
+    # The global index of each head: a piece of the heads knows its own.
+    start = inputs.noise.head_start.astype(jnp.uint32)[:, None]
     return NoiseArrays(
         inputs.noise.key_words,
         inputs.noise.batch_index.astype(jnp.uint32),
-        inputs.noise.head_start.astype(jnp.uint32),
-        jnp.asarray(per_head),
+        start + jnp.arange(heads, dtype=jnp.uint32),
+        jnp.broadcast_to(jnp.asarray(per_head), (batch, *per_head.shape)),
     )
 
 

@@ -277,15 +277,15 @@ def _bias_body(
         plt.store(view, acc.astype(dtype), mask=is_row[:, None] & is_column[None, :])
 
 
-def attention_backward(
+def input_gradients(
     spec: AttentionSpec,
     arrays: Arrays,
     given: BackwardArrays,
     tile: KernelTiles,
     *,
     interpret: bool,
-) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
-    """Gradients of query, key, value and bias (None without one), in their dtypes."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Gradients of query, key and value, in their dtypes."""
     batch, length, heads, _ = arrays.query.shape
     keys, kv_heads = arrays.key.shape[1:3]
 
@@ -307,11 +307,23 @@ def attention_backward(
         _keys_body, like(arrays.key), like(arrays.value), tile=by_keys, name="backward_keys",
         grid=(pl.cdiv(keys, by_keys.block_kv), kv_heads, batch),
     )  # fmt: skip
-    d_bias = None
-    if arrays.bias is not None:
-        b, n, t, s = arrays.bias.shape
-        (d_bias,) = run(
-            _bias_body, like(arrays.bias), tile=by_queries, name="backward_bias",
-            grid=(pl.cdiv(t, by_queries.block_q), pl.cdiv(s, by_queries.block_kv), b * n),
-        )  # fmt: skip
-    return d_query, d_key, d_value, d_bias
+    return d_query, d_key, d_value
+
+
+def bias_gradient(
+    spec: AttentionSpec,
+    arrays: Arrays,
+    given: BackwardArrays,
+    tile: KernelTiles,
+    *,
+    interpret: bool,
+) -> jax.Array:
+    """Gradient of the bias, in float32: it may be one of several addends."""
+    b, n, t, s = arrays.bias.shape
+    block = tile.queries
+    (d_bias,) = launch(
+        _bias_body, (arrays, given), [jax.ShapeDtypeStruct(arrays.bias.shape, jnp.float32)],
+        (pl.cdiv(t, block.block_q), pl.cdiv(s, block.block_kv), b * n), block,
+        name="backward_bias", interpret=interpret, spec=spec,
+    )  # fmt: skip
+    return d_bias

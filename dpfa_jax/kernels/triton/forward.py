@@ -21,18 +21,21 @@ from dpfa_jax.kernels.triton.tiles import Scalar, Tiles
 
 
 class NoiseArrays(NamedTuple):
-    """`NoiseInputs`, and (3, N) float32: noise standard deviation, 1 / grid, grid of each head."""
+    """Where the noise comes from, and how large it is; a row of each array serves one batch row.
+
+    `key_words` and `batch_index` as in `NoiseInputs`; `head_index` (B, N) is the global index of
+    each head; `per_head` (B, N, 3) float32: noise standard deviation, 1 / grid, grid.
+    """
 
     key_words: Any
     batch_index: Any
-    head_start: Any
+    head_index: Any
     per_head: Any
 
     def stream(self, batch: Scalar, head: jax.Array) -> Stream:
         """The noise of one head."""
         words = (self.key_words[batch, 0], self.key_words[batch, 1])
-        start = self.head_start[batch]
-        return Stream(words, self.batch_index[batch], start + head.astype(jnp.uint32))
+        return Stream(words, self.batch_index[batch], self.head_index[batch, head])
 
 
 class ForwardResults(NamedTuple):
@@ -45,7 +48,7 @@ class ForwardResults(NamedTuple):
     output: jax.Array
     maximum: jax.Array
     total: jax.Array
-    unclipped: jax.Array | None
+    unclipped: jax.Array | None = None
 
 
 def _body(
@@ -118,7 +121,7 @@ def _body(
         logits.store_rows(unclipped, batch, rows, head, normalised, length)
     if noise is not None:
         assert isinstance(spec.readout, ExampleReadout)
-        stddev, inverse_grid, grid = (noise.per_head[part, head] for part in range(3))
+        stddev, inverse_grid, grid = (noise.per_head[batch, head, part] for part in range(3))
         drawn = noise.stream(batch, head).columns(rows, normalised.shape[1])
         clipped = clip_rows(normalised, spec.readout.l2_clip_norm)
         normalised = snapped(clipped + drawn * stddev, inverse_grid, grid)

@@ -70,7 +70,7 @@ def _body(
     numerator, normaliser = lax.fori_loop(
         0, pl.cdiv(keys, tile.block_kv), step, (TwoFloat(zeros, zeros), TwoFloat(none, none))
     )
-    stddev, inverse_grid, grid = (noise.per_head[part, head] for part in range(3))
+    stddev, inverse_grid, grid = (noise.per_head[batch, head, part] for part in range(3))
     stream = noise.stream(batch, head)
     drawn = stream.columns(rows, query.shape[1]) * stddev
     released = snapped_two(*compensated.add(numerator, drawn), inverse_grid, grid)

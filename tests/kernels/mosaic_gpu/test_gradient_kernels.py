@@ -38,6 +38,7 @@ def lower(function, *arguments):
 @pytest.fixture
 def hopper(monkeypatch):
     monkeypatch.setattr(device, "cannot", lambda array: None)
+    monkeypatch.setattr(device, "cannot_pieces", lambda array: None)
     monkeypatch.setattr(device, "processors", lambda: 132)
 
 
@@ -92,6 +93,23 @@ def test_noise_is_the_oracle_s(size):
     )
     cells = np.abs(np.asarray(mean, np.float64) - np.asarray(exact, np.float64)) * 250 * 2**10
     assert cells.max() <= 1.01
+
+
+def test_a_piece_has_its_own_elements():
+    """V10: rows 6 to 11 of a leaf of 12: the numbers of the whole, from an index on."""
+    key, shape = insecure_test_key(3), (12, 4096)
+    total = draw(*shape, dtype=jnp.float32)
+    numbers = jnp.asarray([1.5, 2.0**-10, 250.0], jnp.float32)
+    more = (jnp.arange(4096, dtype=jnp.uint32), key_words(key), jnp.full(1, 5, jnp.uint32), numbers)
+    kind = jax.random.key_impl(key)
+    rows = jnp.arange(6, 12, dtype=jnp.uint32)
+    (mean,) = parameter_noise.of_piece(shape, kind, total[6:], rows, *more, interpret=SIMULATE)
+    exact = parameter_noise.released_mean(
+        total, key, 5, stddev=1.5, grid=2.0**-10, divisor=250.0, implementation="xla"
+    )[6:]
+    cells = np.abs(np.asarray(mean, np.float64) - np.asarray(exact, np.float64)) * 250 * 2**10
+    assert cells.max() <= 1.01
+    assert (cells > 0.5).mean() < 1e-2
 
 
 def test_the_pair_whose_radius_goes_on():

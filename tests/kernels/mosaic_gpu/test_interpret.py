@@ -13,7 +13,7 @@ import pytest
 from helpers import attention_oracle as oracle
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from dpfa_jax.kernels import epilogue
+from dpfa_jax.kernels import epilogue, pieces
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, ExampleReadout, NoiseInputs
 from dpfa_jax.kernels.mosaic_gpu import backend
 from dpfa_jax.kernels.public_maximum import has_public_maximum
@@ -202,7 +202,7 @@ def test_vmap_folds_into_the_batch():
         seen.append((x.shape, shared.shape))
         return (x + shared,)
 
-    folding = backend._fold_vmap(add)
+    folding = pieces.fold_vmap(add)
     x, shared = draw(2, 3, 4, 5, dtype=jnp.float32), draw(4, 5, seed=1, dtype=jnp.float32)
     mapped = jax.vmap(jax.vmap(lambda x: folding(x, shared)[0]))(x)
     assert np.array_equal(np.asarray(mapped), np.asarray(x + shared))

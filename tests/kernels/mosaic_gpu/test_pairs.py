@@ -14,8 +14,9 @@ from helpers import attention_oracle as oracle
 from helpers import pair_cases
 
 from dpfa_jax.attention import core
+from dpfa_jax.kernels import pieces
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, ExampleReadout, NoiseInputs
-from dpfa_jax.kernels.mosaic_gpu import backend, pair_calls, pairs, tiles
+from dpfa_jax.kernels.mosaic_gpu import backend, pairs, tiles
 
 BACKEND = backend.MosaicGpuBackend()
 struct = jax.ShapeDtypeStruct
@@ -143,7 +144,7 @@ def test_vmap_of_broadcast_pairs():
         seen.append(pair.shape)
         return (x + pair,)
 
-    folding = backend._fold_vmap(add, [1])
+    folding = pieces.fold_vmap(add, [1])
     x = jnp.arange(24.0).reshape(4, 3, 2)
     shared, mapped = jnp.full((1, 2), 100.0), jnp.arange(4.0).reshape(4, 1, 1) * jnp.ones((1, 2))
     found = jax.vmap(lambda x: folding(x, shared)[0])(x)
@@ -161,7 +162,7 @@ def test_vmap_of_a_bias_gradient():
         ones = jnp.ones(pair.shape)
         return (x.sum(0, keepdims=True) * ones if pair.shape[0] == 1 else x * ones,)
 
-    folding = pair_calls.summing_vmap(gradient, backend._fold_vmap(gradient))
+    folding = pieces.summing_vmap(gradient, pieces.fold_vmap(gradient))
     x = jnp.arange(24.0).reshape(4, 3, 2)
     assert np.array_equal(folding(x[0], jnp.ones((1, 2))), x[0].sum(0, keepdims=True))
     found = jax.vmap(lambda x: folding(x, jnp.ones((1, 2))))(x)

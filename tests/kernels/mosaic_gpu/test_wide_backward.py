@@ -209,13 +209,13 @@ def test_masks_and_biases_lower(head_size, mask, bias, dtype):
     text = lower(jax.grad(functools.partial(loss, AttentionSpec(0.1))), inputs.query, inputs)
     assert text.count("custom_call @mosaic_gpu") == 3
     pair_bytes = pairs.bytes_per_column(inputs.mask, inputs.bias)
-    tile = tiles.backward_tiles(AttentionSpec(1.0), head_size, pair_bytes=pair_bytes)
+    tile = tiles.backward_tiles(AttentionSpec(1.0), head_size, 512, pair_bytes=pair_bytes)
     assert max(tile.shared_bytes(head_size, pair_bytes)) <= tiles.SHARED_MEMORY_BYTES
 
 
 @pytest.mark.parametrize("head_size", [192, 256])
 def test_tiles_fit_shared_memory(head_size):
-    tile = tiles.backward_tiles(AttentionSpec(1.0), head_size)
+    tile = tiles.backward_tiles(AttentionSpec(1.0), head_size, 512)
     assert isinstance(tile, WideTiles)
     assert max(tile.shared_bytes(head_size)) <= tiles.SHARED_MEMORY_BYTES
     more = WideTiles(stages=5, key_stages=6)

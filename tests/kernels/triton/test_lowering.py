@@ -6,7 +6,7 @@ import warnings
 import jax
 import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractDevice, AbstractMesh, AxisType, PartitionSpec
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from dpfa_jax.attention import core
 from dpfa_jax.kernels import dispatch
@@ -115,6 +115,35 @@ def test_shard_map_of_gradient_lowers():
         traced = jax.jit(sharded).trace(*inputs[:3])
         text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert "dpfa_triton_backward_queries" in text
+
+
+@pytest.mark.parametrize("key_heads", [1, 4])
+def test_explicit_axes_keep_their_pieces(key_heads):
+    """V10: where types name the sharding, each kernel gets its piece of batch and heads."""
+    device = AbstractDevice("NVIDIA A100", 108, "gpu")
+    kinds = (AxisType.Explicit,) * 2
+    mesh = AbstractMesh((2, 4), ("batch", "heads"), kinds, abstract_device=device)
+    split = PartitionSpec("batch", None, "heads")
+    own = split if key_heads > 1 else PartitionSpec("batch")
+
+    def struct(heads, place):
+        sharding = NamedSharding(mesh, place)
+        return jax.ShapeDtypeStruct((4, 64, heads, 64), jnp.bfloat16, sharding=sharding)
+
+    def gradients(query, key, value):
+        run = functools.partial(loss, AttentionSpec(0.1), AttentionInputs(query, key, value))
+        return jax.grad(run)((query, key, value, None))[:3]
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        traced = jax.jit(gradients).trace(struct(8, split), *(struct(key_heads, own),) * 2)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "all_gather" not in text
+    # The sum over the pieces of one key's query heads is all that passes between devices.
+    assert ("all_reduce" in text) == (key_heads == 1)
+    launches = [line for line in text.splitlines() if "dpfa_triton_backward_queries" in line]
+    assert launches
+    assert all("tensor<2x64x2x64xbf16>" in line for line in launches)
+    assert jax.tree.leaves(traced.out_info)[0].sharding.spec[:3] == tuple(split)
 
 
 def test_the_warning_of_the_end_of_pallas_triton_is_silent():
