@@ -29,6 +29,7 @@ def released_mean(
     stddev: Number,
     grid: Number,
     divisor: Number,
+    leaf_keys: UInt32[Array, "leaves 2"] | None = None,
     implementation: str | None = None,
 ) -> Float32[Array, "..."]:
     """snap(total + stddev * noise, grid) / divisor.
@@ -39,6 +40,8 @@ def released_mean(
         `noise.parameter_noise` gives it, on whatever device.
       stddev, grid: in the units of `total`; `grid` a power of two.
       divisor: the expected batch size.
+      leaf_keys: `counters.bind_parameter` of this key for leaves 0, 1, ..: derived here where None.
+        Each time they are derived is a kernel to compile.
       implementation: "mosaic_gpu", "xla", or None for the first that can.
 
     The kernel's logarithm, root, sine and cosine are the hardware's: next to a border between two
@@ -61,7 +64,7 @@ def released_mean(
     if reason is not None or implementation == "xla":
         return _by_xla(total, noise_key, leaf_index, stddev, grid, divisor)
     numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in (stddev, grid, divisor)])
-    return _by_kernel(total, noise_key, jnp.uint32(leaf_index), numbers)
+    return _by_kernel(total, noise_key, jnp.uint32(leaf_index), numbers, leaf_keys)
 
 
 def cannot(total: Float[Array, "..."]) -> str | None:
@@ -91,28 +94,35 @@ def _by_kernel(
     noise_key: Key[Array, ""],
     leaf_index: UInt32[Array, ""],
     numbers: Float32[Array, "3"],
+    leaf_keys: UInt32[Array, "leaves 2"] | None,
 ) -> Float32[Array, "..."]:
     """The kernel; under `vmap` XLA, whatever of it is mapped."""
     from dpfa_jax.kernels.mosaic_gpu import parameter_noise as kernel
 
     kind = jax.random.key_impl(noise_key)
+    key_words, row = keys.key_words(noise_key), leaf_index.astype(jnp.int32)
+    if leaf_keys is None:
+        leaf_keys, row = counters.bind_parameter(key_words, leaf_index)[None], jnp.int32(0)
 
     @jax.custom_batching.custom_vmap
-    def run(total: Array, key_words: Array, leaf_index: Array, numbers: Array) -> Array:
-        words = counters.bind_parameter(key_words, leaf_index)
-        axes = manual_axes.varying_axes(total, words, numbers)
-        flat, words, numbers = (
-            manual_axes.vary_over(x, axes) for x in (total.reshape(-1), words, numbers)
-        )
-        return kernel.released_mean(flat, words, numbers).reshape(total.shape)
+    def run(
+        total: Array, leaf_keys: Array, row: Array, numbers: Array, key_words: Array, leaf: Array
+    ) -> Array:
+        del key_words, leaf
+        operands = (total.reshape(-1), leaf_keys, row[None], numbers)
+        axes = manual_axes.varying_axes(*operands)
+        varying = (manual_axes.vary_over(x, axes) for x in operands)
+        return kernel.released_mean(*varying).reshape(total.shape)
 
     @run.def_vmap
     def _(axis_size: int, in_batched: list[bool], *operands: Array) -> tuple[Array, bool]:
-        def one(total: Array, key_words: Array, leaf_index: Array, numbers: Array) -> Array:
+        def one(
+            total: Array, _keys: Array, _row: Array, numbers: Array, key_words: Array, leaf: Array
+        ) -> Array:
             key = jax.random.wrap_key_data(key_words, impl=kind)
-            return _by_xla(total, key, leaf_index, numbers[0], numbers[1], numbers[2])
+            return _by_xla(total, key, leaf, numbers[0], numbers[1], numbers[2])
 
         axes = [0 if is_batched else None for is_batched in in_batched]
         return jax.vmap(one, in_axes=axes, axis_size=axis_size)(*operands), True
 
-    return run(total, keys.key_words(noise_key), leaf_index, numbers)
+    return run(total, leaf_keys, row, numbers, key_words, leaf_index)

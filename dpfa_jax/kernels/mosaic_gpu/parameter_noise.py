@@ -54,7 +54,8 @@ def _interleaved(even: jax.Array, odd: jax.Array, *, simulate: bool) -> jax.Arra
 
 def released_mean(
     total: jax.Array,
-    key_words: jax.Array,
+    leaf_keys: jax.Array,
+    leaf_index: jax.Array,
     numbers: jax.Array,
     *,
     block: int = BLOCK,
@@ -64,7 +65,9 @@ def released_mean(
 
     Args:
       total: (n,) float32, n a multiple of 4 and at least `block`.
-      key_words: (2,) uint32, bound to the leaf.
+      leaf_keys: (leaves, 2) uint32, row i bound to leaf i; the table is read here, so that no
+        other kernel has to cut out a row for each leaf.
+      leaf_index: (1,) int32, the leaf's row.
       numbers: (3,) float32: stddev, grid, divisor.
       block: numbers of one program, a multiple of 512.
       interpret: parameters of the Mosaic GPU simulator, None on a GPU.
@@ -72,7 +75,7 @@ def released_mean(
     size = total.shape[0]
     simulate = interpret is not None
 
-    def kernel(total_ref, key_ref, numbers_ref, out_ref):
+    def kernel(total_ref, keys_ref, leaf_ref, numbers_ref, out_ref):
         begin = jnp.minimum(lax.axis_index("blocks") * block, size - block)
         own = pl.ds(begin, block)
         half = (block // 2,)
@@ -81,7 +84,8 @@ def released_mean(
         layout = plgpu.Layout.WG_STRIDED(half, VECTOR // 2)
         offset = plgpu.broadcasted_iota(jnp.uint32, half, 0, layout=layout)
         pair = lax.convert_element_type(begin >> 1, jnp.uint32) + offset
-        key = key_ref[0], key_ref[1]
+        leaf = leaf_ref[0]
+        key = keys_ref[leaf, 0], keys_ref[leaf, 1]
         words = threefry2x32(*key, *parameter_counter(pair))
         # A radius is continued once in 2^32 pairs: hardly ever a program makes the blocks for it.
         more = lax.cond(
@@ -101,4 +105,4 @@ def released_mean(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="dpfa_parameter_noise",
         interpret=interpret,
-    )(total, key_words, numbers)
+    )(total, leaf_keys, leaf_index, numbers)
