@@ -54,7 +54,8 @@ def _interleaved(even: jax.Array, odd: jax.Array, *, simulate: bool) -> jax.Arra
 
 def released_mean(
     total: jax.Array,
-    key_words: jax.Array,
+    leaf_keys: jax.Array,
+    leaf_index: jax.Array,
     numbers: jax.Array,
     start: jax.Array | None = None,
     *,
@@ -65,7 +66,9 @@ def released_mean(
 
     Args:
       total: (n,) float32, n a multiple of 4 and at least `block`.
-      key_words: (2,) uint32, bound to the leaf.
+      leaf_keys: (leaves, 2) uint32, row i bound to leaf i; the table is read here, so that no
+        other kernel has to cut out a row for each leaf.
+      leaf_index: (1,) int32, the leaf's row.
       numbers: (3,) float32: stddev, grid, divisor.
       start: (1,) uint32, even: index in the leaf of the first number of `total`; None: 0.
       block: numbers of one program, a multiple of 512.
@@ -76,7 +79,7 @@ def released_mean(
         start = manual_axes.vary_over(jnp.zeros((1,), jnp.uint32), manual_axes.varying_axes(total))
     simulate = interpret is not None
 
-    def kernel(total_ref, key_ref, numbers_ref, start_ref, out_ref):
+    def kernel(total_ref, keys_ref, leaf_ref, numbers_ref, start_ref, out_ref):
         begin = jnp.minimum(lax.axis_index("blocks") * block, size - block)
         own = pl.ds(begin, block)
         half = (block // 2,)
@@ -86,7 +89,8 @@ def released_mean(
         offset = plgpu.broadcasted_iota(jnp.uint32, half, 0, layout=layout)
         first = lax.convert_element_type(begin >> 1, jnp.uint32) + (start_ref[0] >> jnp.uint32(1))
         pair = first + offset
-        key = key_ref[0], key_ref[1]
+        leaf = leaf_ref[0]
+        key = keys_ref[leaf, 0], keys_ref[leaf, 1]
         words = threefry2x32(*key, *parameter_counter(pair))
         # A radius is continued once in 2^32 pairs: hardly ever a program makes the blocks for it.
         more = lax.cond(
@@ -106,4 +110,4 @@ def released_mean(
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="dpfa_parameter_noise",
         interpret=interpret,
-    )(total, key_words, numbers, start)
+    )(total, leaf_keys, leaf_index, numbers, start)
