@@ -41,7 +41,7 @@ CASES = (
     ("gpt2-small", 512, 64),
     ("gpt2-small", 4096, 8),
 )
-PEER_MICRO_BATCHES = (1, 2, 4, 8, 16)
+PEER_MICRO_BATCHES = (2, 4, 8)
 
 
 class Row(NamedTuple):

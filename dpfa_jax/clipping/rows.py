@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from dpfa_jax.core import ArgumentError, checks
@@ -27,6 +26,7 @@ def clip_rows(x: Float[Array, "... D"], l2_clip_norm: float) -> Float32[Array, "
 
     x = x.astype(jnp.float32)
     squares, scale, is_finite = _squares(x)
+    is_finite = is_finite > 0.0
     # Here, and not after the quotient: it has no derivative where a row is not finite.
     x, squares = jnp.where(is_finite, x, 0.0), jnp.where(is_finite, squares, 0.0)
     length = jnp.sqrt(jnp.where(squares > 0.0, squares, 1.0))
@@ -54,7 +54,7 @@ _CENTRES = (-100, -30, 40, 110)
 
 @jax.custom_jvp
 def _squares(x: Float32[Array, "... D"]) -> tuple[Array, Array, Array]:
-    """(sum of (x 2^-k)^2, 2^-k, whether all are finite), each (..., 1), along the last axis.
+    """(sum of (x 2^-k)^2, 2^-k, 1.0 where all are finite), each (..., 1), along the last axis.
 
     2^-k is exact. All sums and the largest entry come out of one pass: a scale that waited for the
     largest entry would make XLA read `x` once more.
@@ -68,7 +68,8 @@ def _squares(x: Float32[Array, "... D"]) -> tuple[Array, Array, Array]:
         is_here = exponent >= k - 35
         squares = jnp.where(is_here, _scaled_squares(x, jnp.float32(2.0**-k)), squares)
         scale = jnp.where(is_here, jnp.float32(2.0**-k), scale)
-    return squares, jnp.broadcast_to(scale, squares.shape), largest < 0x7F800000
+    is_finite = jnp.where(largest < 0x7F800000, jnp.float32(1.0), jnp.float32(0.0))
+    return squares, jnp.broadcast_to(scale, squares.shape), is_finite
 
 
 def _scaled_squares(x: Array, scale: Array) -> Array:
@@ -81,10 +82,10 @@ def _squares_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, An
     (x,), (dx,) = primals, tangents
     squares, scale, is_finite = _squares(x)
     # Of a row that becomes zero: no NaN times 0.
-    slope = jnp.where(is_finite, x * scale * scale, 0.0)
+    slope = jnp.where(is_finite > 0.0, x * scale * scale, 0.0)
     change = 2.0 * jnp.sum(slope * dx, axis=-1, keepdims=True)
-    no_change = np.zeros(is_finite.shape, jax.dtypes.float0)
-    return (squares, scale, is_finite), (change, jnp.zeros_like(scale), no_change)
+    no_change = jnp.zeros_like(scale)
+    return (squares, scale, is_finite), (change, no_change, no_change)
 
 
 @jax.custom_jvp

@@ -18,7 +18,7 @@ from jax import lax
 
 from dpfa_jax.core.generators import BOX_MULLER_TAIL
 from dpfa_jax.kernels.base import AttentionSpec, ExampleReadout
-from dpfa_jax.kernels.mosaic_gpu import device, tiles
+from dpfa_jax.kernels.mosaic_gpu import axes, device, tiles
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
 from dpfa_jax.kernels.mosaic_gpu.layouts import (
     LOG2_E,
@@ -142,7 +142,7 @@ def _body(
     group: int,
     simulate: bool,
 ) -> None:
-    warpgroup = lax.axis_index("warpgroup")
+    warpgroup = lax.axis_index(axes.WARPGROUP)
     block_q, block_kv, stages = tile.block_q, tile.block_kv, tile.stages
     head_size = arrays.query.shape[-1]
     dtype = arrays.query.dtype
@@ -444,7 +444,7 @@ def _release(acc, arrays, shared, barriers, here, row_begin, noise_scale, *, spe
     """Clips each row, adds the noise, snaps."""
     acc = clip_rows(acc, spec.readout.l2_clip_norm)
     if tile.noise_warpgroup:
-        warpgroup = lax.axis_index("warpgroup")
+        warpgroup = lax.axis_index(axes.WARPGROUP)
         plgpu.barrier_wait(barriers["noise"].at[warpgroup])
         chunks = acc.shape[1] // tile.noise_columns
         noise = jnp.concatenate(
@@ -590,9 +590,9 @@ def attention_forward(
         out_type=out_type,
         scratch_types=(shared, barriers),
         grid=(len(schedule),),
-        grid_names=("program",),
+        grid_names=(axes.PROGRAM,),
         num_threads=COMPUTE_WARPGROUPS + 1 + tile.noise_warpgroup,
-        thread_name="warpgroup",
+        thread_name=axes.WARPGROUP,
         # Reductions along a row stay inside a quad of lanes: they need no shared memory.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name="dpfa_attention_forward",

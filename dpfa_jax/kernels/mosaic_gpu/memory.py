@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec, MemoryReadout
-from dpfa_jax.kernels.mosaic_gpu import tiles
+from dpfa_jax.kernels.mosaic_gpu import axes, tiles
 from dpfa_jax.kernels.mosaic_gpu.layouts import (
     LOG2_E,
     ROW,
@@ -83,9 +83,9 @@ def _body(
     group: int,
     simulate: bool,
 ) -> None:
-    batch, head = lax.axis_index("batch"), lax.axis_index("heads")
-    block = lax.axis_size("rows") - 1 - lax.axis_index("rows")
-    warpgroup = lax.axis_index("warpgroup")
+    batch, head = lax.axis_index(axes.BATCH), lax.axis_index(axes.HEADS)
+    block = lax.axis_size(axes.ROWS) - 1 - lax.axis_index(axes.ROWS)
+    warpgroup = lax.axis_index(axes.WARPGROUP)
     block_q, block_kv, stages = tile.block_q, tile.block_kv, tile.stages
     head_size, dtype = arrays.query.shape[-1], arrays.query.dtype
     program_begin = block * tile.rows
@@ -415,9 +415,9 @@ def memory_forward(
         out_type=tuple(out_type),
         scratch_types=(shared, barriers),
         grid=(heads, programs, batch),
-        grid_names=("heads", "rows", "batch"),
+        grid_names=(axes.HEADS, axes.ROWS, axes.BATCH),
         num_threads=COMPUTE_WARPGROUPS + 2,
-        thread_name="warpgroup",
+        thread_name=axes.WARPGROUP,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name="dpfa_memory_forward",
         interpret=interpret,

@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 
 from dpfa_jax.kernels import manual_axes
+from dpfa_jax.kernels.mosaic_gpu import axes
 from dpfa_jax.noise.counters import long_radius_counter, parameter_counter
 from dpfa_jax.noise.grid import snap
 from dpfa_jax.noise.normals import normal_pair
@@ -80,7 +81,7 @@ def released_mean(
     simulate = interpret is not None
 
     def kernel(total_ref, keys_ref, leaf_ref, numbers_ref, start_ref, out_ref):
-        begin = jnp.minimum(lax.axis_index("blocks") * block, size - block)
+        begin = jnp.minimum(lax.axis_index(axes.BLOCKS) * block, size - block)
         own = pl.ds(begin, block)
         half = (block // 2,)
         whole = plgpu.Layout.WG_STRIDED((block,), VECTOR)
@@ -106,7 +107,7 @@ def released_mean(
         kernel,
         out_type=manual_axes.result(total.shape, jnp.float32, total),
         grid=(pl.cdiv(size, block),),
-        grid_names=("blocks",),
+        grid_names=(axes.BLOCKS,),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="dpfa_parameter_noise",
         interpret=interpret,

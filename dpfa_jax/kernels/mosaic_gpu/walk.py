@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec
-from dpfa_jax.kernels.mosaic_gpu import tiles
+from dpfa_jax.kernels.mosaic_gpu import axes, tiles
 from dpfa_jax.kernels.mosaic_gpu.schedule import balanced
 from dpfa_jax.kernels.mosaic_gpu.tiles import ForwardTiles, Scalar, StepRange
 
@@ -134,7 +134,7 @@ class Walk:
     schedule: Any
 
     def _number(self, index: Any) -> Any:
-        return self.schedule[lax.axis_index("program"), index + 1]
+        return self.schedule[lax.axis_index(axes.PROGRAM), index + 1]
 
     def _at(self, number: Any, count: Any) -> Tile:
         tile = self.tiling.at(self.arrays, number, count)
