@@ -65,8 +65,11 @@ def _softmax_backward(
         assert outputs.unclipped is not None
         cotangent = epilogue.clip_cotangent(spec.readout, outputs.unclipped, cotangent)
     gradients = backend.backward(spec, inputs, outputs, cotangent, None)
-    placed = jax.tree.map(_placed_as, gradients, type(gradients)(*inputs[: len(gradients)]))
-    return (AttentionInputs(*placed, None, None, None, None),)
+    bias = None
+    if gradients.bias is not None and inputs.bias is not None:
+        bias = _placed_as(gradients.bias, inputs.bias)
+    query, key, value = map(_placed_as, gradients[:3], inputs[:3])
+    return (AttentionInputs(query, key, value, bias),)
 
 
 def _placed_as(gradient: jax.Array, primal: jax.Array) -> jax.Array:

@@ -22,7 +22,6 @@ from dpfa_jax.kernels.mosaic_gpu import axes, device, tiles
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
 from dpfa_jax.kernels.mosaic_gpu.layouts import (
     LOG2_E,
-    ROW,
     WGMMA,
     pad_sequence,
     tiled_shared,
@@ -30,12 +29,10 @@ from dpfa_jax.kernels.mosaic_gpu.layouts import (
 )
 from dpfa_jax.kernels.mosaic_gpu.noise import clip_rows, snap_tile, stream_of, tile_normals
 from dpfa_jax.kernels.mosaic_gpu.pairs import Fixed, PairReader
+from dpfa_jax.kernels.mosaic_gpu.softmax import PublicMaximum, RunningMaximum
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ForwardTiles
 from dpfa_jax.kernels.mosaic_gpu.walk import Tile, Tiling, Walk
 from dpfa_jax.kernels.public_maximum import SHIFT
-
-# Start of the running maximum: finite, so that a row with no key yet gives exp2(-inf) = 0, no NaN.
-LOWEST = -1e38
 
 
 class ForwardArrays(NamedTuple):
@@ -67,59 +64,6 @@ class ForwardResults(NamedTuple):
     output: Any
     unclipped: Any
     lse: Any
-
-
-class RunningMaximum:
-    """Weights relative to the largest logit so far; sums are (maximum in base 2, total weight)."""
-
-    def start(self, rows: int) -> tuple[jax.Array, ...]:
-        """Sums of rows that have seen no key."""
-        largest = plgpu.layout_cast(jnp.full((rows,), LOWEST, jnp.float32), ROW)
-        return largest, plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), ROW)
-
-    def step(
-        self, s: jax.Array, factor: float, acc: jax.Array, sums: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
-        """Weights of the logits s factor (base 2); `acc` and `sums` under the new maximum."""
-        previous, total = sums
-        largest = jnp.maximum(previous, s.max(axis=1) * factor)
-        decay = jnp.exp2(previous - largest)
-        p = jnp.exp2(s * factor - lax.broadcast_in_dim(largest, s.shape, [0]))
-        acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
-        return p, acc, (largest, total * decay + p.sum(axis=1))
-
-    def finish(self, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        """(maximum in base 2, total weight) of each row."""
-        largest, total = sums
-        return largest, total
-
-
-@dataclasses.dataclass(frozen=True)
-class PublicMaximum:
-    """Weights 2^shift exp(logit), which arguments say to be normal numbers; nothing is rescaled.
-
-    Attributes:
-      shift: what the weights' dtype wants.
-    """
-
-    shift: float
-
-    def start(self, rows: int) -> tuple[jax.Array, ...]:
-        """As `RunningMaximum`, less the maximum."""
-        return (plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), ROW),)
-
-    def step(
-        self, s: jax.Array, factor: float, acc: jax.Array, sums: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
-        """As `RunningMaximum`; `acc` as it is."""
-        exponent = s * factor
-        p = jnp.exp2(exponent + self.shift if self.shift else exponent)
-        # The sum's shuffles keep ptxas from moving the exponentials past the wait for the turn.
-        return p, acc, (sums[0] + p.sum(axis=1),)
-
-    def finish(self, sums: tuple[jax.Array, ...]) -> tuple[float, jax.Array]:
-        """As `RunningMaximum`."""
-        return -self.shift, sums[0]
 
 
 def _capped(spec: AttentionSpec, s: jax.Array) -> tuple[jax.Array, float]:
@@ -553,8 +497,7 @@ def attention_forward(
     barriers |= pair_barriers
     present = [x is not None for x in arrays]
 
-    def kernel(*refs):
-        schedule_ref, *refs = refs
+    def kernel(schedule_ref, *refs):
         operands = iter(refs[: sum(present)])
         refs = refs[sum(present) :]
         in_refs = ForwardArrays(*(next(operands) if there else None for there in present))
