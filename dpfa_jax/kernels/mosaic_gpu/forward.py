@@ -1,8 +1,9 @@
 """Forward kernel: FA3's schedule (Shah et al., 2024) in Pallas Mosaic GPU.
 
-One program owns `2 * block_q` query rows of one head. A producer warpgroup streams key and value
-tiles by TMA; two compute warpgroups take turns on the tensor cores (one multiplies while the other
-does its softmax); under `ExampleReadout` the epilogue clips, noises and snaps each row.
+A tile is `2 * block_q` query rows of one head; each program walks over some of them (`walk.py`). A
+producer warpgroup streams key and value tiles by TMA; two compute warpgroups take turns on the
+tensor cores (one multiplies while the other does its softmax); under `ExampleReadout` the epilogue
+clips, noises and snaps each row.
 """
 
 import dataclasses

@@ -90,7 +90,7 @@ class Tiling:
             begin, _, _, end = self._steps(block, self.keys, None)
             costs.append(end - begin + _TILE_COST)
         pairs = self.batch * self.heads
-        together = max(1, _CACHE_BYTES // self.head_bytes)
+        together = max(1, _CACHE_BYTES // max(1, self.head_bytes))
         programs = min(processors, pairs * self.blocks)
         return balanced(tuple(costs), pairs, programs, together)
 
