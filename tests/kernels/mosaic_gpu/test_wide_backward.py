@@ -195,8 +195,8 @@ def test_chunks_lower(programs, monkeypatch):
     ("head_size", "mask", "bias", "dtype"),
     [
         (256, (1, 2, 100, 93), (2, 1, 100, 93), jnp.float32),
-        pytest.param(192, (2, 1, 1, 93), (1, 1, 1, 93), jnp.bfloat16, marks=pytest.mark.slow),
-        pytest.param(256, None, (2, 2, 100, 1), jnp.bfloat16, marks=pytest.mark.slow),
+        (192, (2, 1, 1, 93), (1, 1, 1, 93), jnp.bfloat16),
+        (256, None, (2, 2, 100, 1), jnp.bfloat16),
     ],
 )
 @pytest.mark.slow
