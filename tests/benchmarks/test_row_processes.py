@@ -67,6 +67,7 @@ def test_a_row_that_crashes_is_left_out_with_its_last_word(rows, tmp_path):
     assert found["silent"][0] is None and "without a row" in found["silent"][1]
 
 
+@pytest.mark.slow
 def test_a_row_that_hangs_is_killed_with_its_children(rows, tmp_path):
     found, spans = _run(rows, tmp_path, ["hang", "nest", "a"], setup=8.0)
     assert len(spans) == 1 and found["a"][0] is not None
@@ -90,6 +91,7 @@ def test_a_row_that_hangs_while_timed_holds_up_no_other(rows, tmp_path):
     assert len(spans) == 1 and found["a"][0] is not None
 
 
+@pytest.mark.slow
 def test_the_run_ends_at_its_limit(rows, tmp_path):
     (tmp_path / "log").touch()
     began = time.monotonic()
@@ -98,6 +100,7 @@ def test_the_run_ends_at_its_limit(rows, tmp_path):
     assert not spans and all(row is None for row, _ in found.values())
 
 
+@pytest.mark.slow
 def test_children_end_with_their_parent(rows, tmp_path):
     process = rows.RowProcess([sys.executable, "-c", CHILD, "hang", "-"], os.environ)
     assert process.ready(time.monotonic() + 5.0) != ""  # killed; now one whose input just closes
