@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from dpfa_jax.kernels import manual_axes
 
@@ -114,12 +114,13 @@ def _on_pieces(function: Function, plan: Callable[[Any, Any, Any], _Plan], rule:
 
     def partition(mesh: Any, given: Any, wanted: Any) -> tuple[Any, ...]:
         if not isinstance(given[0].sharding, NamedSharding):  # of no mesh: `rule` left all whole
-            return mesh, function, *(tuple(x.sharding for x in xs) for xs in (wanted, given))
+            whole = (tuple(x.sharding for x in xs) for xs in (wanted, given))
+            return mesh, _outside_meshes(function), *whole
         found = plan(mesh, given[0].shape, given[0].sharding.spec)
         own, theirs = (
             tuple(NamedSharding(mesh, x) for x in specs) for specs in (found.own, found.theirs)
         )
-        return mesh, found.function, theirs, own
+        return mesh, _outside_meshes(found.function), theirs, own
 
     def call(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         if jax.sharding.get_abstract_mesh().manual_axes:
@@ -139,6 +140,20 @@ def _on_pieces(function: Function, plan: Callable[[Any, Any, Any], _Plan], rule:
         partitioned = custom_partitioning(lambda *arrays: function(*arrays))
         partitioned.def_partition(partition, sharding_rule=rule)
         return partitioned(*arrays)
+
+    return call
+
+
+def _outside_meshes(function: Function) -> Function:
+    """`function` of pieces, which lie on no mesh.
+
+    The partitioner asks while the caller's mesh is still set; explicit axes of that one would have
+    JAX constrain the pieces' sharding, in a program that is partitioned already.
+    """
+
+    def call(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            return function(*arrays)
 
     return call
 
