@@ -10,6 +10,8 @@ from jaxtyping import Array, Float, Float32
 from dpfa_jax.clipping.float_rows import norm_limit, toward_zero
 from dpfa_jax.core import ArgumentError, checks
 
+STORAGE_TYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
 
 def clip_rows(x: Float[Array, "... D"], l2_clip_norm: float) -> Float32[Array, "... D"]:
     """`x` in float32 with each row (last axis) scaled down to an L2 norm of at most `l2_clip_norm`.
@@ -19,13 +21,18 @@ def clip_rows(x: Float[Array, "... D"], l2_clip_norm: float) -> Float32[Array, "
     squares, (D + 16) 2^-24. A row that holds NaN or an infinity becomes zero. Differentiable; the
     gradient of a zeroed row is zero.
 
-    Errors: ArgumentError for a clip norm outside 1e-18 .. 1e18 or a row longer than 2^20.
+    Errors: as `check`.
     """
+    check(x, l2_clip_norm)
+    limit = norm_limit(l2_clip_norm, x.shape[-1])
+    return _clipped(x.astype(jnp.float32), limit)
+
+
+def check(x: Float[Array, "... D"], l2_clip_norm: float) -> None:
+    """Errors: ArgumentError for a clip norm outside 1e-18 .. 1e18 or a row longer than 2^20."""
     checks.magnitude("l2_clip_norm", l2_clip_norm)
     if x.shape[-1] > 2**20:
         raise ArgumentError("x", x.shape, "rows longer than 2^20", "Clip shorter rows.")
-    limit = norm_limit(l2_clip_norm, x.shape[-1])
-    return _clipped(x.astype(jnp.float32), limit)
 
 
 class _Measured(NamedTuple):
@@ -76,7 +83,7 @@ def clip_rows_stored(x: Float[Array, "... D"], l2_clip_norm: float) -> Float[Arr
     A row within the norm is returned bit for bit. Errors: as `clip_rows`, and ArgumentError for a
     dtype other than float32, bfloat16 and float16.
     """
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+    if x.dtype not in STORAGE_TYPES:
         raise ArgumentError(
             "x", x.dtype, "not a storage type", "Pass float32, bfloat16 or float16."
         )

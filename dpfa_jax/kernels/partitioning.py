@@ -74,10 +74,7 @@ def by_elements(function: Function, rank: int, whole: int) -> Function:
     """
 
     def plan(mesh: Any, shape: tuple[int, ...], spec: PartitionSpec) -> _Plan:
-        axes = [
-            _dividing(mesh, size, spec[place] if place < len(spec) else None) or None
-            for place, size in enumerate(shape)
-        ]
+        axes = _cuts(mesh, shape, spec)
         own = (PartitionSpec(*axes), *(PartitionSpec(x) for x in axes))
         return _Plan(function, (*own, *(PartitionSpec(),) * whole), own[:1])
 
@@ -99,6 +96,26 @@ def by_elements(function: Function, rank: int, whole: int) -> Function:
         return run(array, *(jnp.arange(n, dtype=jnp.uint32) for n in array.shape), *others)
 
     return call
+
+
+def by_rows(function: Function, rank: int) -> Function:
+    """`function` of one array of `rank` dimensions, to one like it, run on each of its pieces.
+
+    Right for any set of rows; a row, along the last axis, is whole on one device.
+    """
+
+    def plan(mesh: Any, shape: tuple[int, ...], spec: PartitionSpec) -> _Plan:
+        own = (PartitionSpec(*_cuts(mesh, shape[:-1], spec)),)
+        return _Plan(function, own, own)
+
+    def rule(mesh: Any, given: Any, wanted: Any) -> tuple[str, dict[str, Any]]:
+        del given, wanted
+        dims = [f"d{place}" for place in range(rank)]
+        own = " ".join(dims)
+        kept = dims if mesh.empty else dims[-1:]
+        return f"{own} -> {own}", {"need_replication_factors": tuple(kept)}
+
+    return _on_pieces(function, plan, rule)
 
 
 class _Plan(NamedTuple):
@@ -168,6 +185,14 @@ def _split(
         size = shape[place] if size is None else size
         found[letter] = _dividing(mesh, size, spec[place] if place < len(spec) else None)
     return found
+
+
+def _cuts(mesh: Any, shape: tuple[int, ...], spec: PartitionSpec) -> list[_SplitAxes | None]:
+    """Mesh axes along each dimension of `shape`: those of `spec` that divide it evenly."""
+    return [
+        _dividing(mesh, size, spec[place] if place < len(spec) else None) or None
+        for place, size in enumerate(shape)
+    ]
 
 
 def _dividing(mesh: Any, size: int, named: Any) -> _SplitAxes:

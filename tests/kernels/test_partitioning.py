@@ -120,6 +120,26 @@ def check_elements(mesh, place, is_ambient=False, is_automatic_inside=False):
     assert found.sharding.is_equivalent_to(split.sharding, 3), place
     np.testing.assert_array_equal(found, expected)
 
+def check_rows(mesh, place, gathers, is_ambient=False, is_automatic_inside=False):
+    # Rows clipped where they lie; only the axis along a row is brought together.
+    from dpfa_jax.clipping.rows import clip_rows_stored
+    from dpfa_jax.kernels import row_clip
+    from dpfa_jax.kernels.partitioning import by_rows
+    x = jnp.asarray(rng.standard_normal((8, 6, 4, 4)), jnp.bfloat16)
+    expected = jax.jit(lambda x: clip_rows_stored(x, 1.0))(x)
+    split = jax.device_put(x, NamedSharding(mesh, place))
+    if is_ambient:
+        jax.set_mesh(mesh)
+    clip = lambda x: by_rows(functools.partial(row_clip.of_piece, 1.0), 4)(x)[0]
+    if is_automatic_inside:
+        clip = jax.sharding.auto_axes(clip, out_sharding=split.sharding)
+    compiled = jax.jit(clip).lower(split).compile()
+    text = compiled.as_text()
+    assert "all-reduce" not in text and ("all-gather" in text) == gathers, place
+    found = compiled(split)
+    assert gathers or found.sharding.is_equivalent_to(split.sharding, 4), place
+    np.testing.assert_array_equal(found, expected)
+
 def mesh_of(kind, shape=(2, 4)):
     return jax.make_mesh(shape, ("batch", "heads"), axis_types=(kind,) * 2)
 
@@ -129,6 +149,9 @@ if sys.argv[1] == "quick":
 else:
     for place in (P(), P("heads"), P("batch", None, "heads"), P(("batch", "heads"))):
         check_elements(auto, place)
+    for place in (P(), P("heads"), P("batch", None, "heads"), P(None, "batch", ("heads",))):
+        check_rows(auto, place, False)
+    check_rows(auto, P("batch", None, None, "heads"), True)
     for shape in ((1, 8, 6, 6), (4, 1, 6, 6), (1, 1, 1, 6), (4, 8, 6, 1)):
         check_bias(auto, 4, shape)
     check_bias(auto, 1, (1, 8, 6, 6))
@@ -141,6 +164,9 @@ else:
     check_elements(mesh_of(AxisType.Explicit), P(None, "batch", "heads"), True)
     for place in (P(), P("heads"), P(None, "batch")):
         check_elements(mesh_of(AxisType.Explicit), place, True, is_automatic_inside=True)
+    for is_inside in (False, True):
+        explicit = mesh_of(AxisType.Explicit)
+        check_rows(explicit, P("batch", None, "heads"), False, True, is_inside)
     from dpfa_jax.kernels.pieces import fold_vmap
     # Under vmap, and on one device.
     x = jnp.asarray(rng.standard_normal((3, 2, 4, 6, 2, 8)), jnp.float32)

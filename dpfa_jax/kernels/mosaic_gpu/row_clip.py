@@ -6,6 +6,7 @@ loads of those that share a processor hide each other. The last program begins e
 with the array: what it shares with the one before is computed twice, to the same bits.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -21,13 +22,15 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import llvm, vector
 
 from dpfa_jax.clipping.float_rows import toward_zero
+from dpfa_jax.clipping.rows import STORAGE_TYPES
 from dpfa_jax.kernels import manual_axes
 from dpfa_jax.kernels.mosaic_gpu import axes
 from dpfa_jax.kernels.mosaic_gpu.noise import clip_rows
 
+MOST = 2**31 - 2**16  # numbers that int32 positions reach
 ACCESS = 16  # bytes of one load or store of a lane
 LANES = 8  # of a row: 128 bytes, a whole line of the cache, in one access
-MOST_LANES = 32
+MOST_LANES = 16
 MOST_ACCESSES = 16  # of a lane to one row: its float32 numbers stay in registers
 ACCESSES = 4  # in flight a lane, where a row needs no more
 
@@ -51,12 +54,26 @@ def rows_of(columns: int, dtype: jnp.dtype) -> int:
     return 128 // lanes * max(1, ACCESSES // accesses)
 
 
+def cannot(count: int, columns: int, dtype: jnp.dtype) -> str | None:
+    """None if the kernel serves `count` rows, else why not."""
+    if dtype not in STORAGE_TYPES or not lanes_of(columns, dtype):
+        return f"rows of {columns} {dtype} numbers do not fit the registers of a few lanes evenly"
+    least = rows_of(columns, dtype)
+    if count < least or count * columns > MOST:
+        return f"{count} rows are fewer than {least}, or hold more than {MOST} numbers"
+    return None
+
+
 def _layout(columns: int, dtype: jnp.dtype) -> Any:
     lanes = lanes_of(columns, dtype)
     vector = ACCESS // dtype.itemsize
     rows, width = 32 // lanes, lanes * vector
-    tiling = plgpu.Tiling(((4 * rows, width), (rows, width), (vector,)))
-    return plgpu.Layout.TILED(tiling, warp_dims=(-5,), lane_dims=(-3, -2), vector_dim=-1)
+    tiled = functools.partial(plgpu.Layout.TILED, vector_dim=-1)
+    program = (4 * rows, width)
+    if lanes == 1:
+        return tiled(plgpu.Tiling((program, (rows, width))), warp_dims=(-4,), lane_dims=(-2,))
+    tiling = plgpu.Tiling((program, (rows, width), (vector,)))
+    return tiled(tiling, warp_dims=(-5,), lane_dims=(-3, -2))
 
 
 def _stored(x: jax.Array, dtype: jnp.dtype, layout: Any, *, simulate: bool) -> jax.Array:
