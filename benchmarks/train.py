@@ -26,7 +26,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from row_processes import Limits, Turn, in_turn, over_gpus, stage, tuning
@@ -54,12 +54,16 @@ class Row(NamedTuple):
     micro_batch: int | None = None
 
 
-def rows_of(case: tuple[str, int, int], methods: list[str]) -> list[Row]:
+def rows_of(
+    case: tuple[str, int, int],
+    methods: list[str],
+    micro_batches: Sequence[int] = PEER_MICRO_BATCHES,
+) -> list[Row]:
     rows = []
     for method in methods:
         sizes: list[int | None] = [None]
         if method == "jax_privacy":
-            sizes = [size for size in PEER_MICRO_BATCHES if case[2] % size == 0]
+            sizes = [size for size in micro_batches if case[2] % size == 0]
         rows += [Row(*case, method, size) for size in sizes]
     return rows
 
@@ -183,7 +187,7 @@ def time_cases(arguments: argparse.Namespace, results: Results, limits: Limits) 
             lock = os.path.join(cache, f"tuning-{gpu}")
             commands: dict[Any, list[str]] = {
                 row: _command({"row": row, "seconds": arguments.seconds, "lock": lock})
-                for row in rows_of(case, arguments.methods)
+                for row in rows_of(case, arguments.methods, arguments.micro_batches)
             }
             in_turn(
                 commands, _environment(cache, gpu), limits,
@@ -270,6 +274,10 @@ def main() -> None:
         help="MODEL:T:BATCH; the list in this file if none",
     )  # fmt: skip
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
+    parser.add_argument(
+        "--micro-batches", type=int, nargs="+", default=PEER_MICRO_BATCHES,
+        help="sizes of the parts that jax_privacy takes a batch in; the best one is the row",
+    )  # fmt: skip
     parser.add_argument("--gpus", type=int, default=1, help="to spread the cases over")
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing, for each process")
     for name, default, what in (
