@@ -57,7 +57,7 @@ class Row(NamedTuple):
 def rows_of(
     case: tuple[str, int, int],
     methods: list[str],
-    micro_batches: Sequence[int] = PEER_MICRO_BATCHES,
+    micro_batches: Sequence[int],
 ) -> list[Row]:
     rows = []
     for method in methods:

@@ -90,10 +90,9 @@ def test_largest_batch_of_a_compiled_step_fits(steps):
     assert steps.step_bytes("gpt2-tiny", 8, found + 4, "per_layer") > limit
 
 
-def test_a_sweep_keeps_the_best_and_tells_the_others(bench, tmp_path, monkeypatch):
+def test_a_sweep_keeps_the_best_and_tells_the_others(bench, tmp_path):
     case = ("gpt2-tiny", 8, 8)
-    monkeypatch.setattr(bench, "PEER_MICRO_BATCHES", (1, 2, 4, 8, 16))
-    rows = bench.rows_of(case, ["flat", "jax_privacy"])
+    rows = bench.rows_of(case, ["flat", "jax_privacy"], (1, 2, 4, 8, 16))
     assert [row.micro_batch for row in rows] == [None, 1, 2, 4, 8]
     results = bench.Results(str(tmp_path / "out.json"), {"rows": [], "left_out": []})
     times = {1: 9.0, 2: 4.0, 8: 5.0}
