@@ -35,15 +35,18 @@ import jax.numpy as jnp
 from dpfa_jax import ExampleRelease, RecordRelease, dot_product_attention, dp_attention
 from dpfa_jax.noise import new_noise_key
 
-# B, T, query heads, key heads, head size
-SHAPES = (
-    (8, 2048, 16, 16, 128),
-    (16, 1024, 16, 16, 128),
-    (8, 2048, 32, 32, 64),
-    (4, 4096, 16, 16, 128),
-    (1, 16384, 16, 16, 128),
-    (4, 4096, 32, 8, 128),
-    (32, 512, 16, 16, 64),
+TOKENS, WIDTH = 16384, 2048  # of a call: B T, and H D
+LENGTHS = (2048, 1024, 4096, 512, 16384, 32768, 8192)
+HEAD_SIZES = (128, 64, 256)
+# B, T, query heads, key heads, head size; of each head size one call with grouped heads.
+SHAPES = tuple(
+    shape
+    for size in HEAD_SIZES
+    for heads in (WIDTH // size,)
+    for shape in (
+        *((max(1, TOKENS // length), length, heads, heads, size) for length in LENGTHS),
+        (4, 4096, 2 * heads, heads // 2, size),
+    )
 )
 INPUT_SETS = 4  # rotated, so that no call finds its inputs in the cache
 CLIP = 1.0
@@ -251,10 +254,18 @@ def measure_torch(
     return best
 
 
-def run(arguments: argparse.Namespace) -> dict[str, Any]:
+def run(arguments: argparse.Namespace) -> None:
     rows: list[dict[str, Any]] = []
+    result = {
+        "device": jax.devices()[0].device_kind,
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "command": "python benchmarks/attention.py " + " ".join(sys.argv[1:]),
+        "versions": {"python": platform.python_version(), "jax": jax.__version__},
+        "rows": rows,
+    }
     began = time.perf_counter()
-    for shape in SHAPES[: arguments.shapes]:
+    shapes = [shape for shape in SHAPES if shape[-1] in arguments.head_sizes]
+    for shape in shapes[: arguments.shapes]:
         batch, length, heads, kv_heads, size = shape
         for mask in arguments.masks:
             if time.perf_counter() - began > arguments.limit_seconds:
@@ -305,20 +316,22 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
                     rows.append(row)
                 times = {n: round(r[0], 3) for n, r in found.items() if r is not None}
                 print(f"{shape} {mask:6} {direction:16} {times}", flush=True)
-    versions = {"python": platform.python_version(), "jax": jax.__version__}
-    return {
-        "device": jax.devices()[0].device_kind,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": "python benchmarks/attention.py " + " ".join(sys.argv[1:]),
-        "versions": versions,
-        "rows": rows,
-    }
+            write(result, arguments.output)
+
+
+def write(result: dict[str, Any], path: str | None) -> None:
+    """What is there so far: a run that is cut off keeps it."""
+    if path:
+        with open(path, "w") as file:
+            json.dump(result, file, indent=1)
+            file.write("\n")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", help="JSON file to write")
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="the first so many shapes")
+    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="the first so many of them")
+    parser.add_argument("--head-sizes", nargs="+", type=int, default=HEAD_SIZES)
     parser.add_argument("--implementations", nargs="+", help="some of them; all where left out")
     parser.add_argument(
         "--masks",
@@ -331,11 +344,7 @@ def main() -> None:
         "--limit-seconds", type=float, default=math.inf, help="start no shape after"
     )
     arguments = parser.parse_args()
-    result = run(arguments)
-    if arguments.output:
-        with open(arguments.output, "w") as file:
-            json.dump(result, file, indent=1)
-            file.write("\n")
+    run(arguments)
 
 
 if __name__ == "__main__":
