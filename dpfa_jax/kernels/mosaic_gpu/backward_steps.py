@@ -27,6 +27,7 @@ class BackwardArrays(NamedTuple):
     `mask`, `bias`: as `pairs.arranged` for each kernel.
     `chunk`: (3,) int32, first batch row, key head and key block of a launch; None: all zero.
     `logit_gradients`: (b, n, s, rows) of the launch's share, keys first.
+    `schedule`: of `walk.Tiling`.
     """
 
     query: Any
@@ -43,6 +44,7 @@ class BackwardArrays(NamedTuple):
     dv_sum: Any = None
     chunk: Any = None
     logit_gradients: Any = None
+    schedule: Any = None
 
 
 def key_length_of(arrays: BackwardArrays, batch: Any, keys: int) -> Any:
@@ -135,6 +137,12 @@ class Ring:
     def free(self, name: str, count: Any) -> None:
         """Consumer: has read the `count`-th tile."""
         plgpu.barrier_arrive(self._barriers[name + "_free"].at[self.slot(count)])
+
+    def skip(self, names: tuple[str, ...], count: Any) -> None:
+        """Consumer: needs nothing of the `count`-th tiles."""
+        for name in names:
+            self.await_full(name, count)
+            self.free(name, count)
 
     def await_free(self, name: str, count: Any) -> None:
         """Producer: the slot of the `count`-th tile may be filled."""
