@@ -145,10 +145,10 @@ def loops_of(tiling: Tiling) -> Loops:
             row_begin = block * tiling.tile.rows + part * tiling.tile.rows // COMPUTE_WARPGROUPS
             own = own_steps(tiling, steps, row_begin, tiling.keys)
             here = Loops(
-                steps.begin < own.begin,
-                own.begin < own.full_begin,
-                own.full_end < own.end,
-                own.end < steps.end,
+                bool(steps.begin < own.begin),
+                bool(own.begin < own.full_begin),
+                bool(own.full_end < own.end),
+                bool(own.end < steps.end),
             )
             found = Loops(*(x or y for x, y in zip(found, here, strict=True)))
     return found
