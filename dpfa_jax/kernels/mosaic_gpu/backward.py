@@ -15,6 +15,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from dpfa_jax.kernels import manual_axes
 from dpfa_jax.kernels.base import AttentionSpec
 from dpfa_jax.kernels.mosaic_gpu import axes, device
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
@@ -347,25 +348,32 @@ def _two_kernels(
             simulated["spare"] = tiled_shared((COMPUTE_WARPGROUPS, block, step), dtype)
         tiling = dataclasses.replace(tiling, heads_first=pair_tiles.is_shared_by_batch(pairs))
         schedule = tiling.schedule(device.processors())
-        return launch(
-            body,
-            arrays._replace(schedule=constant(schedule)),
-            outputs,
-            owned | others | simulated,
-            Owned.barriers_of(slots, len(owned)) | ring_barriers(ring, tile.stages),
-            (len(schedule),),
-            (axes.PROGRAM,),
-            name,
-            interpret,
-            pairs=pairs,
-            step=step,
-            spec=spec,
-            tile=tile,
-            tiling=tiling,
-            loops=loops_of(tiling),
-            slots=slots,
-            **static,
-        )
+        given = arrays._replace(mask=pairs.mask, bias=pairs.bias)._asdict()
+        names = [name for name, x in given.items() if x is not None]
+
+        def call(*operands):
+            taken = BackwardArrays(**dict(zip(names, operands, strict=True)))
+            return launch(
+                body,
+                taken._replace(schedule=constant(schedule)),
+                outputs,
+                owned | others | simulated,
+                Owned.barriers_of(slots, len(owned)) | ring_barriers(ring, tile.stages),
+                (len(schedule),),
+                (axes.PROGRAM,),
+                name,
+                interpret,
+                pairs=pairs._replace(mask=taken.mask, bias=taken.bias),
+                step=step,
+                spec=spec,
+                tile=tile,
+                tiling=tiling,
+                loops=loops_of(tiling),
+                slots=slots,
+                **static,
+            )
+
+        return manual_axes.unaware(call)(*(given[name] for name in names))
 
     has_lengths = arrays.key_lengths is not None
     block, step = tile.block_kv_dkv, tile.block_q_dkv

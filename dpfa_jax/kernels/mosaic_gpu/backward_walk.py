@@ -26,7 +26,7 @@ from jax import lax
 
 from dpfa_jax.kernels.mosaic_gpu import tiles
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, Scalar, StepRange
-from dpfa_jax.kernels.mosaic_gpu.walk import Tile, Tiling, Walk
+from dpfa_jax.kernels.mosaic_gpu.walk import KeyTiling, Tile, Tiling, Walk
 
 MOST_SLOTS = 2
 
@@ -135,10 +135,10 @@ def own_steps(tiling: Tiling, steps: StepRange, row_begin: Scalar, key_length: S
 
 def loops_of(tiling: Tiling) -> Loops:
     """Host arithmetic: a loop that has a turn in no tile is not even compiled."""
-    if tiling.has_lengths:
-        found = Loops(False, True, True, True)
-    else:
-        found = Loops(False, False, False, False)
+    found = Loops(False, False, False, False)
+    if tiling.has_lengths:  # all of a tile whose keys exist in part, or the last keys of a row's
+        owns_keys = isinstance(tiling, KeyTiling)
+        found = Loops(False, owns_keys, not owns_keys, True)
     for block in range(tiling.blocks):
         steps = tiling.steps(block, tiling.keys, None)
         for part in range(COMPUTE_WARPGROUPS):

@@ -82,8 +82,8 @@ def test_each_step_is_done_masked_or_skipped(kind, window, is_causal):
         call = tiling(kind, spec, queries, keys, step=step, has_lengths=has_lengths)
         loops = loops_of(call)
         used = set()
-        for key_length in {0, 1, 64, keys - 70, keys - 1, keys} if has_lengths else {keys}:
-            key_length = max(0, key_length)
+        lengths = {0, 1, 64, keys - 70, keys - 1, keys} if has_lengths else {keys}
+        for key_length in {min(max(0, length), keys) for length in lengths}:
             any_seen, all_seen = seen_tiles(call, key_length)
             for block in range(call.blocks):
                 steps = call.steps(block, key_length, None)
