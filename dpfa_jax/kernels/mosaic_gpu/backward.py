@@ -340,7 +340,7 @@ def _two_kernels(
         """`owned_of`: shared memory of what tiles own, by the slots for it."""
         step = tiling.tile.block_kv
         pair_shared, _ = pair_tiles.scratch(pairs, tile.stages, step)
-        slots = slots_that_fit(owned_of(1), others | pair_shared)
+        slots = slots_that_fit(owned_of, others | pair_shared)
         owned = owned_of(slots)
         simulated = {}
         if interpret is not None:

@@ -31,16 +31,14 @@ from dpfa_jax.kernels.mosaic_gpu.walk import KeyTiling, Tile, Tiling, Walk
 MOST_SLOTS = 2
 
 
-def slots_that_fit(owned: dict[str, Any], others: dict[str, Any]) -> int:
+def slots_that_fit(owned_of: Callable[[int], dict[str, Any]], others: dict[str, Any]) -> int:
     """Slots for what a tile owns: two where shared memory holds them beside the `others`."""
-
-    def size(arrays: dict[str, Any]) -> int:
-        whole = tiles.SHARED_MEMORY_ALIGNMENT
-        used = (math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in arrays.values())
-        return sum(tiles.cdiv(x, whole) * whole for x in used)
-
-    fits = MOST_SLOTS * size(owned) + size(others) <= tiles.SHARED_MEMORY_BYTES
-    return MOST_SLOTS if fits else 1
+    whole = tiles.SHARED_MEMORY_ALIGNMENT
+    used = 0
+    for x in (*owned_of(MOST_SLOTS).values(), *others.values()):
+        size = math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
+        used += tiles.cdiv(size, whole) * whole
+    return MOST_SLOTS if used <= tiles.SHARED_MEMORY_BYTES else 1
 
 
 @dataclasses.dataclass(frozen=True)

@@ -123,18 +123,23 @@ def test_a_loop_that_is_missing_is_caught():
     assert len(turns(Loops(False, False, False, False), steps, own)) < 2
 
 
-def test_slots_of_what_a_tile_owns():
-    """Two at head sizes 64 and 128; one beside a float32 bias at 128."""
+@pytest.mark.parametrize(
+    ("size", "bias_bytes", "slots"),
+    [(64, 0, 2), (128, 0, 2), (128, 256, 2), (128, 272, 1), (128, 512, 1)],
+)
+def test_slots_of_what_a_tile_owns(size, bias_bytes, slots):
+    """Two beside a bfloat16 bias, one beside a mask as well or a float32 bias."""
 
-    def array(*shape, dtype=jnp.bfloat16):
-        return jax.ShapeDtypeStruct(shape, dtype)
+    def operands(first):
+        return {x: jax.ShapeDtypeStruct((first, 64, size), jnp.bfloat16) for x in "ab"}
 
-    for size, bias, slots in ((64, 0, 2), (128, 0, 2), (128, 64 * 1024, 1)):
-        owned = {name: array(2, 64, size) for name in ("key", "value")}
-        others = {name: array(2, 64, size) for name in ("query", "cotangent")}
-        others["bias"] = array(bias // 4, dtype=jnp.float32)
-        assert slots_that_fit(owned, others) == slots
-    assert Owned({}, {}, 2).place(3, 1) == 3 and Owned({}, {}, 1).place(3, 1) == 1
+    others = operands(2)
+    others |= {x: jax.ShapeDtypeStruct((2, 64), jnp.float32) for x in ("lse2", "delta")}
+    others["pairs"] = jax.ShapeDtypeStruct((2, 64, bias_bytes), jnp.int8)
+    assert slots_that_fit(lambda slots: operands(slots * 2), others) == slots
+    owned = Owned({}, {}, slots)
+    places = {int(owned.place(index, part)) for index in range(4) for part in range(2)}
+    assert places == set(range(2 * slots))
 
 
 # (B, T, S, N, K, H), options, tile, processors.
