@@ -23,11 +23,13 @@ from dpfa_jax.kernels.mosaic_gpu.backward_fused import fused_backward
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     BackwardArrays,
     Ring,
+    clear,
     launch,
     load_queries,
     logit_gradient,
     multiply,
     read,
+    register_zero,
     ring_barriers,
     weights_of,
 )
@@ -81,6 +83,7 @@ def _key_value_body(
         if not simulate:
             plgpu.set_max_registers(240, action="increase")
         spare = shared["spare"].at[warpgroup] if simulate else None
+        zero = None if simulate else register_zero()
 
         def tile_body(here: Tile, following, has_next, index):
             key_begin = here.row_begin + warpgroup * block_kv
@@ -105,6 +108,7 @@ def _key_value_body(
                         ring.await_full("query", done)
 
                         def weights_and_products(s_acc, dp_acc):
+                            clear(dp_acc, zero)
                             plgpu.wgmma(s_acc, k_shared, q_shared.T)
                             ring.await_full("cotangent", done)
                             plgpu.wgmma(dp_acc, v_shared, do_shared.T)
@@ -210,6 +214,7 @@ def _query_body(
         if not simulate:
             plgpu.set_max_registers(240, action="increase")
         spare = shared["spare"].at[warpgroup] if simulate else None
+        zero = None if simulate else register_zero()
 
         def tile_body(here: Tile, following, has_next, index):
             row_begin = here.row_begin + warpgroup * block_q
@@ -232,6 +237,7 @@ def _query_body(
                     ring.await_full("key", done)
 
                     def gradient(s_acc, dp_acc):
+                        clear(dp_acc, zero)
                         plgpu.wgmma(s_acc, q_shared, k_shared.T)
                         ring.await_full("value", done)
                         plgpu.wgmma(dp_acc, do_shared, v_shared.T)
