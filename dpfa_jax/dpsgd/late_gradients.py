@@ -59,8 +59,7 @@ class LateGradient:
         if not isinstance(self.tail.form, Rows):
             return jax.lax.optimization_barrier(self._mapped(self.tail.make))
         places, rows = self._mapped(self.tail.form.entries)
-        size = self.parameter.shape[0]
-        places, values, _ = trees.table_rows(places, rows, size)
+        places, values, size = trees.table_rows(places, rows, self.tail.form.size)
         return trees.TableRows(places, jax.lax.optimization_barrier(values), size)
 
     def summed(

@@ -27,6 +27,7 @@ def test_the_grid_has_every_head_size_and_length(bench):
         assert all(batch * length >= bench.TOKENS for batch, length, *_ in shapes)
 
 
+@pytest.mark.slow
 def test_what_was_measured_is_in_the_file(bench, tmp_path, monkeypatch):
     out = tmp_path / "attention.json"
     monkeypatch.setattr(bench, "SHAPES", ((1, 64, 2, 2, 64), (1, 64, 4, 2, 64)))
