@@ -101,7 +101,7 @@ def defer(program: jex.ClosedJaxpr, varies: Sequence[bool], *, recompute: bool =
     def head(*inputs: Array) -> list[Array]:
         return scope.values(inputs, list(cut))
 
-    at = {out: place for place, eqn in enumerate(jaxpr.eqns) for out in eqn.outvars}
+    at = {out: place for place, eqn in enumerate(jaxpr.eqns) for out in scope.made_by(eqn)}
     ready = [max((at.get(var, 0) for var in item.cut), default=0) for item in deferred]
     tails = tuple(_tail(*each, cut) for each in zip(outs, deferred, finishes, ready, strict=True))
     return Split(head, tuple(scope.varies(var) for var in cut), tails)
@@ -303,13 +303,16 @@ class _Scope:
                 env.update(zip(eqn.outvars, made, strict=True))
         return [value_of(env, atom) for atom in wanted]
 
+    def made_by(self, eqn: jex.JaxprEqn) -> list[jex.Var]:
+        """Its outputs, and what it returns beside them of what was cut inside."""
+        body = self._bodies.get(id(eqn))
+        return [*eqn.outvars, *(body.emitted.values() if body is not None else ())]
+
     def _needed(self, wanted: Sequence[jex.Var | jex.Literal]) -> list[jex.JaxprEqn]:
         used = {atom for atom in wanted if isinstance(atom, jex.Var)}
         needed = []
         for eqn in reversed(self.jaxpr.eqns):
-            body = self._bodies.get(id(eqn))
-            outs = [*eqn.outvars, *(body.emitted.values() if body is not None else ())]
-            if eqn.effects or not used.isdisjoint(outs):
+            if eqn.effects or not used.isdisjoint(self.made_by(eqn)):
                 needed.append(eqn)
                 used.update(atom for atom in eqn.invars if isinstance(atom, jex.Var))
         return needed[::-1]

@@ -146,13 +146,13 @@ def with_rows(table: Array, places: Array, rows: Array) -> Array:
     return jax.lax.bitcast_convert_type(bits.at[places].set(new, mode="drop"), table.dtype)
 
 
+# In `shard_map` constants are marked as varying over the mesh.
+_KEEP_ZERO = {"broadcast_in_dim", "pcast", "pvary"}
+
+
 def is_zeros(makers: Makers, atom: jex.Var | jex.Literal) -> bool:
     """Whether the program says that `atom` is zero everywhere."""
     if isinstance(atom, jex.Literal):
         return bool(np.all(np.asarray(atom.val) == 0))
     eqn = makers.get(atom)
-    return (
-        eqn is not None
-        and eqn.primitive.name == "broadcast_in_dim"
-        and is_zeros(makers, eqn.invars[0])
-    )
+    return eqn is not None and eqn.primitive.name in _KEEP_ZERO and is_zeros(makers, eqn.invars[0])
