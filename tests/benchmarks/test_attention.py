@@ -7,15 +7,18 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "attention.py"
+FOLDER = Path(__file__).parents[2] / "benchmarks"
+SCRIPT = FOLDER / "attention.py"
 
 
 @pytest.fixture(scope="module")
 def bench():
-    spec = importlib.util.spec_from_file_location("attention_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        spec = importlib.util.spec_from_file_location("attention_benchmark", SCRIPT)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
 
 
 def test_the_grid_has_every_head_size_and_length(bench):
@@ -29,15 +32,35 @@ def test_the_grid_has_every_head_size_and_length(bench):
 
 @pytest.mark.slow
 def test_what_was_measured_is_in_the_file(bench, tmp_path, monkeypatch):
+    """Two cases in two processes; what does not serve a CPU is left out, with its reason."""
     out = tmp_path / "attention.json"
     monkeypatch.setattr(bench, "SHAPES", ((1, 64, 2, 2, 64), (1, 64, 4, 2, 64)))
-    arguments = "--implementations dpfa dpfa_example --masks causal --seconds 0.001 --output"
+    arguments = (
+        "--implementations dpfa dpfa_example cudnn --masks causal --seconds 0.001 --at-once 2 "
+        "--output"
+    )
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments.split(), str(out)])
     bench.main()
     stored = json.loads(out.read_text())
     assert stored["command"].endswith(str(out)) and stored["device"] and stored["date"]
+    assert "jax" in stored["versions"]
     found = [(row["H"], row["direction"], row["implementation"]) for row in stored["rows"]]
     one = [("forward", "dpfa"), ("forward", "dpfa_example"), ("forward_backward", "dpfa")]
     assert found == [(heads, *which) for heads in (2, 4) for which in one]
     assert all(row["milliseconds"] > 0 and row["spread"] >= 0 for row in stored["rows"])
     assert all(row["peak_bytes"] > 0 and row["mask"] == "causal" for row in stored["rows"])
+    missing = [(x["H"], x["direction"], x["implementation"]) for x in stored["left_out"]]
+    assert missing == [(h, d, "cudnn") for h in (2, 4) for d in ("forward", "forward_backward")]
+    assert all(x["why"] for x in stored["left_out"])
+
+
+@pytest.mark.slow
+def test_a_case_that_fails_is_named(bench, tmp_path, monkeypatch):
+    out = tmp_path / "attention.json"
+    monkeypatch.setattr(bench, "SHAPES", ((1, 64, 3, 2, 64),))  # 3 heads of 2 key heads
+    arguments = f"--implementations dpfa --masks causal --seconds 0.001 --output {out}"
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments.split()])
+    bench.main()
+    stored = json.loads(out.read_text())
+    assert stored["rows"] == [] and stored["left_out"]
+    assert all((x["H"], x["K"]) == (3, 2) and x["why"] for x in stored["left_out"])

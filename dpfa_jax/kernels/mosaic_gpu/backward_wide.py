@@ -240,6 +240,16 @@ def _within_chunk(steps: StepRange, first_block: Any, blocks: int) -> tuple[Any,
     return begin, jnp.clip(steps.end - first_block, begin, blocks)
 
 
+def _own_range(own: tuple[Any, Any], program: tuple[Any, Any]) -> tuple[Any, Any]:
+    """A warpgroup's [begin, end), moved into its program's, in which it takes each step.
+
+    Where it has no step its begin may lie past the program's end: a window that begins behind the
+    last key that exists.
+    """
+    begin = jnp.clip(own[0], *program)
+    return begin, jnp.clip(own[1], begin, program[1])
+
+
 def _query_body(
     arrays, dq_out, shared, barriers, *, spec, tile, keys, group, blocks, is_partial, simulate
 ) -> None:
@@ -266,7 +276,7 @@ def _query_body(
         row_begin = program_begin + warpgroup * BLOCK
         rows = pl.ds(row_begin, BLOCK)
         # Tiles outside this range were never written: nothing may read them.
-        own_begin, own_end = steps_of(row_begin, BLOCK)
+        own_begin, own_end = _own_range(steps_of(row_begin, BLOCK), (begin, end))
         own_end = jnp.where(row_begin < num_queries, own_end, own_begin)
 
         def skip(step):

@@ -13,7 +13,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dpfa_jax.attention import core
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec
-from dpfa_jax.kernels.mosaic_gpu import backend, gradient_chunks, pairs, tiles
+from dpfa_jax.kernels.mosaic_gpu import backend, backward_wide, gradient_chunks, pairs, tiles
 from dpfa_jax.kernels.mosaic_gpu.gradient_chunks import chunks_of
 from dpfa_jax.kernels.mosaic_gpu.tiles import WideTiles
 
@@ -37,6 +37,11 @@ CASES = {
     "window that leaves keys alone": (
         (1, 70, 200, 1, 1, 256),
         {"local_window": (10, 5), "key_lengths": (40,)},
+    ),
+    # The last 64 rows of a program have no step, and those they would have lie past its last one.
+    "window behind the last key": (
+        (1, 256, 256, 1, 1, 192),
+        {"local_window": (5, 3), "key_lengths": (60,)},
     ),
 }
 
@@ -96,11 +101,15 @@ def test_dq_reads_what_the_other_kernel_wrote(is_causal, window):
                 tiles_read = {(row, step) for step in range(steps.begin, steps.end)}
                 assert tiles_read <= written
                 read += len(tiles_read)
-                # The range of a program, two such rows, holds that of each.
+                # The range of a program, two such rows, holds that of each, empty or not: a step
+                # outside would wait for what nobody loads.
                 both = tiles.key_steps(
                     spec, row // 2 * 2 * block, 2 * block, block, key_length, None
                 )
-                assert not tiles_read or both.begin <= steps.begin <= steps.end <= both.end
+                program, own = (both.begin, both.end), (steps.begin, steps.end)
+                begin, end = backward_wide._own_range(own, program)
+                assert both.begin <= begin <= end <= both.end
+                assert {(row, step) for step in range(begin, end)} == tiles_read
     assert read
 
 

@@ -1,0 +1,300 @@
+"""One case of the attention benchmark: all implementations of one shape and mask, on one GPU.
+
+In a process of its own: traces and compiles all of them, waits for its turn, and times each.
+"""
+
+import dataclasses
+import functools
+import importlib.util
+import math
+import statistics
+import time
+from collections.abc import Callable
+from concurrent import futures
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from row_processes import Turn, stage
+
+from dpfa_jax import ExampleRelease, RecordRelease, dot_product_attention, dp_attention
+from dpfa_jax.noise import new_noise_key
+
+INPUT_SETS = 4  # rotated, so that no call finds its inputs in the cache
+CLIP = 1.0
+BOUND = 12.0  # of logits, public; those of iid normal inputs have a standard deviation of 1
+
+
+def inputs(shape: tuple[int, ...], sets: int) -> list[tuple[jax.Array, ...]]:
+    batch, length, heads, kv_heads, size = shape
+    drawn = []
+    for index in range(sets):
+        keys = jax.random.split(jax.random.key(index), 3)
+        drawn.append(
+            tuple(
+                jax.random.normal(key, (batch, length, n, size), jnp.bfloat16)
+                for key, n in zip(keys, (heads, kv_heads, kv_heads), strict=True)
+            )
+        )
+    return drawn
+
+
+def forward_and_backward(function: Callable[..., jax.Array]) -> Callable[..., Any]:
+    def run(query: jax.Array, key: jax.Array, value: jax.Array, *more: jax.Array) -> Any:
+        output, pull = jax.vjp(lambda q, k, v: function(q, k, v, *more), query, key, value)
+        return output, pull(query)  # a cotangent like any other: iid normal
+
+    return run
+
+
+def pairs_of(shape: tuple[int, ...], mask: str) -> tuple[jax.Array, ...]:
+    """The array that goes with a call: nothing, a boolean mask or an additive bias."""
+    batch, length, heads, *_ = shape
+    if mask == "array":
+        return (jax.random.uniform(jax.random.key(7), (batch, 1, length, length)) < 0.8,)
+    if mask == "bias":
+        return (jax.random.normal(jax.random.key(7), (1, heads, length, length), jnp.bfloat16),)
+    return ()
+
+
+def implementations(
+    shape: tuple[int, ...], mask: str
+) -> dict[str, tuple[Callable[..., jax.Array], bool]]:
+    """Name -> (function of query, key, value and, where the flag says so, a noise key)."""
+    if mask in ("array", "bias"):
+        name = "mask" if mask == "array" else "bias"
+
+        def with_pairs(attention: Callable[..., jax.Array]) -> Any:
+            return lambda q, k, v, pairs: attention(q, k, v, **{name: pairs}), False
+
+        cudnn_of = functools.partial(jax.nn.dot_product_attention, implementation="cudnn")
+        return {"cudnn": with_pairs(cudnn_of), "dpfa": with_pairs(dot_product_attention)}
+    is_causal = mask == "causal"
+    _, length, heads, _, size = shape
+    release = ExampleRelease(CLIP, 1.0, query_length=length, num_heads=heads, head_dim=size)
+    stddev = release.noise_stddevs[0]
+    # No logit exceeds sqrt(size), which is below BOUND. The clip is a pass of its own over q and k.
+    clipped = dataclasses.replace(release, query_key_clip_norm=math.sqrt(size))
+    memory = RecordRelease(
+        logit_bound=10.0,
+        value_clip_norm=CLIP,
+        noise_multiplier=1.0,
+        num_queries=length,
+        num_heads=heads,
+        head_dim=size,
+    )
+
+    def cudnn(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return jax.nn.dot_product_attention(
+            query, key, value, is_causal=is_causal, implementation="cudnn"
+        )
+
+    def posthoc(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        answer = cudnn(query, key, value).astype(jnp.float32)
+        norm = jnp.linalg.norm(answer, axis=-1, keepdims=True)
+        answer = answer * jnp.minimum(1.0, CLIP / jnp.maximum(norm, 1e-30))
+        noise = jax.random.normal(jax.random.key(0), answer.shape)
+        return (answer + stddev * noise).astype(query.dtype)
+
+    def dpfa(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return dot_product_attention(query, key, value, is_causal=is_causal)
+
+    def any_order(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return dot_product_attention(query, key, value, is_causal=is_causal, deterministic=False)
+
+    def dpfa_bound(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+        return dot_product_attention(query, key, value, is_causal=is_causal, logits_bound=BOUND)
+
+    def private(release: Any, bound: float | None = None) -> Callable[..., jax.Array]:
+        def run(query: jax.Array, key: jax.Array, value: jax.Array, noise_key: Any) -> Any:
+            return dp_attention(
+                query, key, value, release=release, noise_key=noise_key, is_causal=is_causal,
+                logits_bound=bound,
+            )  # fmt: skip
+
+        return run
+
+    found: dict[str, tuple[Callable[..., jax.Array], bool]] = {
+        "cudnn": (cudnn, False),
+        "dpfa": (dpfa, False),
+        "dpfa_any_order": (any_order, False),
+        "dpfa_bound": (dpfa_bound, False),
+        "dpfa_example": (private(release), True),
+        "dpfa_example_bound": (private(release, BOUND), True),
+        "dpfa_example_clipped": (private(clipped), True),
+        "cudnn_posthoc": (posthoc, False),
+    }
+    if not is_causal:  # a memory has no order
+        found["dpfa_memory"] = (private(memory), True)
+    if importlib.util.find_spec("tokamax") is not None:
+        import tokamax
+
+        found["tokamax"] = (
+            functools.partial(
+                tokamax.dot_product_attention, is_causal=is_causal, implementation="mosaic_gpu"
+            ),
+            False,
+        )
+    return found
+
+
+def compiled(function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> tuple[Any, int]:
+    """A program that calls once for each set, and the bytes of one call beside its inputs."""
+    once = jax.jit(function)
+
+    def together(sets: list[tuple[Any, ...]]) -> list[Any]:
+        return [once(*x) for x in sets]
+
+    program = jax.jit(together).lower(sets).compile()
+    found = program.memory_analysis()
+    if found is None:
+        return program, 0
+    return program, found.temp_size_in_bytes + found.output_size_in_bytes // len(sets)
+
+
+def measure(
+    together: Callable[..., Any], sets: list[tuple[Any, ...]], seconds: float
+) -> tuple[float, float]:
+    """Median milliseconds a call and the range over the repetitions."""
+    jax.block_until_ready(together(sets))
+    start = time.perf_counter()
+    jax.block_until_ready(together(sets))
+    calls = max(2, math.ceil(seconds / 5 / (time.perf_counter() - start)))
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = together(sets)
+        jax.block_until_ready(result)
+        times.append((time.perf_counter() - start) / calls / len(sets) * 1e3)
+    return statistics.median(times), max(times) - min(times)
+
+
+def measure_torch(
+    shape: tuple[int, ...], is_causal: bool, is_backward: bool, seconds: float
+) -> tuple[float, float, int]:
+    """The same for the fastest of torch's SDPA backends."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    batch, length, heads, kv_heads, size = shape
+    best, refused = None, None
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+        arrays = [
+            torch.randn(
+                batch, n, length, size, device="cuda", dtype=torch.bfloat16,
+                requires_grad=is_backward,
+            )
+            for n in (heads, kv_heads, kv_heads)
+        ]  # fmt: skip
+        cotangent = torch.randn_like(arrays[0])
+
+        def call(arrays: Any = arrays, cotangent: Any = cotangent) -> None:
+            output = torch.nn.functional.scaled_dot_product_attention(
+                *arrays, is_causal=is_causal, enable_gqa=heads != kv_heads
+            )
+            if is_backward:
+                torch.autograd.grad(output, arrays, cotangent)
+
+        try:
+            with sdpa_kernel(backend):
+                call()
+                torch.cuda.synchronize()
+                torch.cuda.reset_peak_memory_stats()
+                before, start = torch.cuda.memory_allocated(), time.perf_counter()
+                for _ in range(5):
+                    call()
+                torch.cuda.synchronize()
+                calls = max(5, math.ceil(seconds / (time.perf_counter() - start)))
+                peak = torch.cuda.max_memory_allocated() - before
+                times = []
+                for _ in range(5):
+                    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    begin.record()
+                    for _ in range(calls):
+                        call()
+                    end.record()
+                    torch.cuda.synchronize()
+                    times.append(begin.elapsed_time(end) / calls)
+        except RuntimeError as error:
+            refused = error
+            continue
+        found = (statistics.median(times), max(times) - min(times), peak)
+        best = found if best is None or found[0] < best[0] else best
+    if best is None:
+        raise RuntimeError("no backend of torch's SDPA serves this call") from refused
+    return best
+
+
+def programs_of(
+    shape: tuple[int, ...], mask: str, chosen: list[str] | None
+) -> dict[tuple[str, str], tuple[Callable[..., Any], list[tuple[Any, ...]]]]:
+    """(direction, implementation) -> (function, sets of its arguments)."""
+    sets = [(*x, *pairs_of(shape, mask)) for x in inputs(shape, INPUT_SETS)]
+    keys = list(jax.random.split(new_noise_key(), INPUT_SETS))
+    with_keys = [(*x, k) for x, k in zip(sets, keys, strict=True)]
+    found: dict[tuple[str, str], Any] = {}
+    for name, (function, is_noisy) in implementations(shape, mask).items():
+        if chosen and name not in chosen:
+            continue
+        if name != "dpfa_any_order":  # whose forward pass is that of `dpfa`
+            found["forward", name] = (function, with_keys if is_noisy else sets)
+        # A private one's backward pass is the plain one after the clip's.
+        if not is_noisy and name != "cudnn_posthoc":
+            found["forward_backward", name] = (forward_and_backward(function), sets)
+    return dict(sorted(found.items(), key=lambda item: item[0][0]))  # by direction
+
+
+def prepared(
+    shape: tuple[int, ...], mask: str, chosen: list[str] | None
+) -> tuple[Callable[[float], list[dict[str, Any]]], list[dict[str, str]]]:
+    """What times all (seconds each) and gives their rows, and what is left out, with reasons."""
+    programs = programs_of(shape, mask, chosen)
+    stage("compiling")
+    with futures.ThreadPoolExecutor() as pool:
+        started = {which: pool.submit(compiled, *x) for which, x in programs.items()}
+    ready: dict[tuple[str, str], tuple[Any, int]] = {}
+    left_out: list[dict[str, str]] = []
+
+    def leave_out(direction: str, name: str, error: BaseException) -> None:
+        left_out.append({"direction": direction, "implementation": name, "why": f"{error!r:.300}"})
+
+    for which, building in started.items():
+        if (error := building.exception()) is None:
+            ready[which] = building.result()
+        else:  # what a peer does not serve
+            leave_out(*which, error)
+    wants_torch = mask in ("full", "causal") and (not chosen or "torch_sdpa" in chosen)
+
+    def timed(seconds: float) -> list[dict[str, Any]]:
+        figures: dict[tuple[str, str], tuple[float, float, int]] = {}
+        for which, (program, peak) in ready.items():
+            figures[which] = (*measure(program, programs[which][1], seconds), peak)
+        for direction in ("forward", "forward_backward") if wants_torch else ():
+            is_backward = direction == "forward_backward"
+            try:
+                found = measure_torch(shape, mask == "causal", is_backward, seconds)
+                figures[direction, "torch_sdpa"] = found
+            except (ImportError, RuntimeError) as error:
+                leave_out(direction, "torch_sdpa", error)
+        batch, length, heads, kv_heads, size = shape
+        return [
+            {"B": batch, "T": length, "S": length, "H": heads, "K": kv_heads, "D": size,
+             "mask": mask, "direction": direction, "implementation": name,
+             "milliseconds": round(found[0], 4), "spread": round(found[1], 4),
+             "peak_bytes": found[2]}
+            for (direction, name), found in sorted(figures.items(), key=lambda item: item[0][0])
+        ]  # fmt: skip
+
+    return timed, left_out
+
+
+def case(
+    shape: tuple[int, ...], mask: str, chosen: list[str] | None, seconds: float
+) -> dict[str, Any]:
+    """The child's whole life: its rows, and what is left out of them."""
+    turn = Turn()
+    stage("tracing")
+    timed, left_out = prepared(shape, mask, chosen)
+    turn.wait()
+    return {"rows": timed(seconds), "left_out": left_out}
