@@ -1,9 +1,12 @@
 """Two backward kernels, one for dK and dV, one for dQ: each run gives the same bits.
 
-Weights are recomputed from the log-sum-exp (Dao et al., 2022). Each program owns rows of one
-operand in shared memory and streams the other through a producer warpgroup.
+Weights are recomputed from the log-sum-exp (Dao et al., 2022). A tile owns rows of some operands in
+shared memory and steps along the rows of the others; each program walks over some of the tiles
+(`walk.py`). Two compute warpgroups; of a third one, one warp streams what tiles step along, and two
+load what they own and store what comes of it (`backward_walk.py`).
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -12,22 +15,31 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from dpfa_jax.kernels import manual_axes
 from dpfa_jax.kernels.base import AttentionSpec
-from dpfa_jax.kernels.mosaic_gpu import axes, tiles
+from dpfa_jax.kernels.mosaic_gpu import axes, device
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
 from dpfa_jax.kernels.mosaic_gpu.backward_fused import fused_backward
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     BackwardArrays,
     Ring,
-    key_length_of,
+    clear,
     launch,
     load_queries,
     logit_gradient,
     multiply,
     read,
+    register_zero,
     ring_barriers,
-    run_steps,
     weights_of,
+)
+from dpfa_jax.kernels.mosaic_gpu.backward_walk import (
+    Owned,
+    loops_of,
+    own_steps,
+    run_own_steps,
+    serve,
+    slots_that_fit,
 )
 from dpfa_jax.kernels.mosaic_gpu.backward_wide import wide_backward
 from dpfa_jax.kernels.mosaic_gpu.layouts import (
@@ -44,213 +56,264 @@ from dpfa_jax.kernels.mosaic_gpu.tiles import (
     FusedTiles,
     WideTiles,
 )
+from dpfa_jax.kernels.mosaic_gpu.walk import (
+    KeyTiling,
+    Lengths,
+    Size,
+    Tile,
+    Tiling,
+    Walk,
+    constant,
+)
 
 ROW_MULTIPLE = 128  # rows of lse and delta are padded to whole tiles of every kernel
 
 
 def _key_value_body(
-    arrays, dk_out, dv_out, shared, barriers, pairs, *, spec, tile, keys, group, simulate
+    arrays, dk_out, dv_out, shared, barriers, pairs, *, spec, tile, tiling, loops, slots, simulate
 ) -> None:
-    batch, kv_head = lax.axis_index(axes.BATCH), lax.axis_index(axes.HEADS)
     warpgroup = lax.axis_index(axes.WARPGROUP)
-    block_q, block_kv, stages = tile.block_q_dkv, tile.block_kv_dkv, tile.stages
-    program_keys = COMPUTE_WARPGROUPS * block_kv
-    program_begin = lax.axis_index(axes.KEYS) * program_keys
-    num_queries, head_size = arrays.query.shape[1], arrays.query.shape[3]
-    key_length = key_length_of(arrays, batch, keys)
-    steps = tiles.query_steps(spec, program_begin, program_keys, block_q, num_queries)
-    steps = tiles.within_key_length(steps, program_begin, program_keys, key_length)
-    count = steps.end - steps.begin
-    ring = Ring(barriers, stages)
-    dtype = arrays.query.dtype
+    block_q, block_kv, group = tile.block_q_dkv, tile.block_kv_dkv, tiling.turns
+    head_size, dtype = arrays.query.shape[3], arrays.query.dtype
+    walk = Walk(tiling, Lengths(key=arrays.key_lengths), arrays.schedule)
+    ring, owned = Ring(barriers, tile.stages), Owned(shared, barriers, slots)
 
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def compute():
         if not simulate:
-            plgpu.set_max_registers(232, action="increase")
-        key_begin = program_begin + warpgroup * block_kv
-        rows = (batch, pl.ds(key_begin, block_kv), kv_head)
-        k_shared, v_shared = shared["key"].at[warpgroup], shared["value"].at[warpgroup]
-        own = barriers["own"].at[warpgroup]
-        plgpu.copy_gmem_to_smem(arrays.key.at[rows], k_shared, own)
-        plgpu.copy_gmem_to_smem(arrays.value.at[rows], v_shared, own)
-        plgpu.barrier_wait(own)
+            plgpu.set_max_registers(240, action="increase")
         spare = shared["spare"].at[warpgroup] if simulate else None
+        zero = None if simulate else register_zero()
 
-        def accumulate(dk_acc, dv_acc):
-            def one_head(member):
-                head = kv_head * group + member
-                fixed = None if pairs is None else pairs.fixed(batch, head, rows[1])
+        def tile_body(here: Tile, following, has_next, index):
+            key_begin = here.row_begin + warpgroup * block_kv
+            own = own_steps(tiling, here.steps, key_begin, here.key_length)
+            place = owned.place(index, warpgroup)
+            k_shared, v_shared = shared["key"].at[place], shared["value"].at[place]
+            owned.await_loaded(place)
 
-                def body(step, masked):
-                    done = member * count + step - steps.begin
-                    slot = ring.slot(done)
-                    q_shared, do_shared = shared["query"].at[slot], shared["cotangent"].at[slot]
-                    shape = (block_kv, block_q)
-                    ring.await_full("query", done)
-
-                    def weights_and_products(s_acc, dp_acc):
-                        plgpu.wgmma(s_acc, k_shared, q_shared.T)
-                        ring.await_full("cotangent", done)
-                        plgpu.wgmma(dp_acc, v_shared, do_shared.T)
-                        lse2 = plgpu.load(shared["lse2"].at[slot], layout=COLUMN)
-                        delta = plgpu.load(shared["delta"].at[slot], layout=COLUMN)
-                        seen = None
-                        if masked:
-                            seen = visible(
-                                spec, shape, step * block_q, key_begin, key_length, None,
-                                transposed=True,
-                            )  # fmt: skip
-                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                        shown, bias = read(pairs, done, warpgroup, fixed)
-                        p, slope = weights_of(spec, s, lse2, 1, seen, shown, bias)
-                        if pairs is not None:
-                            pairs.free(done)
-                        multiply(dv_acc, p.astype(dtype), do_shared, spare)
-                        dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-                        return logit_gradient(p, slope, dp, delta, 1)
-
-                    acc = plgpu.ACC(shape, jnp.float32)
-                    ds = pl.run_scoped(weights_and_products, acc, acc)
-                    multiply(dk_acc, ds.astype(dtype), q_shared, spare)
-                    plgpu.wgmma_wait(1)
-                    ring.free("cotangent", done)
-                    plgpu.wgmma_wait(0)
-                    ring.free("query", done)
-
-                run_steps(steps, spec, body)
-
-            pl.loop(0, group)(one_head)
-            return dk_acc[...], dv_acc[...]
-
-        acc = plgpu.ACC((block_kv, head_size), jnp.float32)
-        dk, dv = pl.run_scoped(accumulate, acc, acc)
-        k_shared[...] = (dk * spec.scale).astype(dtype)
-        v_shared[...] = dv.astype(dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(k_shared, dk_out.at[rows])
-        plgpu.copy_smem_to_gmem(v_shared, dv_out.at[rows])
-        plgpu.wait_smem_to_gmem(0)
-
-    @pl.when(warpgroup == COMPUTE_WARPGROUPS)
-    def produce():
-        if not simulate:
-            plgpu.set_max_registers(40, action="decrease")
-
-        @pl.loop(0, group)
-        def _(member):
-            head = kv_head * group + member
-
-            @pl.loop(steps.begin, steps.end)
-            def _(step):
-                done = member * count + step - steps.begin
-
-                def load_pairs():
+            def accumulate(dk_acc, dv_acc):
+                def one_head(member):
+                    fixed = None
                     if pairs is not None:
-                        pairs.load(done, batch, head, lax.axis_index(axes.KEYS), step)
+                        head = here.head * group + member
+                        fixed = pairs.fixed(here.batch, head, pl.ds(key_begin, block_kv))
 
-                load_queries(
-                    arrays, shared, barriers, ring, done, batch, head, step, block_q, load_pairs
-                )
+                    def body(step, masked):
+                        done = here.before(step, member)
+                        slot = ring.slot(done)
+                        q_shared = shared["query"].at[slot]
+                        do_shared = shared["cotangent"].at[slot]
+                        shape = (block_kv, block_q)
+                        ring.await_full("query", done)
 
-        ring.drain(("query", "cotangent"), group * count)
+                        def weights_and_products(s_acc, dp_acc):
+                            clear(dp_acc, zero)
+                            plgpu.wgmma(s_acc, k_shared, q_shared.T)
+                            ring.await_full("cotangent", done)
+                            plgpu.wgmma(dp_acc, v_shared, do_shared.T)
+                            lse2 = plgpu.load(shared["lse2"].at[slot], layout=COLUMN)
+                            delta = plgpu.load(shared["delta"].at[slot], layout=COLUMN)
+                            seen = None
+                            if masked:
+                                seen = visible(
+                                    spec, shape, step * block_q, key_begin, here.key_length, None,
+                                    transposed=True,
+                                )  # fmt: skip
+                            s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                            shown, bias = read(pairs, done, warpgroup, fixed)
+                            p, slope = weights_of(spec, s, lse2, 1, seen, shown, bias)
+                            if pairs is not None:
+                                pairs.free(done)
+                            multiply(dv_acc, p.astype(dtype), do_shared, spare)
+                            dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
+                            return logit_gradient(p, slope, dp, delta, 1)
+
+                        acc = plgpu.ACC(shape, jnp.float32)
+                        ds = pl.run_scoped(weights_and_products, acc, acc)
+                        multiply(dk_acc, ds.astype(dtype), q_shared, spare)
+                        plgpu.wgmma_wait(1)
+                        ring.free("cotangent", done)
+                        plgpu.wgmma_wait(0)
+                        ring.free("query", done)
+
+                    def skip(step):
+                        done = here.before(step, member)
+                        ring.skip(("query", "cotangent"), done)
+                        if pairs is not None:
+                            pairs.skip(done)
+
+                    run_own_steps(loops, here.steps, own, body, skip)
+
+                if group == 1:
+                    one_head(0)
+                else:
+                    pl.loop(0, group)(one_head)
+                return dk_acc[...], dv_acc[...]
+
+            acc = plgpu.ACC((block_kv, head_size), jnp.float32)
+            dk, dv = pl.run_scoped(accumulate, acc, acc)
+            k_shared[...] = (dk * spec.scale).astype(dtype)
+            v_shared[...] = dv.astype(dtype)
+            owned.hand_over(place)
+            return index + 1
+
+        walk.each(tile_body, jnp.int32(0))
+
+    def load():
+        def tile_body(here: Tile, following, has_next, carry):
+            @pl.loop(0, group)
+            def _(member):
+                head = here.head * group + member
+
+                @pl.loop(here.steps.begin, here.steps.end)
+                def _(step):
+                    done = here.before(step, member)
+
+                    def load_pairs():
+                        if pairs is not None:
+                            pairs.load(done, here.batch, head, here.block, step)
+
+                    load_queries(
+                        arrays, shared, barriers, ring, done, here.batch, head, step, block_q,
+                        load_pairs,
+                    )  # fmt: skip
+
+            return carry
+
+        total, _ = walk.each(tile_body, ())
+        ring.drain(("query", "cotangent"), total)
         if pairs is not None:
-            pairs.drain(group * count)
+            pairs.drain(total)
+
+    def rows_of(here: Tile, part):
+        return (here.batch, pl.ds(here.row_begin + part * block_kv, block_kv), here.head)
+
+    def operands(here: Tile, part):
+        rows = rows_of(here, part)
+        return {"key": arrays.key.at[rows], "value": arrays.value.at[rows]}
+
+    def results(here: Tile, part):
+        rows = rows_of(here, part)
+        return {"key": dk_out.at[rows], "value": dv_out.at[rows]}
+
+    serve(warpgroup, load, lambda part: owned.serve(walk, part, operands, results), simulate)
 
 
 def _query_body(
-    arrays, dq_out, shared, barriers, pairs, *, spec, tile, keys, group, simulate
+    arrays, dq_out, shared, barriers, pairs, *, spec, tile, tiling, loops, slots, group, simulate
 ) -> None:
-    batch, head = lax.axis_index(axes.BATCH), lax.axis_index(axes.HEADS)
     warpgroup = lax.axis_index(axes.WARPGROUP)
-    block = lax.axis_size(axes.ROWS) - 1 - lax.axis_index(axes.ROWS)
-    block_q, block_kv, stages = tile.block_q_dq, tile.block_kv_dq, tile.stages
-    program_rows = COMPUTE_WARPGROUPS * block_q
-    program_begin = block * program_rows
-    head_size = arrays.query.shape[3]
-    key_length = key_length_of(arrays, batch, keys)
-    steps = tiles.key_steps(spec, program_begin, program_rows, block_kv, key_length, None)
-    ring = Ring(barriers, stages)
-    dtype = arrays.query.dtype
+    block_q, block_kv = tile.block_q_dq, tile.block_kv_dq
+    head_size, dtype = arrays.query.shape[3], arrays.query.dtype
+    walk = Walk(tiling, Lengths(key=arrays.key_lengths), arrays.schedule)
+    ring, owned = Ring(barriers, tile.stages), Owned(shared, barriers, slots)
 
     @pl.when(warpgroup < COMPUTE_WARPGROUPS)
     def compute():
         if not simulate:
-            plgpu.set_max_registers(232, action="increase")
-        row_begin = program_begin + warpgroup * block_q
-        rows = pl.ds(row_begin, block_q)
-        q_shared, do_shared = shared["query"].at[warpgroup], shared["cotangent"].at[warpgroup]
-        own = barriers["own"].at[warpgroup]
-        plgpu.copy_gmem_to_smem(arrays.query.at[batch, rows, head], q_shared, own)
-        plgpu.copy_gmem_to_smem(arrays.cotangent.at[batch, rows, head], do_shared, own)
-        vector = (batch, head, rows)
-        lse2 = plgpu.load(arrays.lse2.at[vector], layout=ROW, optimized=False)
-        delta = plgpu.load(arrays.delta.at[vector], layout=ROW, optimized=False)
-        fixed = None if pairs is None else pairs.fixed(batch, head, rows)
-        plgpu.barrier_wait(own)
+            plgpu.set_max_registers(240, action="increase")
         spare = shared["spare"].at[warpgroup] if simulate else None
+        zero = None if simulate else register_zero()
 
-        def accumulate(dq_acc):
-            def body(step, masked):
-                done = step - steps.begin
-                slot = ring.slot(done)
-                k_shared, v_shared = shared["key"].at[slot], shared["value"].at[slot]
-                shape = (block_q, block_kv)
-                ring.await_full("key", done)
-
-                def gradient(s_acc, dp_acc):
-                    plgpu.wgmma(s_acc, q_shared, k_shared.T)
-                    ring.await_full("value", done)
-                    plgpu.wgmma(dp_acc, do_shared, v_shared.T)
-                    seen = None
-                    if masked:
-                        seen = visible(spec, shape, row_begin, step * block_kv, key_length, None)
-                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                    shown, bias = read(pairs, done, warpgroup, fixed)
-                    p, slope = weights_of(spec, s, lse2, 0, seen, shown, bias)
-                    if pairs is not None:
-                        pairs.free(done)
-                    dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
-                    ring.free("value", done)
-                    return logit_gradient(p, slope, dp, delta, 0)
-
-                acc = plgpu.ACC(shape, jnp.float32)
-                ds = pl.run_scoped(gradient, acc, acc)
-                multiply(dq_acc, ds.astype(dtype), k_shared, spare)
-                plgpu.wgmma_wait(0)
-                ring.free("key", done)
-
-            run_steps(steps, spec, body)
-            return dq_acc[...]
-
-        dq = pl.run_scoped(accumulate, plgpu.ACC((block_q, head_size), jnp.float32))
-        q_shared[...] = (dq * spec.scale).astype(dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_shared, dq_out.at[batch, rows, head])
-        plgpu.wait_smem_to_gmem(0)
-
-    @pl.when(warpgroup == COMPUTE_WARPGROUPS)
-    def produce():
-        if not simulate:
-            plgpu.set_max_registers(40, action="decrease")
-        kv_head = lax.div(head, jnp.int32(group))
-
-        @pl.loop(steps.begin, steps.end)
-        def _(step):
-            done = step - steps.begin
-            slot = ring.slot(done)
-            source = (batch, pl.ds(step * block_kv, block_kv), kv_head)
-            for name, array in (("key", arrays.key), ("value", arrays.value)):
-                ring.await_free(name, done)
-                plgpu.copy_gmem_to_smem(
-                    array.at[source], shared[name].at[slot], barriers[name].at[slot]
-                )
+        def tile_body(here: Tile, following, has_next, index):
+            row_begin = here.row_begin + warpgroup * block_q
+            own = own_steps(tiling, here.steps, row_begin, here.key_length)
+            place = owned.place(index, warpgroup)
+            q_shared, do_shared = shared["query"].at[place], shared["cotangent"].at[place]
+            fixed = None
             if pairs is not None:
-                pairs.load(done, batch, head, block, step)
+                fixed = pairs.fixed(here.batch, here.head, pl.ds(row_begin, block_q))
+            owned.await_loaded(place)
+            lse2 = plgpu.load(shared["lse2"].at[place], layout=ROW)
+            delta = plgpu.load(shared["delta"].at[place], layout=ROW)
 
-        ring.drain(("key", "value"), steps.end - steps.begin)
+            def accumulate(dq_acc):
+                def body(step, masked):
+                    done = here.before(step)
+                    slot = ring.slot(done)
+                    k_shared, v_shared = shared["key"].at[slot], shared["value"].at[slot]
+                    shape = (block_q, block_kv)
+                    ring.await_full("key", done)
+
+                    def gradient(s_acc, dp_acc):
+                        clear(dp_acc, zero)
+                        plgpu.wgmma(s_acc, q_shared, k_shared.T)
+                        ring.await_full("value", done)
+                        plgpu.wgmma(dp_acc, do_shared, v_shared.T)
+                        seen = None
+                        if masked:
+                            seen = visible(
+                                spec, shape, row_begin, step * block_kv, here.key_length, None
+                            )
+                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+                        shown, bias = read(pairs, done, warpgroup, fixed)
+                        p, slope = weights_of(spec, s, lse2, 0, seen, shown, bias)
+                        if pairs is not None:
+                            pairs.free(done)
+                        dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
+                        ring.free("value", done)
+                        return logit_gradient(p, slope, dp, delta, 0)
+
+                    acc = plgpu.ACC(shape, jnp.float32)
+                    ds = pl.run_scoped(gradient, acc, acc)
+                    multiply(dq_acc, ds.astype(dtype), k_shared, spare)
+                    plgpu.wgmma_wait(0)
+                    ring.free("key", done)
+
+                def skip(step):
+                    done = here.before(step)
+                    ring.skip(("key", "value"), done)
+                    if pairs is not None:
+                        pairs.skip(done)
+
+                run_own_steps(loops, here.steps, own, body, skip)
+                return dq_acc[...]
+
+            dq = pl.run_scoped(accumulate, plgpu.ACC((block_q, head_size), jnp.float32))
+            q_shared[...] = (dq * spec.scale).astype(dtype)
+            owned.hand_over(place)
+            return index + 1
+
+        walk.each(tile_body, jnp.int32(0))
+
+    def load():
+        def tile_body(here: Tile, following, has_next, carry):
+            kv_head = lax.div(here.head, jnp.int32(group))
+
+            @pl.loop(here.steps.begin, here.steps.end)
+            def _(step):
+                done = here.before(step)
+                slot = ring.slot(done)
+                source = (here.batch, pl.ds(step * block_kv, block_kv), kv_head)
+                for name, array in (("key", arrays.key), ("value", arrays.value)):
+                    ring.await_free(name, done)
+                    plgpu.copy_gmem_to_smem(
+                        array.at[source], shared[name].at[slot], barriers[name].at[slot]
+                    )
+                if pairs is not None:
+                    pairs.load(done, here.batch, here.head, here.block, step)
+
+            return carry
+
+        total, _ = walk.each(tile_body, ())
+        ring.drain(("key", "value"), total)
         if pairs is not None:
-            pairs.drain(steps.end - steps.begin)
+            pairs.drain(total)
+
+    def operands(here: Tile, part):
+        rows = pl.ds(here.row_begin + part * block_q, block_q)
+        by_row = {"query": arrays.query, "cotangent": arrays.cotangent}
+        by_head = {"lse2": arrays.lse2, "delta": arrays.delta}
+        return {name: x.at[here.batch, rows, here.head] for name, x in by_row.items()} | {
+            name: x.at[here.batch, here.head, rows] for name, x in by_head.items()
+        }
+
+    def results(here: Tile, part):
+        rows = pl.ds(here.row_begin + part * block_q, block_q)
+        return {"query": dq_out.at[here.batch, rows, here.head]}
+
+    serve(warpgroup, load, lambda part: owned.serve(walk, part, operands, results), simulate)
 
 
 def _two_kernels(
@@ -266,67 +329,99 @@ def _two_kernels(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     batch, num_queries, heads, head_size = arrays.query.shape
     kv_heads, dtype = arrays.key.shape[2], arrays.query.dtype
-    static = {"spec": spec, "tile": tile, "keys": keys, "group": heads // kv_heads}
+    group = heads // kv_heads
     like_query = jax.ShapeDtypeStruct(arrays.query.shape, dtype)
     like_key = jax.ShapeDtypeStruct(arrays.key.shape, dtype)
 
-    def resident(block: int) -> Any:
-        return tiled_shared((COMPUTE_WARPGROUPS, block, head_size), dtype)
+    def by_tile(slots: int, block: int) -> Any:
+        return tiled_shared((slots * COMPUTE_WARPGROUPS, block, head_size), dtype)
 
     def streamed(block: int) -> Any:
         return tiled_shared((tile.stages, block, head_size), dtype)
 
-    def spare(block: int, columns: int) -> dict[str, Any]:
-        if interpret is None:
-            return {}
-        return {"spare": tiled_shared((COMPUTE_WARPGROUPS, block, columns), dtype)}
+    def by_row(slots: int, block: int) -> Any:
+        return plgpu.SMEM((slots, block), jnp.float32)
 
-    turned = pair_tiles.arranged(mask, bias, rows=keys, is_turned=True)
-    pairs = pair_tiles.arranged(mask, bias, rows=rows)
-    own = {"own": plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS)}
-    per_row = plgpu.SMEM((tile.stages, tile.block_q_dkv), jnp.float32)
-    dk, dv = launch(
+    def run(body, pairs, tiling, owned_of, others, ring, outputs, name, **static):
+        """`owned_of`: shared memory of what tiles own, by the slots for it."""
+        step = tiling.tile.block_kv
+        pair_shared, _ = pair_tiles.scratch(pairs, tile.stages, step)
+        slots = slots_that_fit(owned_of, others | pair_shared)
+        owned = owned_of(slots)
+        simulated = {}
+        if interpret is not None:
+            block = tiling.tile.rows // COMPUTE_WARPGROUPS
+            simulated["spare"] = tiled_shared((COMPUTE_WARPGROUPS, block, step), dtype)
+        tiling = dataclasses.replace(tiling, heads_first=pair_tiles.is_shared_by_batch(pairs))
+        schedule = tiling.schedule(device.processors())
+        given = arrays._replace(mask=pairs.mask, bias=pairs.bias)._asdict()
+        names = [name for name, x in given.items() if x is not None]
+
+        def call(*operands):
+            taken = BackwardArrays(**dict(zip(names, operands, strict=True)))
+            return launch(
+                body,
+                taken._replace(schedule=constant(schedule)),
+                outputs,
+                owned | others | simulated,
+                Owned.barriers_of(slots, len(owned)) | ring_barriers(ring, tile.stages),
+                (len(schedule),),
+                (axes.PROGRAM,),
+                name,
+                interpret,
+                pairs=pairs._replace(mask=taken.mask, bias=taken.bias),
+                step=step,
+                spec=spec,
+                tile=tile,
+                tiling=tiling,
+                loops=loops_of(tiling),
+                slots=slots,
+                **static,
+            )
+
+        return manual_axes.unaware(call)(*(given[name] for name in names))
+
+    has_lengths = arrays.key_lengths is not None
+    block, step = tile.block_kv_dkv, tile.block_q_dkv
+    dk, dv = run(
         _key_value_body,
-        arrays,
+        pair_tiles.arranged(mask, bias, rows=keys, is_turned=True),
+        KeyTiling(
+            spec, Size(COMPUTE_WARPGROUPS * block, step), batch, kv_heads, num_queries, keys,
+            head_bytes=4 * num_queries * head_size * group, heads_first=False,
+            has_lengths=has_lengths, turns=group,
+        ),
+        lambda slots: {"key": by_tile(slots, block), "value": by_tile(slots, block)},
+        {
+            "query": streamed(step),
+            "cotangent": streamed(step),
+            "lse2": by_row(tile.stages, step),
+            "delta": by_row(tile.stages, step),
+        },
+        {"query": 3, "cotangent": 1},
         (like_key, like_key),
-        {
-            "key": resident(tile.block_kv_dkv),
-            "value": resident(tile.block_kv_dkv),
-            "query": streamed(tile.block_q_dkv),
-            "cotangent": streamed(tile.block_q_dkv),
-            "lse2": per_row,
-            "delta": per_row,
-            **spare(tile.block_kv_dkv, tile.block_q_dkv),
-        },
-        own | ring_barriers({"query": 3, "cotangent": 1}, tile.stages),
-        (kv_heads, tiles.cdiv(keys, COMPUTE_WARPGROUPS * tile.block_kv_dkv), batch),
-        (axes.HEADS, axes.KEYS, axes.BATCH),
         "dpfa_attention_backward_kv",
-        interpret,
-        pairs=turned,
-        step=tile.block_q_dkv,
-        **static,
-    )
-    (dq,) = launch(
+    )  # fmt: skip
+    block, step = tile.block_q_dq, tile.block_kv_dq
+    (dq,) = run(
         _query_body,
-        arrays,
-        (like_query,),
-        {
-            "query": resident(tile.block_q_dq),
-            "cotangent": resident(tile.block_q_dq),
-            "key": streamed(tile.block_kv_dq),
-            "value": streamed(tile.block_kv_dq),
-            **spare(tile.block_q_dq, tile.block_kv_dq),
+        pair_tiles.arranged(mask, bias, rows=rows),
+        Tiling(
+            spec, Size(COMPUTE_WARPGROUPS * block, step), batch, heads, num_queries, keys,
+            head_bytes=4 * keys * head_size // group, heads_first=False, has_lengths=has_lengths,
+        ),
+        lambda slots: {
+            "query": by_tile(slots, block),
+            "cotangent": by_tile(slots, block),
+            "lse2": by_row(slots * COMPUTE_WARPGROUPS, block),
+            "delta": by_row(slots * COMPUTE_WARPGROUPS, block),
         },
-        own | ring_barriers({"key": 1, "value": 1}, tile.stages),
-        (heads, tiles.cdiv(num_queries, COMPUTE_WARPGROUPS * tile.block_q_dq), batch),
-        (axes.HEADS, axes.ROWS, axes.BATCH),
+        {"key": streamed(step), "value": streamed(step)},
+        {"key": 1, "value": 1},
+        (like_query,),
         "dpfa_attention_backward_q",
-        interpret,
-        pairs=pairs,
-        step=tile.block_kv_dq,
-        **static,
-    )
+        group=group,
+    )  # fmt: skip
     return dq, dk, dv
 
 

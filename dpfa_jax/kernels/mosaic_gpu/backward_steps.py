@@ -8,11 +8,14 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
 from dpfa_jax.kernels.base import AttentionSpec
 from dpfa_jax.kernels.mosaic_gpu import axes
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
-from dpfa_jax.kernels.mosaic_gpu.layouts import LOG2_E
+from dpfa_jax.kernels.mosaic_gpu.layouts import LOG2_E, WGMMA
 from dpfa_jax.kernels.mosaic_gpu.pairs import PairArrays, PairReader
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, StepRange
 
@@ -27,6 +30,7 @@ class BackwardArrays(NamedTuple):
     `mask`, `bias`: as `pairs.arranged` for each kernel.
     `chunk`: (3,) int32, first batch row, key head and key block of a launch; None: all zero.
     `logit_gradients`: (b, n, s, rows) of the launch's share, keys first.
+    `schedule`: of `walk.Tiling`.
     """
 
     query: Any
@@ -43,6 +47,7 @@ class BackwardArrays(NamedTuple):
     dv_sum: Any = None
     chunk: Any = None
     logit_gradients: Any = None
+    schedule: Any = None
 
 
 def key_length_of(arrays: BackwardArrays, batch: Any, keys: int) -> Any:
@@ -60,6 +65,26 @@ def multiply(acc: Any, lhs: jax.Array, rhs: Any, spare: Any) -> None:
     spare[...] = lhs
     plgpu.commit_smem()
     plgpu.wgmma(acc, spare, rhs)
+
+
+@plgpu.inline_mgpu(
+    arg_types=(),
+    return_type=plgpu.ShapeDtypeStruct((), jnp.float32, layout=plgpu.Layout.WG_SPLAT),
+)
+def register_zero(_: Any) -> Any:
+    """A zero that LLVM does not know, for `clear`; asked for outside all loops."""
+    zero = llvm.inline_asm(ir.F32Type.get(), [], "mov.b32 $0, 0;", "=f", has_side_effects=True)
+    return mgpu.FragmentedArray.splat(zero, (), mgpu.WGSplatFragLayout(()))
+
+
+def clear(acc: Any, zero: Any) -> None:
+    """Sets a new accumulator, which is zero, to a zero that has a register of its own.
+
+    Else its registers are copies of one among them, which ptxas makes one by one and not in pairs:
+    15 to 31 instructions a step more. None: leaves it.
+    """
+    if zero is not None:
+        acc[...] = plgpu.layout_cast(lax.broadcast_in_dim(zero, acc.shape, ()), WGMMA)
 
 
 def weights_of(
@@ -135,6 +160,12 @@ class Ring:
     def free(self, name: str, count: Any) -> None:
         """Consumer: has read the `count`-th tile."""
         plgpu.barrier_arrive(self._barriers[name + "_free"].at[self.slot(count)])
+
+    def skip(self, names: tuple[str, ...], count: Any) -> None:
+        """Consumer: needs nothing of the `count`-th tiles."""
+        for name in names:
+            self.await_full(name, count)
+            self.free(name, count)
 
     def await_free(self, name: str, count: Any) -> None:
         """Producer: the slot of the `count`-th tile may be filled."""

@@ -14,7 +14,6 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from dpfa_jax.core.generators import BOX_MULLER_TAIL
@@ -32,7 +31,7 @@ from dpfa_jax.kernels.mosaic_gpu.noise import clip_rows, snap_tile, stream_of, t
 from dpfa_jax.kernels.mosaic_gpu.pairs import Fixed, PairReader
 from dpfa_jax.kernels.mosaic_gpu.softmax import PublicMaximum, RunningMaximum
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ForwardTiles
-from dpfa_jax.kernels.mosaic_gpu.walk import Tile, Tiling, Walk
+from dpfa_jax.kernels.mosaic_gpu.walk import Lengths, Tile, Tiling, Walk, constant
 from dpfa_jax.kernels.public_maximum import SHIFT
 
 
@@ -411,11 +410,6 @@ def _release(acc, arrays, shared, barriers, here, row_begin, noise_scale, *, spe
     return snap_tile(acc + stddev * noise, grid, largest, simulate=simulate)
 
 
-def _constant(table: np.ndarray) -> jax.Array:
-    """`table` as a function's result: the partitioner takes no function that closes over arrays."""
-    return jax.jit(lambda: jnp.asarray(table))()
-
-
 def attention_forward(
     spec: AttentionSpec,
     arrays: ForwardArrays,
@@ -521,7 +515,7 @@ def attention_forward(
             shared_refs,
             barrier_refs,
             reader,
-            Walk(tiling, in_refs, schedule_ref),
+            Walk(tiling, Lengths(in_refs.query_lengths, in_refs.key_lengths), schedule_ref),
             spec=spec,
             tile=tile,
             softmax=PublicMaximum(SHIFT[dtype.name]) if has_public_maximum else RunningMaximum(),
@@ -541,7 +535,7 @@ def attention_forward(
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name="dpfa_attention_forward",
         interpret=interpret,
-    )(_constant(schedule), *(x for x in arrays if x is not None))
+    )(constant(schedule), *(x for x in arrays if x is not None))
     cut = tuple(slice(size) for size in shape)
     return ForwardResults(
         output[cut], unclipped[0][cut] if unclipped else None, lse[..., : shape[1]]

@@ -319,6 +319,12 @@ class PairReader:
         if _copies(self.pairs):
             plgpu.barrier_arrive(self.barriers["pairs_free"].at[self._slot(count)])
 
+    def skip(self, count: Scalar) -> None:
+        """One warpgroup needs nothing of a step."""
+        if _copies(self.pairs):
+            plgpu.barrier_wait(self.barriers["pairs"].at[self._slot(count)])
+            self.free(count)
+
 
 def _unpacked(words: list[jax.Array], shape: tuple[int, int]) -> jax.Array:
     parts = [lax.broadcast_in_dim(word, (shape[0], WORD), [0]) for word in words]

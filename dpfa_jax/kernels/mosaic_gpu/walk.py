@@ -1,29 +1,58 @@
-"""How the programs of the forward kernel walk over its tiles: 128 query rows of one head each."""
+"""How the programs of a kernel walk over its tiles: 128 rows of one head each.
+
+Rows are queries, and a tile steps along their keys; or keys, along the queries that see them.
+"""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec
 from dpfa_jax.kernels.mosaic_gpu import axes, tiles
 from dpfa_jax.kernels.mosaic_gpu.schedule import balanced
-from dpfa_jax.kernels.mosaic_gpu.tiles import ForwardTiles, Scalar, StepRange
+from dpfa_jax.kernels.mosaic_gpu.tiles import Scalar, StepRange
 
-# Keys and values of heads that start together stay in half of the second-level cache.
+# What heads that start together step along stays in half of the second-level cache.
 _CACHE_BYTES = 24 * 2**20
 # What a tile costs beside its steps, in steps.
 _TILE_COST = 0.7
 _MANY = 2**30
 
 
+class Lengths(NamedTuple):
+    """References to query and key lengths (B,) that cut steps off; None: none do."""
+
+    query: Any = None
+    key: Any = None
+
+
+class Sizes(Protocol):
+    """Rows of a tile, and columns (keys, unless the rows are keys) of one step."""
+
+    @property
+    def rows(self) -> int: ...  # noqa: D102
+    @property
+    def block_kv(self) -> int: ...  # noqa: D102
+
+
+class Size(NamedTuple):
+    """`Sizes` and nothing else."""
+
+    rows: int
+    block_kv: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Tile:
-    """Query rows of one head, and the steps along its keys.
+    """Rows of one head, and the steps along their columns.
 
     `count`: steps of the tiles that the program did before, which says where its rings stand.
+    `turns`: query heads of a key head, along each of which its keys step in turn.
     """
 
     batch: Any
@@ -34,15 +63,18 @@ class Tile:
     key_length: Scalar
     query_length: Any
     count: Any
+    turns: int = 1
 
-    def before(self, step: Any) -> Any:
-        """Steps of the program before `step` of this tile."""
+    def before(self, step: Any, turn: Any = 0) -> Any:
+        """Steps of the program before `step` of this tile, of its `turn`-th turn."""
+        if not (isinstance(turn, int) and turn == 0):
+            step = step + turn * (self.steps.end - self.steps.begin)
         return self.count + (step - self.steps.begin)
 
     @property
     def after(self) -> Any:
         """Steps of the program when this tile is done."""
-        return self.before(self.steps.end)
+        return self.before(self.steps.end, self.turns - 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,13 +84,14 @@ class Tiling:
     Attributes:
       spec, tile: of the call.
       batch, heads, queries, keys: its sizes; `keys` as they are, `queries` with the padding.
-      head_bytes: keys and values that one query head adds.
+      head_bytes: what one head more has of the arrays that tiles step along.
       heads_first: number the tiles of one head in all batch rows together.
-      has_lengths: whether query or key lengths are among the operands.
+      has_lengths: whether query or key lengths cut steps off.
+      turns: as `Tile`.
     """
 
     spec: AttentionSpec
-    tile: ForwardTiles
+    tile: Sizes
     batch: int
     heads: int
     queries: int
@@ -66,16 +99,28 @@ class Tiling:
     head_bytes: int
     heads_first: bool
     has_lengths: bool
+    turns: int = 1
+
+    @property
+    def _rows_and_columns(self) -> tuple[int, int]:
+        return self.queries, self.keys
+
+    def steps_of(
+        self, row_begin: Scalar, rows: int, key_length: Scalar, query_length: Any
+    ) -> StepRange:
+        """Steps along what some of a tile's rows need."""
+        step = self.tile.block_kv
+        return tiles.key_steps(self.spec, row_begin, rows, step, key_length, query_length)
 
     @property
     def blocks(self) -> int:
         """Tiles of one head."""
-        return tiles.cdiv(self.queries, self.tile.rows)
+        return tiles.cdiv(self._rows_and_columns[0], self.tile.rows)
 
     @property
     def is_whole(self) -> bool:
         """Whether every step shows every key to every row, and all tiles have as many steps."""
-        begin, full_begin, full_end, end = self._steps(0, self.keys, None)
+        begin, full_begin, full_end, end = self.steps(0, self.keys, None)
         reaches = (tiles.left_reach(self.spec), tiles.right_reach(self.spec))
         return (
             reaches == (None, None)
@@ -87,15 +132,15 @@ class Tiling:
         """`schedule.balanced` of these tiles; one row a processor, none without a tile."""
         costs = []
         for block in range(self.blocks):
-            begin, _, _, end = self._steps(block, self.keys, None)
-            costs.append(end - begin + _TILE_COST)
+            begin, _, _, end = self.steps(block, self.keys, None)
+            costs.append((end - begin) * self.turns + _TILE_COST)
         pairs = self.batch * self.heads
         together = max(1, _CACHE_BYTES // max(1, self.head_bytes))
         programs = min(processors, pairs * self.blocks)
         return balanced(tuple(costs), pairs, programs, together)
 
-    def at(self, arrays: Any, number: Any, count: Any) -> Tile:
-        """The tile of a number; `arrays` holds the lengths."""
+    def at(self, lengths: Lengths, number: Any, count: Any) -> Tile:
+        """The tile of a number."""
         pair = lax.div(number, jnp.int32(self.blocks))
         block = number - pair * self.blocks
         inner = self.batch if self.heads_first else self.heads
@@ -104,19 +149,38 @@ class Tiling:
         if self.heads_first:
             batch, head = head, batch
         key_length: Scalar = self.keys
-        if arrays.key_lengths is not None:
-            key_length = jnp.clip(arrays.key_lengths[batch], 0, self.keys)
-        query_length = None if arrays.query_lengths is None else arrays.query_lengths[batch]
-        steps = self._steps(block, key_length, query_length)
+        if lengths.key is not None:
+            key_length = jnp.clip(lengths.key[batch], 0, self.keys)
+        query_length = None if lengths.query is None else lengths.query[batch]
+        steps = self.steps(block, key_length, query_length)
         rows = block * self.tile.rows
-        return Tile(batch, head, block, rows, steps, key_length, query_length, count)
+        return Tile(
+            batch, head, block, rows, steps, key_length, query_length, count, self.turns
+        )  # fmt: skip
 
-    def _steps(self, block: Any, key_length: Scalar, query_length: Any) -> StepRange:
-        tile = self.tile
-        steps = tiles.key_steps(
-            self.spec, block * tile.rows, tile.rows, tile.block_kv, key_length, query_length
-        )
-        return tiles.at_least_one(steps, tiles.cdiv(self.keys, tile.block_kv))
+    def steps(self, block: Any, key_length: Scalar, query_length: Any) -> StepRange:
+        """Of one tile; one that hides every column where there would be none."""
+        rows = self.tile.rows
+        steps = self.steps_of(block * rows, rows, key_length, query_length)
+        return tiles.at_least_one(steps, tiles.cdiv(self._rows_and_columns[1], self.tile.block_kv))
+
+
+class KeyTiling(Tiling):
+    """Of tiles whose rows are keys, and whose columns are the queries that see them.
+
+    Heads are key heads; `turns`: query heads of each.
+    """
+
+    @property
+    def _rows_and_columns(self) -> tuple[int, int]:
+        return self.keys, self.queries
+
+    def steps_of(  # noqa: D102
+        self, row_begin: Scalar, rows: int, key_length: Scalar, query_length: Any
+    ) -> StepRange:
+        step = self.tile.block_kv
+        steps = tiles.query_steps(self.spec, row_begin, rows, step, self.queries)
+        return tiles.within_key_length(steps, row_begin, rows, key_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,19 +189,19 @@ class Walk:
 
     Attributes:
       tiling: all tiles.
-      arrays: references to the operands.
+      lengths: those that cut steps off.
       schedule: reference to what `Tiling.schedule` gave.
     """
 
     tiling: Tiling
-    arrays: Any
+    lengths: Lengths
     schedule: Any
 
     def _number(self, index: Any) -> Any:
         return self.schedule[lax.axis_index(axes.PROGRAM), index + 1]
 
     def _at(self, number: Any, count: Any) -> Tile:
-        tile = self.tiling.at(self.arrays, number, count)
+        tile = self.tiling.at(self.lengths, number, count)
         # Never smaller, which the compiler cannot know: it would unroll the loop over the steps of
         # each tile, and run out of registers.
         steps = StepRange(*(tiles.least(step, number + _MANY) for step in tile.steps))
@@ -169,3 +233,8 @@ class Walk:
     def beyond(self, total: Any) -> Tile:
         """The last tile once more, `total` steps later: what stands for the next one behind it."""
         return self._at(self._number(self._number(-1)), total)
+
+
+def constant(table: np.ndarray) -> jax.Array:
+    """`table` as a function's result: the partitioner takes no function that closes over arrays."""
+    return jax.jit(lambda: jnp.asarray(table))()
