@@ -1,10 +1,12 @@
-"""How the programs of the forward kernel walk over its tiles: 128 query rows of one head each."""
+"""How the programs of a kernel walk over its tiles: 128 query rows of one head each."""
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec
@@ -17,6 +19,13 @@ _CACHE_BYTES = 24 * 2**20
 # What a tile costs beside its steps, in steps.
 _TILE_COST = 0.7
 _MANY = 2**30
+
+
+class Lengths(NamedTuple):
+    """References to query and key lengths (B,) that cut steps off; None: none do."""
+
+    query: Any = None
+    key: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,7 +63,7 @@ class Tiling:
       batch, heads, queries, keys: its sizes; `keys` as they are, `queries` with the padding.
       head_bytes: keys and values that one query head adds.
       heads_first: number the tiles of one head in all batch rows together.
-      has_lengths: whether query or key lengths are among the operands.
+      has_lengths: whether query or key lengths cut steps off.
     """
 
     spec: AttentionSpec
@@ -94,8 +103,8 @@ class Tiling:
         programs = min(processors, pairs * self.blocks)
         return balanced(tuple(costs), pairs, programs, together)
 
-    def at(self, arrays: Any, number: Any, count: Any) -> Tile:
-        """The tile of a number; `arrays` holds the lengths."""
+    def at(self, lengths: Lengths, number: Any, count: Any) -> Tile:
+        """The tile of a number."""
         pair = lax.div(number, jnp.int32(self.blocks))
         block = number - pair * self.blocks
         inner = self.batch if self.heads_first else self.heads
@@ -104,9 +113,9 @@ class Tiling:
         if self.heads_first:
             batch, head = head, batch
         key_length: Scalar = self.keys
-        if arrays.key_lengths is not None:
-            key_length = jnp.clip(arrays.key_lengths[batch], 0, self.keys)
-        query_length = None if arrays.query_lengths is None else arrays.query_lengths[batch]
+        if lengths.key is not None:
+            key_length = jnp.clip(lengths.key[batch], 0, self.keys)
+        query_length = None if lengths.query is None else lengths.query[batch]
         steps = self._steps(block, key_length, query_length)
         rows = block * self.tile.rows
         return Tile(batch, head, block, rows, steps, key_length, query_length, count)
@@ -125,19 +134,19 @@ class Walk:
 
     Attributes:
       tiling: all tiles.
-      arrays: references to the operands.
+      lengths: those that cut steps off.
       schedule: reference to what `Tiling.schedule` gave.
     """
 
     tiling: Tiling
-    arrays: Any
+    lengths: Lengths
     schedule: Any
 
     def _number(self, index: Any) -> Any:
         return self.schedule[lax.axis_index("program"), index + 1]
 
     def _at(self, number: Any, count: Any) -> Tile:
-        tile = self.tiling.at(self.arrays, number, count)
+        tile = self.tiling.at(self.lengths, number, count)
         # Never smaller, which the compiler cannot know: it would unroll the loop over the steps of
         # each tile, and run out of registers.
         steps = StepRange(*(tiles.least(step, number + _MANY) for step in tile.steps))
@@ -169,3 +178,8 @@ class Walk:
     def beyond(self, total: Any) -> Tile:
         """The last tile once more, `total` steps later: what stands for the next one behind it."""
         return self._at(self._number(self._number(-1)), total)
+
+
+def constant(table: np.ndarray) -> jax.Array:
+    """`table` as a function's result: the partitioner takes no function that closes over arrays."""
+    return jax.jit(lambda: jnp.asarray(table))()
