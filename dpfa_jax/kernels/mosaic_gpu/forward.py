@@ -481,7 +481,7 @@ def attention_forward(
     present = [x is not None for x in arrays]
 
     def kernel(*refs):
-        schedule_ref, *refs = refs
+        schedule_ref, refs = refs[0], refs[1:]
         operands = iter(refs[: sum(present)])
         refs = refs[sum(present) :]
         in_refs = ForwardArrays(*(next(operands) if there else None for there in present))

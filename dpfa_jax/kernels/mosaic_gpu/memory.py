@@ -151,8 +151,6 @@ def _body(
                 s, numerator, normaliser = carry
                 count = here.before(step)
                 slot, next_slot = slot_of(count), slot_of(count + 1)
-                if is_last:
-                    plgpu.barrier_arrive(barriers["query_free"].at[warpgroup])
                 v_shared, column = shared["value"].at[slot], shared["normaliser"].at[slot]
                 factor = spec.scale
                 if spec.logits_soft_cap is not None:
@@ -209,7 +207,8 @@ def _body(
             carry = tiles.loop(steps.full_begin, tiles.least(steps.full_end, last), plain, carry)
             if not tiles.masks_only_last(spec, tile, has_query_lengths=False):
                 carry = tiles.loop(steps.full_end, last, masked, carry)
-            # Read early: nothing waits for them at the end.
+            plgpu.barrier_arrive(barriers["query_free"].at[warpgroup])
+            # Read early: nothing waits for them at the end. Behind the arrival, which would wait.
             scales = _Scales(
                 *(
                     x[batch, head]
@@ -235,10 +234,11 @@ def _body(
                 results.normalisers.at[batch, head, rows][...] = normaliser
             plgpu.barrier_wait(barriers["noise"].at[warpgroup])
             total_noise = plgpu.load(shared["normaliser_noise"].at[warpgroup], layout=ROW)
-            total = _released(normaliser, total_noise, scales, numbers)
+            total = _multiples(normaliser, total_noise, scales, numbers) * scales.grid
             divisor = jnp.maximum(total * (1.0 / numbers.weight_scale), numbers.floor)
-            answer = _released(numerator, stage.noise(shared, warpgroup), scales, numbers)
-            answer *= lax.broadcast_in_dim(1.0 / divisor, answer.shape, [0])
+            answer = _multiples(numerator, stage.noise(shared, warpgroup), scales, numbers)
+            # The grid is a power of two.
+            answer *= lax.broadcast_in_dim((1.0 / divisor) * scales.grid, answer.shape, [0])
             # The warpgroup of the noise stores it.
             stage.output(shared, warpgroup)[...] = answer.astype(dtype)
             plgpu.commit_smem()
@@ -305,8 +305,8 @@ def _add_block(sums: jax.Array, block: jax.Array, numbers: Numbers) -> jax.Array
     return sums + (bits - MAGIC_BITS)
 
 
-def _released(sums: jax.Array, noise: jax.Array, scales: _Scales, numbers: Numbers) -> jax.Array:
-    """sums * unit + noise, rounded to the nearest multiple of the grid, in float32.
+def _multiples(sums: jax.Array, noise: jax.Array, scales: _Scales, numbers: Numbers) -> jax.Array:
+    """sums * unit + noise, rounded to the nearest multiple of the grid, in grid steps in float32.
 
     The whole steps of the sum stay integers; only what is left of one meets the noise as float32.
     """
@@ -316,15 +316,15 @@ def _released(sums: jax.Array, noise: jax.Array, scales: _Scales, numbers: Numbe
         sums, shift = sums >> dropped, shift - dropped
     rest = sums & ((jnp.int32(1) << shift) - 1)
     # 2^23 + rest as a float32: its bits are those of 2^23, and `rest`.
-    rest = lax.bitcast_convert_type(rest | jnp.int32(0x4B000000), jnp.float32) - 2.0**23
-    near = noise * scales.noise_steps + rest * scales.rest_steps
+    rest = lax.bitcast_convert_type(rest | jnp.int32(0x4B000000), jnp.float32)
+    # Exact: `rest_steps` is a power of two.
+    rest = rest * scales.rest_steps - 2.0**23 * scales.rest_steps
+    near = noise * scales.noise_steps + rest
     bits = lax.bitcast_convert_type(near + MAGIC, jnp.int32)
     whole = sums >> shift
     if numbers.fits_float32:
-        multiples = lax.bitcast_convert_type(bits + whole, jnp.float32) - MAGIC
-    else:
-        multiples = (bits - MAGIC_BITS + whole).astype(jnp.float32)
-    return multiples * scales.grid
+        return lax.bitcast_convert_type(bits + whole, jnp.float32) - MAGIC
+    return (bits - MAGIC_BITS + whole).astype(jnp.float32)
 
 
 def memory_forward(
@@ -399,7 +399,7 @@ def memory_forward(
     present = [x is not None for x in arrays]
 
     def kernel(*refs):
-        schedule_ref, *refs = refs
+        schedule_ref, refs = refs[0], refs[1:]
         operands = iter(refs[: sum(present)])
         refs = refs[sum(present) :]
         shared_refs, barrier_refs = refs[len(out_type) :]

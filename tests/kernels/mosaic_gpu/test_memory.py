@@ -143,8 +143,8 @@ def test_released_multiples_are_those_of_integers(shift):
         shift=one(shift, jnp.int32),
         rest_steps=one(2.0 ** -min(shift, 23), jnp.float32),
     )
-    released = jax.jit(lambda s, z: memory._released(s, z, scales, numbers))
-    multiples = np.asarray(released(sums, noise), np.float64) / grid
+    multiples = jax.jit(lambda s, z: memory._multiples(s, z, scales, numbers))(sums, noise)
+    multiples = np.asarray(multiples, np.float64)
     exact = sums / 2.0**shift + np.float64(np.float32(stddev * 16)) * noise
     assert np.array_equal(multiples, np.round(multiples))
     lost = np.abs(multiples) * 2.0**-24  # of multiples past 2^24, after the rounding
