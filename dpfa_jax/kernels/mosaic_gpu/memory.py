@@ -158,7 +158,10 @@ def _body(
                     factor = spec.logits_soft_cap
                 e = jnp.exp2(s * (factor * LOG2_E) - numbers.logit_bound * LOG2_E)
                 if masked:
-                    seen = visible(spec, s.shape, row_begin, step * block_kv, here.key_length, None)
+                    seen = visible(
+                        spec, s.shape, row_begin, step * block_kv, here.key_length, None,
+                        is_fresh=not simulate,
+                    )  # fmt: skip
                     e = jnp.where(seen, e, 0.0)
                 # Rounded once; numerator and normaliser use the same number.
                 e = clamped(e, simulate=simulate).astype(dtype)
