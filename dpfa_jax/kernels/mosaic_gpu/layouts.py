@@ -92,7 +92,7 @@ def _fresh_columns(column_begin: Scalar, shape: tuple[int, int]) -> jax.Array:
         registers = np.empty(WGMMA.to_mgpu().registers_shape(shape), dtype=object)
         for index in np.ndindex(registers.shape):
             register = first.registers[(0, 0, *index[2:])]
-            step = ir.DenseElementsAttr.get_splat(
+            step: Any = ir.DenseElementsAttr.get_splat(
                 register.type, ir.IntegerAttr.get(register.type.element_type, 8 * index[1])
             )
             registers[index] = arith.addi(register, arith.constant(register.type, step))
