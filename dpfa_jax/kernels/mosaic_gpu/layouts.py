@@ -95,7 +95,8 @@ def _fresh_columns(column_begin: Scalar, shape: tuple[int, int]) -> jax.Array:
             step: Any = ir.DenseElementsAttr.get_splat(
                 register.type, ir.IntegerAttr.get(register.type.element_type, 8 * index[1])
             )
-            registers[index] = arith.addi(register, arith.constant(register.type, step))
+            step = arith.constant(register.type, step)  # type: ignore[call-arg]
+            registers[index] = arith.addi(register, step)
         return mgpu.FragmentedArray(_registers=registers, _layout=first.layout, _is_signed=True)
 
     return repeat(first)
