@@ -358,8 +358,8 @@ def _body(
         for part in range(0 if crosses else COMPUTE_WARPGROUPS):
             plgpu.barrier_wait(barriers["query_free"].at[part])
 
-        producer.drain("key", keys_loaded)
-        producer.drain("value", total)
+        producer.drain("key", keys_loaded, keys_loaded)
+        producer.drain("value", total, total)
         if pairs is not None:
             pairs.drain(total)
 

@@ -282,8 +282,8 @@ def _body(
         producer.load("key", arrays.key, again, again.steps.begin, total)
         producer.load_query(arrays.query, again)
         load_values(again, again.steps.begin, total)
-        producer.drain("key", total + 1)
-        producer.drain("value", total)
+        producer.drain("key", total + 1, total + 1)
+        producer.drain("value", total + 1, total)
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS + 1)
     def make_noise():

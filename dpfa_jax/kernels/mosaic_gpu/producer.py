@@ -71,9 +71,9 @@ class Producer:
                 self.barriers["query"].at[part],
             )
 
-    def drain(self, name: str, loaded: Any) -> None:
-        """Leaves no arrival of a ring unseen, of which `loaded` tiles are freed in the end."""
+    def drain(self, name: str, loaded: Any, freed: Any) -> None:
+        """Leaves no arrival of a ring unseen: of so many tiles loaded, the first `freed` are."""
 
-        @pl.loop(jnp.maximum(loaded - self.tile.stages, 0), loaded)
+        @pl.loop(jnp.maximum(loaded - self.tile.stages, 0), freed)
         def _(count):
             plgpu.barrier_wait(self.barriers[name + "_free"].at[self.slot(count)])
