@@ -255,18 +255,37 @@ def page(results: Path, docs: Path) -> Path:
                 figure = f"figures/{file.parent.name}-{file.stem}.svg"
                 draw(file, docs / figure)
                 parts.append(f"![{title}]({figure})")
-            parts.append(table(found["rows"]))
+            parts.append(table(_by_case(found["rows"])))
             parts += [f"Left out: {row}." for row in _left_out(found)]
     path = docs / "benchmarks.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
 
 
+def _by_case(rows: Rows) -> Rows:
+    """Rows of one model and size behind each other, as the first of each came."""
+    first: dict[tuple[Any, ...], int] = {}
+    places = [
+        first.setdefault((row.get("model"), row.get("T"), row.get("batch")), place)
+        for place, row in enumerate(rows)
+    ]
+    is_training = bool(rows) and "model" in rows[0]
+    return (
+        [rows[i] for i in sorted(range(len(rows)), key=places.__getitem__)] if is_training else rows
+    )
+
+
 def _left_out(found: dict[str, Any]) -> list[str]:
+    """A line for each model and size: which methods are missing, and the reasons given."""
+    missing: dict[tuple[Any, ...], dict[str, str]] = {}
+    for row in found.get("left_out", ()):
+        case = (row["model"], row["T"], row["batch"], row["what"])
+        method = NAMES.get(row["method"], row["method"])
+        missing.setdefault(case, {}).setdefault(method, row["why"])
     return [
-        f"{row['model']}, T = {row['T']}, batch {row['batch']}, "
-        f"{NAMES.get(row['method'], row['method'])}, {row['what']}: `{row['why']}`"
-        for row in found.get("left_out", ())
+        f"{model}, T = {length}, batch {batch}, {what}: "
+        + "; ".join(f"{method} (`{why}`)" for method, why in methods.items())
+        for (model, length, batch, what), methods in missing.items()
     ]
 
 

@@ -114,9 +114,9 @@ def mosaic_forward(head_size: int, mask: str, length: str, readout_name: str) ->
     found = [fields_of(first)]
     choices = itertools.product((64, 128, 192, 256), (True, False), (2, 3), (True, False), (8, 16))
     for block_kv, ahead, stages, has_warpgroup, columns in choices:
-        if not is_noisy and (has_warpgroup or columns != 8):
+        if not has_warpgroup and columns != tiles.ForwardTiles.noise_columns:
             continue
-        if is_noisy and not has_warpgroup and columns != 8:
+        if has_warpgroup and not is_noisy:
             continue
         tile = tiles.ForwardTiles(
             block_kv=block_kv, ahead=ahead, stages=stages, noise_warpgroup=has_warpgroup,

@@ -4,6 +4,7 @@ import functools
 from typing import NoReturn
 
 import jax
+from jax.sharding import AxisType
 from jaxtyping import Array, Float
 
 from dpfa_jax.core import PrivateAutodiffError
@@ -64,7 +65,19 @@ def _softmax_backward(
         assert outputs.unclipped is not None
         cotangent = epilogue.clip_cotangent(spec.readout, outputs.unclipped, cotangent)
     gradients = backend.backward(spec, inputs, outputs, cotangent, None)
-    return (AttentionInputs(*gradients, None, None, None, None),)
+    bias = None
+    if gradients.bias is not None and inputs.bias is not None:
+        bias = _placed_as(gradients.bias, inputs.bias)
+    query, key, value = map(_placed_as, gradients[:3], inputs[:3])
+    return (AttentionInputs(query, key, value, bias),)
+
+
+def _placed_as(gradient: jax.Array, primal: jax.Array) -> jax.Array:
+    """`gradient`, where types name the sharding with the primal's: kernels drop axes of size 1."""
+    wanted = jax.typeof(primal).sharding
+    if AxisType.Explicit not in wanted.mesh.axis_types:
+        return gradient
+    return jax.sharding.reshard(gradient, wanted)
 
 
 _differentiable_softmax.defvjp(_softmax_forward, _softmax_backward)

@@ -1,10 +1,10 @@
 """Clip rows (query, key, value, one head's output) so that the STORED values keep the norm."""
 
-from typing import Any
+import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from dpfa_jax.core import ArgumentError, checks
@@ -25,13 +25,49 @@ def clip_rows(x: Float[Array, "... D"], l2_clip_norm: float) -> Float32[Array, "
         raise ArgumentError("x", x.shape, "rows longer than 2^20", "Clip shorter rows.")
     limit = float(l2_clip_norm) * (1.0 - (x.shape[-1] + 16) * 2.0**-24)
 
-    x = x.astype(jnp.float32)
+    return _clipped(x.astype(jnp.float32), limit)
+
+
+class _Measured(NamedTuple):
+    """Rows, zero where not finite; scaled rows, their length and scale; which are short enough."""
+
+    x: Array
+    scaled: Array
+    length: Array
+    scale: Array
+    keeps: Array
+    is_finite: Array
+
+
+def _measured(x: Float32[Array, "... D"], limit: float) -> _Measured:
     squares, scale, is_finite = _squares(x)
-    # Here, and not after the quotient: it has no derivative where a row is not finite.
+    is_finite = is_finite > 0.0
     x, squares = jnp.where(is_finite, x, 0.0), jnp.where(is_finite, squares, 0.0)
     length = jnp.sqrt(jnp.where(squares > 0.0, squares, 1.0))
     keeps = (squares == 0.0) | (length <= limit * scale)
-    return jnp.where(keeps, x, x * scale * (limit / length))
+    return _Measured(x, x * scale, length, scale, keeps, is_finite)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _clipped(x: Float32[Array, "... D"], limit: float) -> Float32[Array, "... D"]:
+    row = _measured(x, limit)
+    return jnp.where(row.keeps, row.x, row.scaled * (limit / row.length))
+
+
+@_clipped.defjvp
+def _clipped_jvp(
+    limit: float, primals: tuple[Array], tangents: tuple[Array]
+) -> tuple[Array, Array]:
+    """Along the row nothing moves; across it, as much as the row was shortened.
+
+    From the unit vector, and not through the square: that would leave float32's range.
+    """
+    (x,), (dx,) = primals, tangents
+    row = _measured(x, limit)
+    unit = row.scaled / row.length
+    across = dx - unit * jnp.sum(unit * dx, axis=-1, keepdims=True)
+    moved = jnp.where(row.keeps, dx, across * row.scale * (limit / row.length))
+    return _clipped(x, limit), jnp.where(row.is_finite, moved, 0.0)
 
 
 def clip_rows_stored(x: Float[Array, "... D"], l2_clip_norm: float) -> Float[Array, "... D"]:
@@ -54,7 +90,7 @@ _CENTRES = (-100, -30, 40, 110)
 
 @jax.custom_jvp
 def _squares(x: Float32[Array, "... D"]) -> tuple[Array, Array, Array]:
-    """(sum of (x 2^-k)^2, 2^-k, whether all are finite), each (..., 1), along the last axis.
+    """(sum of (x 2^-k)^2, 2^-k, 1.0 where all are finite), each (..., 1), along the last axis.
 
     2^-k is exact. All sums and the largest entry come out of one pass: a scale that waited for the
     largest entry would make XLA read `x` once more.
@@ -68,7 +104,8 @@ def _squares(x: Float32[Array, "... D"]) -> tuple[Array, Array, Array]:
         is_here = exponent >= k - 35
         squares = jnp.where(is_here, _scaled_squares(x, jnp.float32(2.0**-k)), squares)
         scale = jnp.where(is_here, jnp.float32(2.0**-k), scale)
-    return squares, jnp.broadcast_to(scale, squares.shape), largest < 0x7F800000
+    is_finite = jnp.where(largest < 0x7F800000, jnp.float32(1.0), jnp.float32(0.0))
+    return squares, jnp.broadcast_to(scale, squares.shape), is_finite
 
 
 def _scaled_squares(x: Array, scale: Array) -> Array:
@@ -81,10 +118,10 @@ def _squares_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, An
     (x,), (dx,) = primals, tangents
     squares, scale, is_finite = _squares(x)
     # Of a row that becomes zero: no NaN times 0.
-    slope = jnp.where(is_finite, x * scale * scale, 0.0)
-    change = 2.0 * jnp.sum(slope * dx, axis=-1, keepdims=True)
-    no_change = np.zeros(is_finite.shape, jax.dtypes.float0)
-    return (squares, scale, is_finite), (change, jnp.zeros_like(scale), no_change)
+    scaled = jnp.where(is_finite > 0.0, x * scale, 0.0)
+    change = 2.0 * jnp.sum(scaled * (dx * scale), axis=-1, keepdims=True)
+    no_change = jnp.zeros_like(scale)
+    return (squares, scale, is_finite), (change, no_change, no_change)
 
 
 @jax.custom_jvp

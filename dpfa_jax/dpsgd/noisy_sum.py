@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float32, Int, Key, PyTree
+from jaxtyping import Array, Float32, Int, Key, PyTree, UInt32
 
 from dpfa_jax.core import ArgumentError
 from dpfa_jax.dpsgd import adaptive_clipping
@@ -69,11 +69,12 @@ def noisy_sum(plan: DPSGDPlan) -> optax.GradientTransformationExtraArgs:
     # a kernel takes half a second to lower and the generator's rounds a twentieth to trace.
     @jax.jit
     def mean_of(
-        total: Array, step_key: Key[Array, ""], index: Array, stddev: _Number, grid: _Number
-    ) -> Float32[Array, "..."]:
+        total: Array, step_key: Key[Array, ""], leaf_keys: UInt32[Array, "leaves 2"],
+        index: Array, stddev: _Number, grid: _Number,
+    ) -> Float32[Array, "..."]:  # fmt: skip
         divisor = release.expected_batch_size
         return parameter_noise.released_mean(
-            total, step_key, index, stddev=stddev, grid=grid, divisor=divisor
+            total, step_key, index, stddev=stddev, grid=grid, divisor=divisor, leaf_keys=leaf_keys
         )
 
     def init(params: PyTree) -> NoisySumState:
@@ -144,6 +145,8 @@ def _each(
 ) -> list[Float32[Array, "..."]]:
     """`mean_of` of each leaf. Small leaves of one type are done at once: compiling the generator's
     rounds takes a third of a second each time, and a launch what the pass does."""
+    indices = jnp.arange(len(leaves), dtype=jnp.uint32)
+    leaf_keys = counters.bind_parameter(keys.key_words(step_key), indices)
     alike: dict[object, list[int]] = {}
     for index, leaf in enumerate(leaves):
         alone = leaf.size >= parameter_noise.FEWEST
@@ -154,11 +157,12 @@ def _each(
         places = np.asarray(members, np.uint32)
         if len(members) == 1:
             only = members[0]
-            means[only] = mean_of(leaves[only], step_key, places[0], *(x[0] for x in numbers))
+            scale = (x[0] for x in numbers)
+            means[only] = mean_of(leaves[only], step_key, leaf_keys, places[0], *scale)
         else:
             stacked = jnp.stack([leaves[i] for i in members])
-            found = jax.vmap(mean_of, in_axes=(0, None, 0, 0, 0))(
-                stacked, step_key, places, *numbers
+            found = jax.vmap(mean_of, in_axes=(0, None, None, 0, 0, 0))(
+                stacked, step_key, leaf_keys, places, *numbers
             )
             means.update(zip(members, found, strict=True))
     return [means[index] for index in range(len(leaves))]

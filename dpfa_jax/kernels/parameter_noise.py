@@ -35,6 +35,7 @@ def released_mean(
     stddev: Number,
     grid: Number,
     divisor: Number,
+    leaf_keys: UInt32[Array, "leaves 2"] | None = None,
     implementation: str | None = None,
 ) -> Float32[Array, "..."]:
     """snap(total + stddev * noise, grid) / divisor.
@@ -45,6 +46,8 @@ def released_mean(
         `noise.parameter_noise` gives it, on whatever device.
       stddev, grid: in the units of `total`; `grid` a power of two.
       divisor: the expected batch size.
+      leaf_keys: `counters.bind_parameter` of this key for leaves 0, 1, ..: derived here where None.
+        Each time they are derived is a kernel to compile.
       implementation: "mosaic_gpu", "xla", or None for the first that can.
 
     The kernel's logarithm, root, sine and cosine are the hardware's: next to a border between two
@@ -67,7 +70,7 @@ def released_mean(
     if reason is not None or implementation == "xla":
         return _by_xla(total, noise_key, leaf_index, stddev, grid, divisor)
     numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in (stddev, grid, divisor)])
-    return _by_kernel(total, noise_key, jnp.uint32(leaf_index), numbers)
+    return _by_kernel(total, noise_key, jnp.uint32(leaf_index), numbers, leaf_keys)
 
 
 def cannot(total: Float[Array, "..."]) -> str | None:
@@ -101,11 +104,11 @@ def of_piece(
 ) -> tuple[Float32[Array, "..."]]:
     """The released mean of a piece of a leaf of `shape`, as `by_elements` calls it.
 
-    `more`: the global index along each dimension; key words, leaf index (1,), and (stddev, grid,
-    divisor). `kind` names the key's generator. A piece that is one run of the leaf goes to the
-    kernel, any other to XLA.
+    `more`: the global index along each dimension; keys bound to leaves (leaves, 2) and this leaf's
+    row (1,) among them, (stddev, grid, divisor), key words and leaf index (1,). `kind` names the
+    key's generator. A piece that is one run of the leaf goes to the kernel, any other to XLA.
     """
-    *index, key_words, leaf, numbers = more
+    *index, leaf_keys, row, numbers, key_words, leaf = more
     strides = [math.prod(shape[place + 1 :]) for place in range(len(shape))]
     is_run = piece.shape[1:] == shape[1:] and piece.size >= FEWEST and piece.size % 4 == 0
     if not is_run:
@@ -116,14 +119,11 @@ def of_piece(
         return (grids.snap(piece + numbers[0] * noise, numbers[1]) / numbers[2],)
     from dpfa_jax.kernels.mosaic_gpu import parameter_noise as kernel
 
-    words = counters.bind_parameter(key_words, leaf[0])
     start = index[0][:1] * jnp.uint32(strides[0])
-    axes = manual_axes.varying_axes(piece, words, numbers, start)
-    flat, words, numbers, start = (
-        manual_axes.vary_over(x, axes) for x in (piece.reshape(-1), words, numbers, start)
-    )
-    found = kernel.released_mean(flat, words, numbers, start, interpret=interpret)
-    return (found.reshape(piece.shape),)
+    operands = (piece.reshape(-1), leaf_keys, row, numbers, start)
+    axes = manual_axes.varying_axes(*operands)
+    varying = (manual_axes.vary_over(x, axes) for x in operands)
+    return (kernel.released_mean(*varying, interpret=interpret).reshape(piece.shape),)
 
 
 def _by_kernel(
@@ -131,24 +131,29 @@ def _by_kernel(
     noise_key: Key[Array, ""],
     leaf_index: UInt32[Array, ""],
     numbers: Float32[Array, "3"],
+    leaf_keys: UInt32[Array, "leaves 2"] | None,
 ) -> Float32[Array, "..."]:
     """The kernel; under `vmap` XLA, whatever of it is mapped."""
     kind = jax.random.key_impl(noise_key)
+    key_words, row = keys.key_words(noise_key), leaf_index.astype(jnp.int32)
+    if leaf_keys is None:
+        leaf_keys, row = counters.bind_parameter(key_words, leaf_index)[None], jnp.int32(0)
 
     @jax.custom_batching.custom_vmap
-    def run(total: Array, key_words: Array, leaf_index: Array, numbers: Array) -> Array:
-        whole = (key_words, leaf_index[None], numbers)
+    def run(total: Array, *whole: Array) -> Array:
         function = functools.partial(of_piece, total.shape, kind)
         (mean,) = by_elements(function, total.ndim, len(whole))(total, *whole)
         return mean
 
     @run.def_vmap
     def _(axis_size: int, in_batched: list[bool], *operands: Array) -> tuple[Array, bool]:
-        def one(total: Array, key_words: Array, leaf_index: Array, numbers: Array) -> Array:
+        def one(
+            total: Array, _keys: Array, _row: Array, numbers: Array, key_words: Array, leaf: Array
+        ) -> Array:
             key = jax.random.wrap_key_data(key_words, impl=kind)
-            return _by_xla(total, key, leaf_index, numbers[0], numbers[1], numbers[2])
+            return _by_xla(total, key, leaf[0], numbers[0], numbers[1], numbers[2])
 
         axes = [0 if is_batched else None for is_batched in in_batched]
         return jax.vmap(one, in_axes=axes, axis_size=axis_size)(*operands), True
 
-    return run(total, keys.key_words(noise_key), leaf_index, numbers)
+    return run(total, leaf_keys, row[None], numbers, key_words, leaf_index[None])

@@ -43,7 +43,8 @@ def test_a_private_step_on_gpus(count):
     several_devices.check_step(several_devices.Sizes(rows=256), gpus(count), None)
 
 
-@pytest.mark.parametrize("is_quick", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.slow  # test_sharding.py has eight devices in the quick suite
+@pytest.mark.parametrize("is_quick", [True, False])
 def test_the_same_on_cpu_devices(is_quick):
     flags = "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0"
     environment = {

@@ -26,36 +26,45 @@ def bench():
         yield module
 
 
+@pytest.fixture(scope="module")
+def steps():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        import train_steps
+
+        yield train_steps
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["per_layer", "jax_privacy"])
-def test_steps_are_timed(bench, method):
-    row = bench.in_jax("gpt2-tiny", 8, 4, method, 0.01)
+def test_steps_are_timed(steps, method):
+    row = steps.prepared("gpt2-tiny", 8, 4, method, 2 if method == "jax_privacy" else None)(0.01)
     assert row["milliseconds"] > 0.0 and row["spread"] >= 0.0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
-def test_every_model_is_timed(bench, name):
+def test_every_model_is_timed(steps, name):
     for method in METHODS:
-        assert bench.in_jax(name, 8, 8, method, 0.01)["milliseconds"] > 0.0, method
+        assert steps.prepared(name, 8, 8, method)(0.01)["milliseconds"] > 0.0, method
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", TINY)
-def test_every_model_is_traced(bench, name):
+def test_every_model_is_traced(steps, name):
     for method in METHODS:
-        assert "main" in bench.lowered(name, 8, 4, method).as_text()
+        assert "main" in steps.lowered(name, 8, 4, method).as_text()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
-def test_every_case_is_traced_at_full_size(bench, method):
+def test_every_case_is_traced_at_full_size(bench, steps, method):
     for name, length, batch in bench.CASES:
-        assert "main" in bench.lowered(name, length, batch, method).as_text()
+        assert "main" in steps.lowered(name, length, batch, method).as_text()
 
 
 @pytest.mark.parametrize("bend", [0, 3])
-def test_largest_batch_is_the_largest(bench, bend):
+def test_largest_batch_is_the_largest(steps, bend):
     """On memory that grows linearly, and with a bend; in fewer compilations than a bisection."""
     asked = []
 
@@ -65,20 +74,41 @@ def test_largest_batch_is_the_largest(bench, bend):
 
     for limit in (1027, 1028, 1400, 5000, 10**9):
         asked.clear()
-        found = bench.largest(needed, 32, limit, 4096)
+        found = steps.largest(needed, 32, limit, 4096)
         fitting = [size for size in range(4, 4097, 4) if needed(size) <= limit]
         assert found == (max(fitting) if fitting else None)
     asked.clear()
-    assert bench.largest(needed, 32, 5000, 4096) is not None and len(asked) <= 8
+    assert steps.largest(needed, 32, 5000, 4096) is not None and len(asked) <= 8
 
 
 @pytest.mark.slow
-def test_largest_batch_of_a_compiled_step_fits(bench):
-    limit = bench.step_bytes("gpt2-tiny", 8, 24, "per_layer")
-    found = bench.largest_batch("gpt2-tiny", 8, 8, "per_layer", limit)
+def test_largest_batch_of_a_compiled_step_fits(steps):
+    limit = steps.step_bytes("gpt2-tiny", 8, 24, "per_layer")
+    found = steps.largest_batch("gpt2-tiny", 8, 8, "per_layer", limit)
     assert found is not None and found >= 24
-    assert bench.step_bytes("gpt2-tiny", 8, found, "per_layer") <= limit
-    assert bench.step_bytes("gpt2-tiny", 8, found + bench.GRANULE, "per_layer") > limit
+    assert steps.step_bytes("gpt2-tiny", 8, found, "per_layer") <= limit
+    assert steps.step_bytes("gpt2-tiny", 8, found + 4, "per_layer") > limit
+
+
+def test_a_sweep_keeps_the_best_and_tells_the_others(bench, tmp_path, monkeypatch):
+    case = ("gpt2-tiny", 8, 8)
+    monkeypatch.setattr(bench, "PEER_MICRO_BATCHES", (1, 2, 4, 8, 16))
+    rows = bench.rows_of(case, ["flat", "jax_privacy"])
+    assert [row.micro_batch for row in rows] == [None, 1, 2, 4, 8]
+    results = bench.Results(str(tmp_path / "out.json"), {"rows": [], "left_out": []})
+    times = {1: 9.0, 2: 4.0, 8: 5.0}
+    for row in rows:
+        time = times.get(row.micro_batch, 3.0)
+        found = None if row.micro_batch == 4 else {"milliseconds": time, "peak_bytes": 1}
+        results.add(row, "0", found, "out of memory")
+    stored = json.loads((tmp_path / "out.json").read_text())
+    flat, peer = stored["rows"]
+    assert flat["milliseconds"] == 3.0 and "micro_batch" not in flat
+    assert peer["milliseconds"] == 4.0 and peer["micro_batch"] == 2
+    assert peer["tried"] == {"1": 9.0, "2": 4.0, "8": 5.0} and peer["gpu"] == "0"
+    assert peer["tokens_per_second"] == 16_000
+    (missing,) = stored["left_out"]
+    assert missing["micro_batch"] == 4 and missing["why"] == "out of memory"
 
 
 def _words(monkeypatch, tmp_path, *more):
@@ -88,29 +118,25 @@ def _words(monkeypatch, tmp_path, *more):
     return out
 
 
-def _checked(out):
+@pytest.mark.slow
+def test_a_whole_run_from_the_command_line(bench, monkeypatch, tmp_path):
+    """One process a row; what is stored has the documented form, and takes the largest batch."""
+    out = _words(monkeypatch, tmp_path)
+    bench.main()
     found = json.loads(out.read_text())
     (row,) = found["rows"]
     names = {"model", "T", "batch", "method", "milliseconds", "spread"}
-    assert names | {"tokens_per_second", "peak_bytes", "largest_batch"} == set(row)
+    assert names | {"tokens_per_second", "peak_bytes", "largest_batch", "gpu"} <= set(row)
     assert math.isclose(row["tokens_per_second"], 64e3 / row["milliseconds"], rel_tol=0.1)
     assert found["left_out"] == [] and found["device"] and found["versions"]["jax"]
-    return row
-
-
-@pytest.mark.slow
-def test_a_whole_run_from_the_command_line(bench, monkeypatch, tmp_path):
-    """One process a row; what is stored has the documented form."""
-    out = _words(monkeypatch, tmp_path)
+    assert row["largest_batch"] is None
+    words = ["train.py", "--largest-of", str(out), "--memory-bytes", "4000000"]
+    monkeypatch.setattr(sys, "argv", words)
     bench.main()
-    assert _checked(out)["largest_batch"] is None
-
-
-@pytest.mark.slow
-def test_a_whole_run_with_the_largest_batch(bench, monkeypatch, tmp_path):
-    out = _words(monkeypatch, tmp_path, "--largest-batch", "--memory-bytes", "4000000")
-    bench.main()
-    assert _checked(out)["largest_batch"] % bench.GRANULE == 0
+    (again,) = json.loads(out.read_text())["rows"]
+    assert again.pop("largest_batch") % 4 == 0
+    del row["largest_batch"]
+    assert again == row
 
 
 @pytest.mark.slow
@@ -118,5 +144,5 @@ def test_a_row_beyond_its_limit_is_left_out_and_said(bench, monkeypatch, tmp_pat
     out = _words(monkeypatch, tmp_path, "--row-limit-seconds", "0.2")
     bench.main()
     found = json.loads(out.read_text())
-    assert found["rows"] == [] and "0.2 seconds" in found["left_out"][0]["why"]
+    assert found["rows"] == [] and "ended after 0 seconds" in found["left_out"][0]["why"]
     assert "left out" in capsys.readouterr().out

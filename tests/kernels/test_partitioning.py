@@ -95,15 +95,17 @@ def check_bias(mesh, key_heads, shape):
 def check_elements(mesh, place, is_ambient=False):
     # The released mean of a leaf in pieces: the noise of its global elements, no gather.
     from dpfa_jax.kernels import parameter_noise
-    from dpfa_jax.noise import insecure_test_key
+    from dpfa_jax.noise import counters, insecure_test_key
     key, shape = insecure_test_key(1), (8, 6, 4)
     kind = jax.random.key_impl(key)
     total = jnp.asarray(rng.standard_normal(shape), jnp.float32)
     numbers = jnp.asarray([1.5, 2.0**-6, 8.0])
     def mean(total):
-        whole = (jax.random.key_data(key), jnp.full(1, 3, jnp.uint32), numbers)
+        words, leaf = jax.random.key_data(key), jnp.full(1, 3, jnp.uint32)
+        row = jnp.zeros(1, jnp.int32)
+        whole = (counters.bind_parameter(words, leaf[0])[None], row, numbers, words, leaf)
         of_piece = functools.partial(parameter_noise.of_piece, shape, kind)
-        return by_elements(of_piece, 3, 3)(total, *whole)[0]
+        return by_elements(of_piece, 3, len(whole))(total, *whole)[0]
     expected = jax.jit(lambda x: parameter_noise.released_mean(
         x, key, 3, stddev=1.5, grid=2.0**-6, divisor=8.0, implementation="xla"))(total)
     split = jax.device_put(total, NamedSharding(mesh, place))

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec
+from dpfa_jax.kernels.mosaic_gpu import axes, tiles
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
-from dpfa_jax.kernels.mosaic_gpu import tiles
 from dpfa_jax.kernels.mosaic_gpu.backward_fused import fused_backward
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     BackwardArrays,
@@ -51,11 +51,11 @@ ROW_MULTIPLE = 128  # rows of lse and delta are padded to whole tiles of every k
 def _key_value_body(
     arrays, dk_out, dv_out, shared, barriers, pairs, *, spec, tile, keys, group, simulate
 ) -> None:
-    batch, kv_head = lax.axis_index("batch"), lax.axis_index("heads")
-    warpgroup = lax.axis_index("warpgroup")
+    batch, kv_head = lax.axis_index(axes.BATCH), lax.axis_index(axes.HEADS)
+    warpgroup = lax.axis_index(axes.WARPGROUP)
     block_q, block_kv, stages = tile.block_q_dkv, tile.block_kv_dkv, tile.stages
     program_keys = COMPUTE_WARPGROUPS * block_kv
-    program_begin = lax.axis_index("keys") * program_keys
+    program_begin = lax.axis_index(axes.KEYS) * program_keys
     num_queries, head_size = arrays.query.shape[1], arrays.query.shape[3]
     key_length = key_length_of(arrays, batch, keys)
     steps = tiles.query_steps(spec, program_begin, program_keys, block_q, num_queries)
@@ -147,7 +147,7 @@ def _key_value_body(
 
                 def load_pairs():
                     if pairs is not None:
-                        pairs.load(done, batch, head, lax.axis_index("keys"), step)
+                        pairs.load(done, batch, head, lax.axis_index(axes.KEYS), step)
 
                 load_queries(
                     arrays, shared, barriers, ring, done, batch, head, step, block_q, load_pairs
@@ -161,9 +161,9 @@ def _key_value_body(
 def _query_body(
     arrays, dq_out, shared, barriers, pairs, *, spec, tile, keys, group, simulate
 ) -> None:
-    batch, head = lax.axis_index("batch"), lax.axis_index("heads")
-    warpgroup = lax.axis_index("warpgroup")
-    block = lax.axis_size("rows") - 1 - lax.axis_index("rows")
+    batch, head = lax.axis_index(axes.BATCH), lax.axis_index(axes.HEADS)
+    warpgroup = lax.axis_index(axes.WARPGROUP)
+    block = lax.axis_size(axes.ROWS) - 1 - lax.axis_index(axes.ROWS)
     block_q, block_kv, stages = tile.block_q_dq, tile.block_kv_dq, tile.stages
     program_rows = COMPUTE_WARPGROUPS * block_q
     program_begin = block * program_rows
@@ -300,7 +300,7 @@ def _two_kernels(
         },
         own | ring_barriers({"query": 3, "cotangent": 1}, tile.stages),
         (kv_heads, tiles.cdiv(keys, COMPUTE_WARPGROUPS * tile.block_kv_dkv), batch),
-        ("heads", "keys", "batch"),
+        (axes.HEADS, axes.KEYS, axes.BATCH),
         "dpfa_attention_backward_kv",
         interpret,
         pairs=turned,
@@ -320,7 +320,7 @@ def _two_kernels(
         },
         own | ring_barriers({"key": 1, "value": 1}, tile.stages),
         (heads, tiles.cdiv(num_queries, COMPUTE_WARPGROUPS * tile.block_q_dq), batch),
-        ("heads", "rows", "batch"),
+        (axes.HEADS, axes.ROWS, axes.BATCH),
         "dpfa_attention_backward_q",
         interpret,
         pairs=pairs,

@@ -35,7 +35,7 @@ from jaxlib.mlir.dialects import llvm
 
 from dpfa_jax.kernels import manual_axes
 from dpfa_jax.kernels.base import AttentionSpec
-from dpfa_jax.kernels.mosaic_gpu import tiles
+from dpfa_jax.kernels.mosaic_gpu import axes, tiles
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     BackwardArrays,
     Ring,
@@ -75,7 +75,7 @@ def _body(arrays, dk_out, dv_out, shared, barriers, *, tile, **static) -> None:
     batch, kv_heads = arrays.key.shape[0], arrays.key.shape[2]
     pairs = batch * kv_heads
     side_by_side = _side_by_side(pairs, tile.heads)
-    pair = lax.axis_index("chunks") * side_by_side + lax.axis_index("heads")
+    pair = lax.axis_index(axes.CHUNKS) * side_by_side + lax.axis_index(axes.HEADS)
     pair = jnp.int32(pair)
     # The last chunk may be short.
     is_there = True if pairs % side_by_side == 0 else pair < pairs
@@ -89,8 +89,8 @@ def _body(arrays, dk_out, dv_out, shared, barriers, *, tile, **static) -> None:
 def _program(
     arrays, dk_out, dv_out, shared, barriers, batch, kv_head, *, spec, tile, keys, group, simulate
 ) -> None:
-    warpgroup = lax.axis_index("warpgroup")
-    program = lax.axis_index("keys")
+    warpgroup = lax.axis_index(axes.WARPGROUP)
+    program = lax.axis_index(axes.KEYS)
     program_begin = program * PROGRAM_KEYS
     num_queries, head_size = arrays.query.shape[1], arrays.query.shape[3]
     key_length = key_length_of(arrays, batch, keys)
@@ -332,7 +332,7 @@ def fused_backward(
                 **ring_barriers({"query": 3, "cotangent": 1}, tile.stages),
             },
             (tiles.cdiv(batch * kv_heads, side_by_side), programs, side_by_side),
-            ("chunks", "keys", "heads"),
+            (axes.CHUNKS, axes.KEYS, axes.HEADS),
             "dpfa_attention_backward",
             interpret,
             spec=spec,

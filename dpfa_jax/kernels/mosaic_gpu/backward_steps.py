@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec
+from dpfa_jax.kernels.mosaic_gpu import axes
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
 from dpfa_jax.kernels.mosaic_gpu.layouts import LOG2_E
 from dpfa_jax.kernels.mosaic_gpu.pairs import PairArrays, PairReader
@@ -256,7 +257,7 @@ def launch(
         grid=grid,
         grid_names=names,
         num_threads=COMPUTE_WARPGROUPS + 1,
-        thread_name="warpgroup",
+        thread_name=axes.WARPGROUP,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name=name,
         interpret=interpret,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec
-from dpfa_jax.kernels.mosaic_gpu import device, tiles
+from dpfa_jax.kernels.mosaic_gpu import axes, device, tiles
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     BackwardArrays,
@@ -70,10 +70,10 @@ def _key_value_body(
     simulate,
 ) -> None:
     first_batch, first_head, first_block = _first_of(arrays)
-    chunk_batch, chunk_head = lax.axis_index("batch"), lax.axis_index("heads")
-    chunk_begin = lax.axis_index("keys") * BLOCK
+    chunk_batch, chunk_head = lax.axis_index(axes.BATCH), lax.axis_index(axes.HEADS)
+    chunk_begin = lax.axis_index(axes.KEYS) * BLOCK
     batch, kv_head = first_batch + chunk_batch, first_head + chunk_head
-    warpgroup = lax.axis_index("warpgroup")
+    warpgroup = lax.axis_index(axes.WARPGROUP)
     key_begin = first_block * BLOCK + chunk_begin
     num_queries, head_size = arrays.query.shape[1], arrays.query.shape[3]
     half = head_size // COMPUTE_WARPGROUPS
@@ -221,7 +221,7 @@ def _key_value_body(
 
                 def load_pairs():
                     if pairs is not None:
-                        pairs.load(done, batch, head, first_block + lax.axis_index("keys"), step)
+                        pairs.load(done, batch, head, first_block + lax.axis_index(axes.KEYS), step)
 
                 load_queries(
                     arrays, shared, barriers, ring, done, batch, head, step, BLOCK, load_pairs,
@@ -244,10 +244,10 @@ def _query_body(
     arrays, dq_out, shared, barriers, *, spec, tile, keys, group, blocks, is_partial, simulate
 ) -> None:
     first_batch, first_head, first_block = _first_of(arrays)
-    chunk_batch, chunk_head = lax.axis_index("batch"), lax.axis_index("heads")
+    chunk_batch, chunk_head = lax.axis_index(axes.BATCH), lax.axis_index(axes.HEADS)
     batch, head = first_batch + chunk_batch, first_head * group + chunk_head
-    warpgroup = lax.axis_index("warpgroup")
-    program_begin = (lax.axis_size("rows") - 1 - lax.axis_index("rows")) * PROGRAM_ROWS
+    warpgroup = lax.axis_index(axes.WARPGROUP)
+    program_begin = (lax.axis_size(axes.ROWS) - 1 - lax.axis_index(axes.ROWS)) * PROGRAM_ROWS
     num_queries, head_size = arrays.query.shape[1], arrays.query.shape[3]
     key_length = key_length_of(arrays, batch, keys)
 
@@ -405,7 +405,7 @@ def wide_backward(
                 **ring_barriers({"cotangent": COMPUTE_WARPGROUPS}, tile.cotangent_stages),
             },
             (chunks.heads, chunks.key_blocks, chunks.batch),
-            ("heads", "keys", "batch"),
+            (axes.HEADS, axes.KEYS, axes.BATCH),
             "dpfa_attention_backward_wide_kv",
             interpret,
             pairs=turned,
@@ -436,7 +436,7 @@ def wide_backward(
             shared,
             ring_barriers({"key": 1, "ds": COMPUTE_WARPGROUPS}, tile.key_stages),
             (chunks.heads * group, row_programs, chunks.batch),
-            ("heads", "rows", "batch"),
+            (axes.HEADS, axes.ROWS, axes.BATCH),
             "dpfa_attention_backward_wide_q",
             interpret,
             blocks=chunks.key_blocks,

@@ -13,8 +13,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec
+from dpfa_jax.kernels.mosaic_gpu import axes, tiles
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
-from dpfa_jax.kernels.mosaic_gpu import tiles
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     Ring,
     logit_gradient,
@@ -73,11 +73,11 @@ def _held(bias: jax.Array, rows: int) -> tuple[jax.Array, Form]:
 def _body(
     arrays, out, shared, barriers, reader, *, spec, form, loop, keys, group, out_heads, is_masked
 ) -> None:
-    warpgroup = lax.axis_index("warpgroup")
-    owner = lax.axis_index("owner")
+    warpgroup = lax.axis_index(axes.WARPGROUP)
+    owner = lax.axis_index(axes.OWNER)
     out_batch = lax.div(owner, jnp.int32(out_heads))
     out_head = owner - out_batch * out_heads
-    own_rows, own_columns = lax.axis_index("rows"), lax.axis_index("columns")
+    own_rows, own_columns = lax.axis_index(axes.ROWS), lax.axis_index(axes.COLUMNS)
     ring = Ring(barriers, STAGES)
     total: Any = loop.batch * loop.heads * loop.rows
     if loop.rows == 1:
@@ -287,9 +287,9 @@ def bias_gradient(
         ),
         scratch_types=(shared | pair_shared, barriers | pair_barriers),
         grid=(column_blocks, grid_rows, out_batch * out_heads),
-        grid_names=("columns", "rows", "owner"),
+        grid_names=(axes.COLUMNS, axes.ROWS, axes.OWNER),
         num_threads=COMPUTE_WARPGROUPS + 1,
-        thread_name="warpgroup",
+        thread_name=axes.WARPGROUP,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name="dpfa_attention_backward_bias",
         interpret=interpret,

@@ -1,8 +1,9 @@
 """Forward kernel: FA3's schedule (Shah et al., 2024) in Pallas Mosaic GPU.
 
-One program owns `2 * block_q` query rows of one head. A producer warpgroup streams key and value
-tiles by TMA; two compute warpgroups take turns on the tensor cores (one multiplies while the other
-does its softmax); under `ExampleReadout` the epilogue clips, noises and snaps each row.
+A tile is `2 * block_q` query rows of one head; each program walks over some of them (`walk.py`). A
+producer warpgroup streams key and value tiles by TMA; two compute warpgroups take turns on the
+tensor cores (one multiplies while the other does its softmax); under `ExampleReadout` the epilogue
+clips, noises and snaps each row.
 """
 
 import dataclasses
@@ -17,11 +18,10 @@ from jax import lax
 
 from dpfa_jax.core.generators import BOX_MULLER_TAIL
 from dpfa_jax.kernels.base import AttentionSpec, ExampleReadout
-from dpfa_jax.kernels.mosaic_gpu import device, tiles
+from dpfa_jax.kernels.mosaic_gpu import axes, device, tiles
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
 from dpfa_jax.kernels.mosaic_gpu.layouts import (
     LOG2_E,
-    ROW,
     WGMMA,
     pad_sequence,
     tiled_shared,
@@ -31,12 +31,10 @@ from dpfa_jax.kernels.mosaic_gpu.noise import clip_rows, snap_tile, stream_of, t
 from dpfa_jax.kernels.mosaic_gpu.noise_stage import NoiseStage
 from dpfa_jax.kernels.mosaic_gpu.pairs import Fixed, PairReader
 from dpfa_jax.kernels.mosaic_gpu.producer import Producer
+from dpfa_jax.kernels.mosaic_gpu.softmax import PublicMaximum, RunningMaximum
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ForwardTiles
 from dpfa_jax.kernels.mosaic_gpu.walk import Lengths, Tile, Tiling, Walk, constant
 from dpfa_jax.kernels.public_maximum import SHIFT
-
-# Start of the running maximum: finite, so that a row with no key yet gives exp2(-inf) = 0, no NaN.
-LOWEST = -1e38
 
 
 class ForwardArrays(NamedTuple):
@@ -70,59 +68,6 @@ class ForwardResults(NamedTuple):
     lse: Any
 
 
-class RunningMaximum:
-    """Weights relative to the largest logit so far; sums are (maximum in base 2, total weight)."""
-
-    def start(self, rows: int) -> tuple[jax.Array, ...]:
-        """Sums of rows that have seen no key."""
-        largest = plgpu.layout_cast(jnp.full((rows,), LOWEST, jnp.float32), ROW)
-        return largest, plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), ROW)
-
-    def step(
-        self, s: jax.Array, factor: float, acc: jax.Array, sums: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
-        """Weights of the logits s factor (base 2); `acc` and `sums` under the new maximum."""
-        previous, total = sums
-        largest = jnp.maximum(previous, s.max(axis=1) * factor)
-        decay = jnp.exp2(previous - largest)
-        p = jnp.exp2(s * factor - lax.broadcast_in_dim(largest, s.shape, [0]))
-        acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
-        return p, acc, (largest, total * decay + p.sum(axis=1))
-
-    def finish(self, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
-        """(maximum in base 2, total weight) of each row."""
-        largest, total = sums
-        return largest, total
-
-
-@dataclasses.dataclass(frozen=True)
-class PublicMaximum:
-    """Weights 2^shift exp(logit), which arguments say to be normal numbers; nothing is rescaled.
-
-    Attributes:
-      shift: what the weights' dtype wants.
-    """
-
-    shift: float
-
-    def start(self, rows: int) -> tuple[jax.Array, ...]:
-        """As `RunningMaximum`, less the maximum."""
-        return (plgpu.layout_cast(jnp.zeros((rows,), jnp.float32), ROW),)
-
-    def step(
-        self, s: jax.Array, factor: float, acc: jax.Array, sums: tuple[jax.Array, ...]
-    ) -> tuple[jax.Array, jax.Array, tuple[jax.Array, ...]]:
-        """As `RunningMaximum`; `acc` as it is."""
-        exponent = s * factor
-        p = jnp.exp2(exponent + self.shift if self.shift else exponent)
-        # The sum's shuffles keep ptxas from moving the exponentials past the wait for the turn.
-        return p, acc, (sums[0] + p.sum(axis=1),)
-
-    def finish(self, sums: tuple[jax.Array, ...]) -> tuple[float, jax.Array]:
-        """As `RunningMaximum`."""
-        return -self.shift, sums[0]
-
-
 def _capped(spec: AttentionSpec, s: jax.Array) -> tuple[jax.Array, float]:
     """Products q.k, capped, and the factor that makes logits of them."""
     cap = spec.logits_soft_cap
@@ -143,7 +88,7 @@ def _body(
     group: int,
     simulate: bool,
 ) -> None:
-    warpgroup = lax.axis_index("warpgroup")
+    warpgroup = lax.axis_index(axes.WARPGROUP)
     block_q, block_kv, stages = tile.block_q, tile.block_kv, tile.stages
     head_size = arrays.query.shape[-1]
     dtype = arrays.query.dtype
@@ -388,7 +333,7 @@ def _release(acc, arrays, shared, barriers, here, row_begin, noise_scale, *, spe
     """Clips each row, adds the noise, snaps."""
     acc = clip_rows(acc, spec.readout.l2_clip_norm)
     if tile.noise_warpgroup:
-        warpgroup = lax.axis_index("warpgroup")
+        warpgroup = lax.axis_index(axes.WARPGROUP)
         plgpu.barrier_wait(barriers["noise"].at[warpgroup])
         noise = NoiseStage(tile, acc.shape[1]).noise(shared, warpgroup)
     else:
@@ -480,8 +425,7 @@ def attention_forward(
     barriers |= pair_barriers
     present = [x is not None for x in arrays]
 
-    def kernel(*refs):
-        schedule_ref, refs = refs[0], refs[1:]
+    def kernel(schedule_ref, *refs):
         operands = iter(refs[: sum(present)])
         refs = refs[sum(present) :]
         in_refs = ForwardArrays(*(next(operands) if there else None for there in present))
@@ -513,9 +457,9 @@ def attention_forward(
         out_type=out_type,
         scratch_types=(shared, barriers),
         grid=(len(schedule),),
-        grid_names=("program",),
+        grid_names=(axes.PROGRAM,),
         num_threads=COMPUTE_WARPGROUPS + 1 + tile.noise_warpgroup,
-        thread_name="warpgroup",
+        thread_name=axes.WARPGROUP,
         # Reductions along a row stay inside a quad of lanes: they need no shared memory.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name="dpfa_attention_forward",

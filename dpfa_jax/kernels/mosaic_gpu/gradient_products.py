@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dpfa_jax.kernels import manual_axes
+from dpfa_jax.kernels.mosaic_gpu import axes
 from dpfa_jax.kernels.mosaic_gpu.layouts import WGMMA, tiled_shared
 from dpfa_jax.kernels.mosaic_gpu.tiles import SHARED_MEMORY_BYTES, Scalar, cdiv
 
@@ -257,8 +258,8 @@ def _launch(compute, operands, out_type, shared, walk_of, tile, programs, name, 
         in_refs = refs[: len(operands)]
         out_refs = refs[len(operands) : len(operands) + len(out_type)]
         shared_refs, barrier_refs = refs[len(operands) + len(out_type) :]
-        warpgroup = lax.axis_index("warpgroup")
-        walk = walk_of(lax.axis_index("programs"))
+        warpgroup = lax.axis_index(axes.WARPGROUP)
+        walk = walk_of(lax.axis_index(axes.PROGRAM))
 
         @pl.when(warpgroup < tile.warpgroups)
         def _():
@@ -277,9 +278,9 @@ def _launch(compute, operands, out_type, shared, walk_of, tile, programs, name, 
         out_type=tuple(manual_axes.result(x.shape, x.dtype, operands[0]) for x in out_type),
         scratch_types=(shared, barriers),
         grid=(programs,),
-        grid_names=("programs",),
+        grid_names=(axes.PROGRAM,),
         num_threads=tile.warpgroups + 1,
-        thread_name="warpgroup",
+        thread_name=axes.WARPGROUP,
         # Sums along a row stay inside a quad of lanes: they need no shared memory.
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name=name,

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec, MemoryReadout
-from dpfa_jax.kernels.mosaic_gpu import device, tiles
+from dpfa_jax.kernels.mosaic_gpu import axes, device, tiles
 from dpfa_jax.kernels.mosaic_gpu.layouts import (
     LOG2_E,
     ROW,
@@ -97,7 +97,7 @@ def _body(
     group: int,
     simulate: bool,
 ) -> None:
-    warpgroup = lax.axis_index("warpgroup")
+    warpgroup = lax.axis_index(axes.WARPGROUP)
     block_q, block_kv = tile.block_q, tile.block_kv
     head_size, dtype = arrays.query.shape[-1], arrays.query.dtype
     producer = Producer(tile, group, shared, barriers)
@@ -401,8 +401,7 @@ def memory_forward(
     }
     present = [x is not None for x in arrays]
 
-    def kernel(*refs):
-        schedule_ref, refs = refs[0], refs[1:]
+    def kernel(schedule_ref, *refs):
         operands = iter(refs[: sum(present)])
         refs = refs[sum(present) :]
         shared_refs, barrier_refs = refs[len(out_type) :]
@@ -427,9 +426,9 @@ def memory_forward(
         out_type=tuple(out_type),
         scratch_types=(shared, barriers),
         grid=(len(schedule),),
-        grid_names=("program",),
+        grid_names=(axes.PROGRAM,),
         num_threads=COMPUTE_WARPGROUPS + 2,
-        thread_name="warpgroup",
+        thread_name=axes.WARPGROUP,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name="dpfa_memory_forward",
         interpret=interpret,

@@ -23,24 +23,31 @@ _PAIRS = plgpu.Layout.TILED(
 )
 
 
-# What float32 may lose in the norm of a row of 256 numbers: sum, product and approximate root.
+# What float32 may lose in the norm of a row of 256 numbers: sum, products and approximate root.
 _NORM_MARGIN = 1.0 - 2.0**-18
 
 
 def clip_rows(x: jax.Array, l2_clip_norm: float) -> jax.Array:
-    """Rows of norm <= l2_clip_norm; a row that is not finite becomes zero.
+    """Rows (R, C) in float32 of norm <= l2_clip_norm; a row that is not finite becomes zero.
 
-    The largest entry is divided out first, so that no square overflows or vanishes.
+    A row is scaled by the power of two of its largest entry first, which is exact, so that its
+    square is 1 or more and overflows for no finite row. Nothing subnormal is formed that is then
+    used: the two factors of a clipped row are applied one after the other.
     """
-    largest = jnp.maximum(jnp.abs(x).max(axis=1), 1e-30)
-    unscaled = x * lax.broadcast_in_dim(1.0 / largest, x.shape, [0])
-    square = (unscaled * unscaled).sum(axis=1)
-    bound = l2_clip_norm * _NORM_MARGIN
-    scale = jnp.minimum(1.0, (bound / largest) * lax.rsqrt(square))
-    # NaN and infinity make `square` NaN. A select, not a product: 0 * NaN is NaN.
-    scale = jnp.where(square < jnp.inf, scale, 0.0)
-    scale = lax.broadcast_in_dim(scale, x.shape, [0])
-    return jnp.where(scale > 0.0, x * scale, 0.0)
+    bits = lax.bitcast_convert_type(jnp.abs(x).max(axis=1), jnp.int32)
+    exponent = jnp.minimum(jnp.maximum(bits >> 23, 1), 253)
+    scale = lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)
+    scaled = x * lax.broadcast_in_dim(scale, x.shape, [0])
+    square = (scaled * scaled).sum(axis=1)
+    # Length that the scaled row may have, over the one that it has. Rows of zeros: infinite.
+    ratio = (l2_clip_norm * _NORM_MARGIN) * lax.rsqrt(square)
+    keeps = ratio * scale >= 1.0
+    factors = (jnp.where(keeps, 1.0, scale), jnp.where(keeps, 1.0, ratio))
+    first, second = (lax.broadcast_in_dim(factor, x.shape, [0]) for factor in factors)
+    # NaN and infinity make `square` NaN or infinite. A select, not a product: 0 * NaN is NaN.
+    is_finite = jnp.where(square < jnp.inf, 1.0, 0.0)
+    is_finite = lax.broadcast_in_dim(is_finite, x.shape, [0])
+    return jnp.where(is_finite > 0.0, x * first * second, 0.0)
 
 
 def snap_tile(

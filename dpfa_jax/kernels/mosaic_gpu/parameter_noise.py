@@ -16,6 +16,7 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 
 from dpfa_jax.kernels import manual_axes
+from dpfa_jax.kernels.mosaic_gpu import axes
 from dpfa_jax.noise.counters import long_radius_counter, parameter_counter
 from dpfa_jax.noise.grid import snap
 from dpfa_jax.noise.normals import normal_pair
@@ -54,7 +55,8 @@ def _interleaved(even: jax.Array, odd: jax.Array, *, simulate: bool) -> jax.Arra
 
 def released_mean(
     total: jax.Array,
-    key_words: jax.Array,
+    leaf_keys: jax.Array,
+    leaf_index: jax.Array,
     numbers: jax.Array,
     start: jax.Array | None = None,
     *,
@@ -65,7 +67,9 @@ def released_mean(
 
     Args:
       total: (n,) float32, n a multiple of 4 and at least `block`.
-      key_words: (2,) uint32, bound to the leaf.
+      leaf_keys: (leaves, 2) uint32, row i bound to leaf i; the table is read here, so that no
+        other kernel has to cut out a row for each leaf.
+      leaf_index: (1,) int32, the leaf's row.
       numbers: (3,) float32: stddev, grid, divisor.
       start: (1,) uint32, even: index in the leaf of the first number of `total`; None: 0.
       block: numbers of one program, a multiple of 512.
@@ -76,8 +80,8 @@ def released_mean(
         start = manual_axes.vary_over(jnp.zeros((1,), jnp.uint32), manual_axes.varying_axes(total))
     simulate = interpret is not None
 
-    def kernel(total_ref, key_ref, numbers_ref, start_ref, out_ref):
-        begin = jnp.minimum(lax.axis_index("blocks") * block, size - block)
+    def kernel(total_ref, keys_ref, leaf_ref, numbers_ref, start_ref, out_ref):
+        begin = jnp.minimum(lax.axis_index(axes.BLOCKS) * block, size - block)
         own = pl.ds(begin, block)
         half = (block // 2,)
         whole = plgpu.Layout.WG_STRIDED((block,), VECTOR)
@@ -86,7 +90,8 @@ def released_mean(
         offset = plgpu.broadcasted_iota(jnp.uint32, half, 0, layout=layout)
         first = lax.convert_element_type(begin >> 1, jnp.uint32) + (start_ref[0] >> jnp.uint32(1))
         pair = first + offset
-        key = key_ref[0], key_ref[1]
+        leaf = leaf_ref[0]
+        key = keys_ref[leaf, 0], keys_ref[leaf, 1]
         words = threefry2x32(*key, *parameter_counter(pair))
         # A radius is continued once in 2^32 pairs: hardly ever a program makes the blocks for it.
         more = lax.cond(
@@ -102,8 +107,8 @@ def released_mean(
         kernel,
         out_type=manual_axes.result(total.shape, jnp.float32, total),
         grid=(pl.cdiv(size, block),),
-        grid_names=("blocks",),
+        grid_names=(axes.BLOCKS,),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="dpfa_parameter_noise",
         interpret=interpret,
-    )(total, key_words, numbers, start)
+    )(total, leaf_keys, leaf_index, numbers, start)

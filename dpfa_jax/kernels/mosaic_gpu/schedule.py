@@ -27,20 +27,32 @@ def balanced(
       programs: rows of the result.
       group_size: at most so many groups start together, the longest tiles of all of them first.
     """
-    longest_first = sorted(range(len(costs)), key=lambda tile: -costs[tile])
-    shares: list[list[int]] = [[] for _ in range(programs)]
-    queue = [(0.0, program) for program in range(programs)]
+    longest_first = np.asarray(sorted(range(len(costs)), key=lambda tile: -costs[tile]))
     # Parts of one size: a small last one would have too few short tiles to fill the gaps with.
-    for part in np.array_split(np.arange(groups), -(-groups // group_size)):
-        for tile in longest_first:
-            for group in part.tolist():
-                done, program = queue[0]
-                shares[program].append(group * len(costs) + tile)
-                heapq.heapreplace(queue, (done + costs[tile], program))
+    parts = np.array_split(np.arange(groups), -(-groups // group_size))
+    order = np.concatenate(
+        [np.add.outer(longest_first, part * len(costs)).ravel() for part in parts]
+    )
+    if min(costs) == max(costs):  # in turn
+        shares = [order[program::programs] for program in range(programs)]
+    else:
+        shares = _to_the_first_free(order, costs, programs)
     width = 2 + max(len(share) for share in shares)
     table = np.zeros((programs, width), np.int32)
     for row, share in zip(table, shares, strict=True):
         row[0] = len(share)
         row[1 : 1 + len(share)] = share
-        row[1 + len(share) :] = share[-1] if share else 0
+        row[1 + len(share) :] = share[-1] if len(share) else 0
     return table
+
+
+def _to_the_first_free(
+    order: np.ndarray, costs: tuple[float, ...], programs: int
+) -> list[np.ndarray]:
+    queue = [(0.0, program) for program in range(programs)]
+    taken: list[list[int]] = [[] for _ in range(programs)]
+    for tile in order.tolist():
+        done, program = queue[0]
+        taken[program].append(tile)
+        heapq.heapreplace(queue, (done + costs[tile % len(costs)], program))
+    return [np.asarray(share, np.int64) for share in taken]

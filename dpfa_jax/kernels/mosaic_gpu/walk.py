@@ -10,7 +10,7 @@ import numpy as np
 from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec
-from dpfa_jax.kernels.mosaic_gpu import tiles
+from dpfa_jax.kernels.mosaic_gpu import axes, tiles
 from dpfa_jax.kernels.mosaic_gpu.schedule import balanced
 from dpfa_jax.kernels.mosaic_gpu.tiles import ForwardTiles, Scalar, StepRange
 
@@ -99,7 +99,7 @@ class Tiling:
             begin, _, _, end = self._steps(block, self.keys, None)
             costs.append(end - begin + _TILE_COST)
         pairs = self.batch * self.heads
-        together = max(1, _CACHE_BYTES // self.head_bytes)
+        together = max(1, _CACHE_BYTES // max(1, self.head_bytes))
         programs = min(processors, pairs * self.blocks)
         return balanced(tuple(costs), pairs, programs, together)
 
@@ -143,7 +143,7 @@ class Walk:
     schedule: Any
 
     def _number(self, index: Any) -> Any:
-        return self.schedule[lax.axis_index("program"), index + 1]
+        return self.schedule[lax.axis_index(axes.PROGRAM), index + 1]
 
     def _at(self, number: Any, count: Any) -> Tile:
         tile = self.tiling.at(self.lengths, number, count)

@@ -89,7 +89,7 @@ def test_deterministic_is_two_kernels(head_size):
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
-@pytest.mark.parametrize("heads", [16, 2])
+@pytest.mark.parametrize("heads", [pytest.param(16, marks=pytest.mark.slow), 2])
 def test_turns_are_counted_where_the_same_bits_are_asked_for(deterministic, heads):
     """V6: a counter for each tile of dQ and query head, zeroed by XLA; none where it is not due."""
     struct = jax.ShapeDtypeStruct

@@ -25,6 +25,7 @@ from dpfa_jax.kernels.mosaic_gpu.tiles import (
     BackwardTiles,
     ForwardTiles,
     FusedTiles,
+    backward_tiles,
 )
 from dpfa_jax.kernels.public_maximum import has_public_maximum
 from dpfa_jax.noise.fields import attention_noise
@@ -137,11 +138,13 @@ def distance(x, y):
     return np.linalg.norm(np.asarray(x, np.float64) - y)
 
 
-def two_kernels(spec, head_size, **_):
+def two_kernels(spec, head_size, keys, **_):
+    if head_size > MAX_HEAD_SIZE_ONE_WARPGROUP:  # one way serves there
+        return backward_tiles(spec, head_size, keys)
     return BackwardTiles(block_kv_dq=128 if head_size == 64 else 64)
 
 
-def fused(spec, head_size, **_):
+def fused(spec, head_size, keys, **_):
     return FusedTiles()
 
 

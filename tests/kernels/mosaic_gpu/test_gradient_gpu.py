@@ -123,7 +123,8 @@ def test_the_pair_whose_radius_goes_on():
     more, _ = threefry2x32(words[0], words[1], jnp.uint32(1), jnp.uint32(pair))
     assert int(w0) == 0
     numbers = jnp.asarray([1.0, 2.0**-14, 1.0], jnp.float32)
-    mean = np.asarray(noise_kernel.released_mean(jnp.zeros(2**15), words, numbers))
+    first = jnp.asarray([0])
+    mean = np.asarray(noise_kernel.released_mean(jnp.zeros(2**15), words[None], first, numbers))
     long, short = (np.ravel(normal_pair(w0, w1, third)) for third in (more, None))
     found = mean[2 * pair : 2 * pair + 2]
     assert np.abs(found - long).max() <= 2.0**-13

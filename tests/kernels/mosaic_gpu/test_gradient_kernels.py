@@ -86,8 +86,10 @@ def test_noise_is_the_oracle_s(size):
     key = insecure_test_key(3)
     total = draw(size, dtype=jnp.float32)
     numbers = jnp.asarray([1.5, 2.0**-10, 250.0], jnp.float32)
-    words = counters.bind_parameter(key_words(key), 5)
-    mean = noise_kernel.released_mean(total, words, numbers, block=512, interpret=SIMULATE)
+    table = counters.bind_parameter(key_words(key), jnp.arange(7, dtype=jnp.uint32))
+    mean = noise_kernel.released_mean(
+        total, table, jnp.asarray([5]), numbers, block=512, interpret=SIMULATE
+    )
     exact = parameter_noise.released_mean(
         total, key, 5, stddev=1.5, grid=2.0**-10, divisor=250.0, implementation="xla"
     )
@@ -100,7 +102,10 @@ def test_a_piece_has_its_own_elements():
     key, shape = insecure_test_key(3), (12, 4096)
     total = draw(*shape, dtype=jnp.float32)
     numbers = jnp.asarray([1.5, 2.0**-10, 250.0], jnp.float32)
-    more = (jnp.arange(4096, dtype=jnp.uint32), key_words(key), jnp.full(1, 5, jnp.uint32), numbers)
+    table = counters.bind_parameter(key_words(key), jnp.arange(7, dtype=jnp.uint32))
+    leaf = jnp.full(1, 5, jnp.uint32)
+    columns = jnp.arange(4096, dtype=jnp.uint32)
+    more = (columns, table, leaf.astype(jnp.int32), numbers, key_words(key), leaf)
     kind = jax.random.key_impl(key)
     rows = jnp.arange(6, 12, dtype=jnp.uint32)
     (mean,) = parameter_noise.of_piece(shape, kind, total[6:], rows, *more, interpret=SIMULATE)
@@ -120,7 +125,7 @@ def test_the_pair_whose_radius_goes_on():
     assert int(w0) == 0
     numbers = jnp.asarray([1.0, 2.0**-14, 1.0], jnp.float32)
     mean = noise_kernel.released_mean(
-        jnp.zeros(1024), words, numbers, block=512, interpret=SIMULATE
+        jnp.zeros(1024), words[None], jnp.asarray([0]), numbers, block=512, interpret=SIMULATE
     )
     found = np.asarray(mean)[2 * pair : 2 * pair + 2]
     long, short = (np.ravel(normal_pair(w0, w1, third)) for third in (more, None))

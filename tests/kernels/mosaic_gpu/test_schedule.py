@@ -59,6 +59,11 @@ def test_no_more_programs_than_tiles():
     assert len(tiling(1, 2, 300).schedule(132)) == 2 * 3
 
 
+def test_keys_of_no_size_worth_counting():
+    """One key for many heads: less than a byte a head."""
+    assert len(tiling(1, 64, 1, head_bytes=0).schedule(132)) == 64
+
+
 @pytest.mark.parametrize(
     ("steps", "expected"),
     [

@@ -161,7 +161,8 @@ def test_two_kernels_and_no_atomics(head_size, deterministic):
     assert "reduce.async.bulk" not in text
 
 
-@pytest.mark.parametrize("programs", [pytest.param(4, marks=pytest.mark.slow), 1])
+@pytest.mark.parametrize("programs", [4, 1])
+@pytest.mark.slow
 def test_chunks_lower(programs, monkeypatch):
     """Whole heads a launch, then parts of their keys; under vmap and shard_map as well."""
     monkeypatch.setattr(gradient_chunks, "LOGIT_GRADIENT_BYTES", programs * 2 * 128 * 64 * 2)
@@ -194,10 +195,11 @@ def test_chunks_lower(programs, monkeypatch):
     ("head_size", "mask", "bias", "dtype"),
     [
         (256, (1, 2, 100, 93), (2, 1, 100, 93), jnp.float32),
-        pytest.param(192, (2, 1, 1, 93), (1, 1, 1, 93), jnp.bfloat16, marks=pytest.mark.slow),
-        pytest.param(256, None, (2, 2, 100, 1), jnp.bfloat16, marks=pytest.mark.slow),
+        (192, (2, 1, 1, 93), (1, 1, 1, 93), jnp.bfloat16),
+        (256, None, (2, 2, 100, 1), jnp.bfloat16),
     ],
 )
+@pytest.mark.slow
 def test_masks_and_biases_lower(head_size, mask, bias, dtype):
     """The largest arrays of pairs have their place beside one slot of cotangents."""
     struct = jax.ShapeDtypeStruct

@@ -82,7 +82,8 @@ print("passed")
 """
 
 
-@pytest.mark.parametrize("part", ["quick", pytest.param("rest", marks=pytest.mark.slow)])
+@pytest.mark.slow  # tests/attention/test_sharding.py has eight devices in the quick suite
+@pytest.mark.parametrize("part", ["quick", "rest"])
 def test_eight_devices(part):
     """Batch and heads in pieces; GQA, MQA, both private readouts, bias.
 
