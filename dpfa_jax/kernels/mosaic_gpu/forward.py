@@ -18,8 +18,9 @@ from jax import lax
 
 from dpfa_jax.core.generators import BOX_MULLER_TAIL
 from dpfa_jax.kernels.base import AttentionSpec, ExampleReadout
-from dpfa_jax.kernels.mosaic_gpu import axes, device, tiles
+from dpfa_jax.kernels.mosaic_gpu import axes, device
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
+from dpfa_jax.kernels.mosaic_gpu import producer as loads
 from dpfa_jax.kernels.mosaic_gpu.layouts import (
     LOG2_E,
     WGMMA,
@@ -89,15 +90,14 @@ def _body(
     simulate: bool,
 ) -> None:
     warpgroup = lax.axis_index(axes.WARPGROUP)
-    block_q, block_kv, stages = tile.block_q, tile.block_kv, tile.stages
+    block_q, block_kv = tile.block_q, tile.block_kv
     head_size = arrays.query.shape[-1]
     dtype = arrays.query.dtype
     is_released = isinstance(spec.readout, ExampleReadout)
     # The next tile's first logits are begun beside a tile's last weighted values.
     crosses = tile.overlaps and tile.ahead
-
-    def slot_of(count):
-        return lax.rem(jnp.int32(count), jnp.int32(stages))
+    producer = Producer(tile, group, shared, barriers)
+    slot_of = producer.slot
 
     def take_turns():
         plgpu.barrier_arrive(barriers["turn"])
@@ -129,7 +129,7 @@ def _body(
             return s
 
         def tile_body(here: Tile, following, has_next, s):
-            batch, head, steps = here.batch, here.head, here.steps
+            batch, head = here.batch, here.head
             row_begin = here.row_begin + warpgroup * block_q
             rows = pl.ds(row_begin, block_q)
             sums = softmax.start(block_q)
@@ -213,21 +213,12 @@ def _body(
                 plgpu.barrier_arrive(barriers["value_free"].at[slot])
                 return s, acc, sums
 
-            last = tiles.most(steps.begin, steps.end - 1)
             if tile.ahead and not crosses:
                 s = logits_of(here.count, None)
-            carry = (s, acc, sums)
             body = functools.partial(step_body, is_last=False)
-            masked = functools.partial(body, masked=True)
-            plain = functools.partial(body, masked=False)
-            if tiles.left_reach(spec) is not None:
-                carry = tiles.loop(steps.begin, tiles.least(steps.full_begin, last), masked, carry)
-            carry = tiles.loop(steps.full_begin, tiles.least(steps.full_end, last), plain, carry)
-            if not tiles.masks_only_last(
-                spec, tile, has_query_lengths=here.query_length is not None
-            ):
-                carry = tiles.loop(steps.full_end, last, masked, carry)
-            s, acc, sums = step_body(last, carry, masked=not walk.tiling.is_whole, is_last=True)
+            carry = walk.tiling.before_last(here, body, (s, acc, sums))
+            is_masked = not walk.tiling.is_whole
+            s, acc, sums = step_body(here.last, carry, masked=is_masked, is_last=True)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the answer before has long left
 
             largest, total = softmax.finish(sums)
@@ -277,8 +268,6 @@ def _body(
     def produce():
         if not simulate:
             plgpu.set_max_registers(24 if tile.noise_warpgroup else 40, action="decrease")
-
-        producer = Producer(tile, group, shared, barriers)
 
         def tile_body(here: Tile, following, has_next, carry):
             @pl.loop(here.steps.begin, here.steps.end)
@@ -399,21 +388,8 @@ def attention_forward(
         jax.ShapeDtypeStruct((batch, heads, tiling.blocks * tile.rows), jnp.float32),
         *((like_query,) if keep_unclipped else ()),
     )
-    shared = {
-        "query": tiled_shared((COMPUTE_WARPGROUPS, tile.block_q, head_size), dtype),
-        "key": tiled_shared((tile.stages, tile.block_kv, head_size), dtype),
-        "value": tiled_shared((tile.stages, tile.block_kv, head_size), dtype),
-        "lse": plgpu.SMEM((COMPUTE_WARPGROUPS, tile.block_q), jnp.float32),
-    }
-    barriers = {
-        "query": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
-        "query_free": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
-        "key": plgpu.Barrier(num_barriers=tile.stages),
-        "value": plgpu.Barrier(num_barriers=tile.stages),
-        "key_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=tile.stages),
-        "value_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=tile.stages),
-        "turn": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
-    }
+    shared, barriers = loads.scratch(tile, head_size, dtype)
+    shared["lse"] = plgpu.SMEM((COMPUTE_WARPGROUPS, tile.block_q), jnp.float32)
     stage = NoiseStage(tile, head_size)
     if tile.noise_warpgroup:
         shared["noise_then_output"], noise_barriers = stage.scratch(dtype)

@@ -20,12 +20,12 @@ from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec, MemoryReadout
 from dpfa_jax.kernels.mosaic_gpu import axes, device, tiles
+from dpfa_jax.kernels.mosaic_gpu import producer as loads
 from dpfa_jax.kernels.mosaic_gpu.layouts import (
     LOG2_E,
     ROW,
     WGMMA,
     pad_sequence,
-    tiled_shared,
     visible,
 )
 from dpfa_jax.kernels.mosaic_gpu.memory_numbers import MAGIC, MAGIC_BITS, SUM_BLOCK, Numbers
@@ -138,7 +138,7 @@ def _body(
             return s
 
         def tile_body(here: Tile, following, has_next, s):
-            batch, head, steps = here.batch, here.head, here.steps
+            batch, head = here.batch, here.head
             row_begin = here.row_begin + warpgroup * block_q
             rows = pl.ds(row_begin, block_q)
             numerator: Any = tuple(  # columns by the part
@@ -200,16 +200,8 @@ def _body(
                 plgpu.barrier_arrive(barriers["value_free"].at[slot])
                 return carry
 
-            last = steps.end - 1
-            carry = (s, numerator, normaliser)
             body = functools.partial(step_body, is_last=False)
-            masked = functools.partial(body, masked=True)
-            plain = functools.partial(body, masked=False)
-            if tiles.left_reach(spec) is not None:
-                carry = tiles.loop(steps.begin, tiles.least(steps.full_begin, last), masked, carry)
-            carry = tiles.loop(steps.full_begin, tiles.least(steps.full_end, last), plain, carry)
-            if not tiles.masks_only_last(spec, tile, has_query_lengths=False):
-                carry = tiles.loop(steps.full_end, last, masked, carry)
+            carry = walk.tiling.before_last(here, body, (s, numerator, normaliser))
             plgpu.barrier_arrive(barriers["query_free"].at[warpgroup])
             # Read early: nothing waits for them at the end. Behind the arrival, which would wait.
             scales = _Scales(
@@ -219,7 +211,7 @@ def _body(
                 )
             )
             s, numerator, normaliser = step_body(
-                last, carry, masked=not walk.tiling.is_whole, is_last=True
+                here.last, carry, masked=not walk.tiling.is_whole, is_last=True
             )
             numerator = jnp.concatenate(numerator, axis=1)
             lane = plgpu.broadcasted_iota(jnp.int32, normaliser.shape, 1, layout=WGMMA)
@@ -378,27 +370,16 @@ def memory_forward(
         padded = tiling.blocks * tile.rows
         out_type.append(struct((batch, padded, heads, head_size), jnp.int32))
         out_type.append(struct((batch, heads, padded), jnp.int32))
-    ring = (tile.stages, tile.block_kv)
     stage = NoiseStage(tile, head_size)
     noise_then_output, noise_barriers = stage.scratch(dtype)
-    shared = {
-        "query": tiled_shared((COMPUTE_WARPGROUPS, tile.block_q, head_size), dtype),
-        "key": tiled_shared((*ring, head_size), dtype),
-        "value": tiled_shared((*ring, head_size), dtype),
-        "normaliser": plgpu.SMEM(ring, dtype),
+    # A step's values come with its part of `normaliser`.
+    shared, barriers = loads.scratch(tile, head_size, dtype, value_copies=2)
+    shared |= {
+        "normaliser": plgpu.SMEM((tile.stages, tile.block_kv), dtype),
         "noise_then_output": noise_then_output,
         "normaliser_noise": plgpu.SMEM((COMPUTE_WARPGROUPS, tile.block_q), jnp.float32),
     }
-    barriers = {
-        "query": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
-        "query_free": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
-        "key": plgpu.Barrier(num_barriers=tile.stages),
-        "value": plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
-        "key_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=tile.stages),
-        "value_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=tile.stages),
-        "turn": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
-        **noise_barriers,
-    }
+    barriers |= noise_barriers
     present = [x is not None for x in arrays]
 
     def kernel(schedule_ref, *refs):

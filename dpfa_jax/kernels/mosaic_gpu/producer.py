@@ -8,8 +8,33 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from dpfa_jax.kernels.mosaic_gpu.layouts import tiled_shared
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ForwardTiles
 from dpfa_jax.kernels.mosaic_gpu.walk import Tile
+
+
+def scratch(
+    tile: ForwardTiles, head_size: int, dtype: Any, *, value_copies: int = 1
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Shared memory of queries and of the rings of keys and values, and barriers.
+
+    `value_copies`: arrivals that make a slot of the values whole.
+    """
+    rows, stages = COMPUTE_WARPGROUPS, tile.stages
+    ring = tiled_shared((stages, tile.block_kv, head_size), dtype)
+    shared = {
+        "query": tiled_shared((rows, tile.block_q, head_size), dtype), "key": ring, "value": ring,
+    }  # fmt: skip
+    barriers = {
+        "query": plgpu.Barrier(num_barriers=rows),
+        "query_free": plgpu.Barrier(num_barriers=rows),
+        "key": plgpu.Barrier(num_barriers=stages),
+        "value": plgpu.Barrier(num_arrivals=value_copies, num_barriers=stages),
+        "key_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
+        "value_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
+        "turn": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
+    }
+    return shared, barriers
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +46,7 @@ class Producer:
     Attributes:
       tile: sizes.
       group: query heads of one key head.
-      shared, barriers: of the program.
+      shared, barriers: of the program, those of `scratch` among them.
     """
 
     tile: ForwardTiles

@@ -1,6 +1,7 @@
 """How the programs of a kernel walk over its tiles: 128 query rows of one head each."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -53,6 +54,11 @@ class Tile:
         """Steps of the program when this tile is done."""
         return self.before(self.steps.end)
 
+    @property
+    def last(self) -> Any:
+        """The last step, which there always is."""
+        return self.steps.end - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
@@ -102,6 +108,18 @@ class Tiling:
         together = max(1, _CACHE_BYTES // max(1, self.head_bytes))
         programs = min(processors, pairs * self.blocks)
         return balanced(tuple(costs), pairs, programs, together)
+
+    def before_last(self, here: Tile, body: Callable[..., Any], carry: Any) -> Any:
+        """`carry` after `body(step, carry, masked=...)` of each step of a tile but its last."""
+        steps, last = here.steps, here.last
+        masked, plain = (functools.partial(body, masked=masked) for masked in (True, False))
+        if tiles.left_reach(self.spec) is not None:
+            carry = tiles.loop(steps.begin, tiles.least(steps.full_begin, last), masked, carry)
+        carry = tiles.loop(steps.full_begin, tiles.least(steps.full_end, last), plain, carry)
+        has_query_lengths = here.query_length is not None
+        if not tiles.masks_only_last(self.spec, self.tile, has_query_lengths=has_query_lengths):
+            carry = tiles.loop(steps.full_end, last, masked, carry)
+        return carry
 
     def at(self, lengths: Lengths, number: Any, count: Any) -> Tile:
         """The tile of a number."""
