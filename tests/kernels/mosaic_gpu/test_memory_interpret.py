@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture(scope="module", params=memory_kernel.CASES)
 def run(request, tmp_path_factory):
-    """A case and what it saved; a barrier whose arrivals and waits differ fails in the simulator."""
+    """A case and what it saved; the simulator fails where a barrier is not awaited as it should."""
     path = tmp_path_factory.mktemp("memory") / "kernel.npz"
     environment = {
         **os.environ,
