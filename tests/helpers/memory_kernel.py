@@ -47,8 +47,8 @@ CASES = {
     ),
     # Three programs with 2, 1 and 1 tiles of three steps; two blocks of columns.
     "three steps": Case(200, 300, 72, AttentionSpec(0.2, readout=READOUT), processors=3),
-    # More processors than the four tiles, of two steps and of one; the first rows see no slot
-    # before a window that begins beyond them, the last tile's keys end in its first step.
+    # More processors than the four tiles, which have two steps and three, hidden in part on either
+    # side; the last tile has six rows.
     "window": Case(
         136, 260, 64, AttentionSpec(0.2, local_window=(60, 20), readout=READOUT),
         processors=9, lengths=(130, 259),
