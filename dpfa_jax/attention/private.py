@@ -5,9 +5,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Key, UInt32
 
 from dpfa_jax.attention import checks, core, private_checks
-from dpfa_jax.clipping.rows import clip_rows_stored
 from dpfa_jax.kernels import dispatch
 from dpfa_jax.kernels.base import NoiseInputs
+from dpfa_jax.kernels.row_clip import clip_rows_stored
 from dpfa_jax.noise import bind, guard, key_words
 from dpfa_jax.release import ExampleRelease, RecordRelease
 

@@ -7,7 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
+from dpfa_jax.clipping.float_rows import norm_limit, toward_zero
 from dpfa_jax.core import ArgumentError, checks
+
+STORAGE_TYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 def clip_rows(x: Float[Array, "... D"], l2_clip_norm: float) -> Float32[Array, "... D"]:
@@ -18,14 +21,18 @@ def clip_rows(x: Float[Array, "... D"], l2_clip_norm: float) -> Float32[Array, "
     squares, (D + 16) 2^-24. A row that holds NaN or an infinity becomes zero. Differentiable; the
     gradient of a zeroed row is zero.
 
-    Errors: ArgumentError for a clip norm outside 1e-18 .. 1e18 or a row longer than 2^20.
+    Errors: as `check`.
     """
+    check(x, l2_clip_norm)
+    limit = norm_limit(l2_clip_norm, x.shape[-1])
+    return _clipped(x.astype(jnp.float32), limit)
+
+
+def check(x: Float[Array, "... D"], l2_clip_norm: float) -> None:
+    """Errors: ArgumentError for a clip norm outside 1e-18 .. 1e18 or a row longer than 2^20."""
     checks.magnitude("l2_clip_norm", l2_clip_norm)
     if x.shape[-1] > 2**20:
         raise ArgumentError("x", x.shape, "rows longer than 2^20", "Clip shorter rows.")
-    limit = float(l2_clip_norm) * (1.0 - (x.shape[-1] + 16) * 2.0**-24)
-
-    return _clipped(x.astype(jnp.float32), limit)
 
 
 class _Measured(NamedTuple):
@@ -76,11 +83,11 @@ def clip_rows_stored(x: Float[Array, "... D"], l2_clip_norm: float) -> Float[Arr
     A row within the norm is returned bit for bit. Errors: as `clip_rows`, and ArgumentError for a
     dtype other than float32, bfloat16 and float16.
     """
-    if x.dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+    if x.dtype not in STORAGE_TYPES:
         raise ArgumentError(
             "x", x.dtype, "not a storage type", "Pass float32, bfloat16 or float16."
         )
-    return _toward_zero(clip_rows(x, l2_clip_norm), x.dtype)
+    return toward_zero(clip_rows(x, l2_clip_norm), x.dtype)
 
 
 # Of a row whose largest entry is in [2^(k - 35), 2^(k + 35)) for one of these k, squares scaled by
@@ -122,39 +129,3 @@ def _squares_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Any, An
     change = 2.0 * jnp.sum(scaled * (dx * scale), axis=-1, keepdims=True)
     no_change = jnp.zeros_like(scale)
     return (squares, scale, is_finite), (change, no_change, no_change)
-
-
-@jax.custom_jvp
-def _identity_gradient(
-    x: Float32[Array, "..."], rounded: Float[Array, "..."]
-) -> Float[Array, "..."]:
-    del x
-    return rounded
-
-
-@_identity_gradient.defjvp
-def _identity_gradient_jvp(
-    primals: tuple[Array, Array], tangents: tuple[Array, Array]
-) -> tuple[Array, Array]:
-    return primals[1], tangents[0].astype(primals[1].dtype)
-
-
-def _toward_zero(x: Float32[Array, "..."], dtype: jnp.dtype) -> Float[Array, "..."]:
-    """`x` rounded toward zero, by cutting bits off.
-
-    Not by rounding and comparing: XLA may drop a cast to 16 bits and back (on a GPU it does, under
-    jit), and the comparison with it.
-    """
-    if dtype == jnp.float32:
-        return x
-    value = jax.lax.stop_gradient(x)
-    bits = jax.lax.bitcast_convert_type(value, jnp.uint32)
-    if dtype == jnp.bfloat16:
-        cut = jax.lax.bitcast_convert_type((bits >> 16).astype(jnp.uint16), dtype)
-        return _identity_gradient(x, cut)
-    # float16 has 13 bits less of mantissa; below 2^-14 its numbers are the multiples of 2^-24.
-    normal = jax.lax.bitcast_convert_type(bits & jnp.uint32(0xFFFFE000), jnp.float32)
-    small = jnp.trunc(value * jnp.float32(2.0**24)) * jnp.float32(2.0**-24)
-    cut = jnp.where(jnp.abs(value) < jnp.float32(2.0**-14), small, normal)
-    most = float(jnp.finfo(jnp.float16).max)
-    return _identity_gradient(x, jnp.clip(cut, -most, most).astype(dtype))

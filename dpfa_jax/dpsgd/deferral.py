@@ -35,7 +35,7 @@ from dpfa_jax.dpsgd.equations import (
     value_of,
     varying_vars,
 )
-from dpfa_jax.dpsgd.forms import Product, Rows, form_of, stacked
+from dpfa_jax.dpsgd.forms import Product, Rows, form_of, is_zeros, stacked
 from dpfa_jax.dpsgd.split import Split, Tail
 
 # A gradient stays in the head where its cut would be this many times larger than itself: biases,
@@ -69,6 +69,9 @@ _CHEAP = _PRODUCTS | {
 # What recomputes an operand in one pass over memory, at no more than that.
 _ELEMENTWISE = {"add", "broadcast_in_dim", "convert_element_type", "mul", "neg", "reshape", "sub"}
 
+# What moves numbers and makes none.
+_ORDERS = {"reshape", "transpose"}
+
 # Additions whose order a GPU may choose anew in every run.
 _UNORDERED = {"scatter-add", "conv_general_dilated"}
 
@@ -86,8 +89,8 @@ def defer(program: jex.ClosedJaxpr, varies: Sequence[bool], *, recompute: bool =
         on where it is compiled: not for gradients that are made twice.
     """
     jaxpr = inlined(program.jaxpr)
-    scope = _Scope(jaxpr, program.consts, varies, recompute)
-    outs = [_unwidened(scope, out) for out in jaxpr.outvars]
+    scope = _Scope(jaxpr, program.consts, varies, has_loss=True, recompute=recompute)
+    outs, finishes = zip(*(_narrowed(scope, out) for out in jaxpr.outvars), strict=True)
     deferred = [scope.cheapest(out, product_allowed=True) for out in outs]
     cut: dict[jex.Var, int] = {}
     for item in deferred:
@@ -97,7 +100,7 @@ def defer(program: jex.ClosedJaxpr, varies: Sequence[bool], *, recompute: bool =
     def head(*inputs: Array) -> list[Array]:
         return scope.values(inputs, list(cut))
 
-    tails = tuple(_tail(*each, cut) for each in zip(outs, deferred, strict=True))
+    tails = tuple(_tail(*each, cut) for each in zip(outs, deferred, finishes, strict=True))
     return Split(head, tuple(scope.varies(var) for var in cut), tails)
 
 
@@ -122,17 +125,24 @@ class _Deferred:
 
 
 class _Scope:
-    """One jaxpr: who makes each variable, what depends on the example, what its loops must emit."""
+    """One jaxpr: who makes each variable, what depends on the example, what its loops must emit.
+
+    `has_loss`: its first output is the loss, and what comes after that one the backward pass.
+    """
 
     def __init__(
         self,
         jaxpr: jex.Jaxpr,
         consts: Sequence[Array],
         varies: Sequence[bool],
+        *,
+        has_loss: bool = False,
         recompute: bool = False,
     ) -> None:
-        self.jaxpr, self.consts = jaxpr, consts
-        self._backward = _read_after_the_loss(jaxpr) if recompute else set()
+        self.jaxpr, self.consts, self._recompute = jaxpr, consts, recompute
+        after = _after_the_loss(jaxpr) if has_loss else []
+        self._backward = {x for eqn in after for x in eqn.invars if isinstance(x, jex.Var)}
+        self._cotangents = {out for eqn in after for out in eqn.outvars}
         self.maker = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
         self._varying = varying_vars(jaxpr, varies)
         self._known: dict[tuple[jex.Var, bool], _Deferred] = {}
@@ -167,7 +177,7 @@ class _Scope:
             found = self._out_of(eqn, eqn.outvars.index(var))
         if found is None:
             return kept
-        if not product_allowed and self._is_kept_anyway(var, found, size):
+        if self._recompute and not product_allowed and self._is_kept_anyway(var, found, size):
             return dataclasses.replace(found, recomputes=True)
         return found if found.cost < size * (KEEP_RATIO if found.product else 1) else kept
 
@@ -191,20 +201,25 @@ class _Scope:
 
     def _is_kept_anyway(self, var: jex.Var, found: _Deferred, size: int) -> bool:
         """Whether `found` makes `var`, elementwise, from what the backward pass reads, or reads
-        what lies between. At most a sixteenth more than `var` itself would be kept then."""
-        if not self._backward or found.cost > size + size // KEEP_RATIO:
+        what lies between. At most a sixteenth more than `var` itself would be kept then.
+
+        Not where `found` reshapes and does no more: the head reads `var` itself (a cotangent, for
+        the layer below), and what is made anew is another array to XLA.
+        """
+        if found.cost > size + size // KEEP_RATIO:
             return False
         between: set[jex.Var] = set()
-        todo = [var]
+        todo, names = [var], set()
         while todo:
             eqn = self.maker[todo.pop()]
+            names.add(eqn.primitive.name)
             if eqn.primitive.name not in _ELEMENTWISE:
                 return False
             above = {atom for atom in eqn.invars if isinstance(atom, jex.Var)} - between
             between |= above
             todo += [atom for atom in above if atom not in found.cut and self.varies(atom)]
         wide = {atom for atom in between if self.varies(atom) and bytes_of(atom) >= size}
-        return not wide.isdisjoint(self._backward)
+        return names != {"reshape"} and not wide.isdisjoint(self._backward)
 
     def _onto(self, eqn: jex.JaxprEqn, parts: list[_Deferred]) -> Make | None:
         """A table's rows are added to the other gradient of that table (a tied head) in place."""
@@ -277,8 +292,18 @@ class _Scope:
             if body is not None and body.emitted:
                 env.update(body.run([value_of(env, atom) for atom in eqn.invars]))
             else:
-                env.update(zip(eqn.outvars, apply(eqn, env), strict=True))
+                env.update(zip(eqn.outvars, self._made(eqn, env, wanted), strict=True))
         return [value_of(env, atom) for atom in wanted]
+
+    def _made(
+        self, eqn: jex.JaxprEqn, env: dict[jex.Var, Array], wanted: Sequence[jex.Var | jex.Literal]
+    ) -> list[Array]:
+        made = apply(eqn, env)
+        # A cotangent in a new order, which a tail is to read as well: written once, for both.
+        once = eqn.primitive.name in _ORDERS and not self._cotangents.isdisjoint(eqn.outvars)
+        if once and not set(wanted).isdisjoint(eqn.outvars):
+            return jax.lax.optimization_barrier(made)
+        return made
 
     def _needed(self, wanted: Sequence[jex.Var | jex.Literal]) -> list[jex.JaxprEqn]:
         used = {atom for atom in wanted if isinstance(atom, jex.Var)}
@@ -350,17 +375,35 @@ class _Body:
         return dict(zip(names, [*carry, *stacked], strict=True))
 
 
-def _unwidened(scope: _Scope, atom: jex.Var | jex.Literal) -> jex.Var | jex.Literal:
-    """What `atom` was before a cast that lost nothing, so that its memory is that of fewer bits."""
+def _narrowed(
+    scope: _Scope, atom: jex.Var | jex.Literal
+) -> tuple[jex.Var | jex.Literal, Callable[[Array], Array]]:
+    """What `atom` was before casts that lost nothing and zeros around it (a table of positions of
+    which a part is used), so that its memory is that of fewer numbers; and what brings the zeros
+    back to a sum in float32."""
     eqn = scope.maker.get(atom) if isinstance(atom, jex.Var) else None
-    if eqn is None or eqn.primitive.name != "convert_element_type":
-        return atom
-    narrow, wide = dtype_of(eqn.invars[0]), eqn.params["new_dtype"]
-    floats = jnp.issubdtype(narrow, jnp.floating) and jnp.issubdtype(wide, jnp.floating)
-    return eqn.invars[0] if floats and jnp.promote_types(narrow, wide) == wide else atom
+    name = "" if eqn is None else eqn.primitive.name
+    if eqn is not None and name == "convert_element_type":
+        narrow, wide = dtype_of(eqn.invars[0]), eqn.params["new_dtype"]
+        floats = jnp.issubdtype(narrow, jnp.floating) and jnp.issubdtype(wide, jnp.floating)
+        if floats and jnp.promote_types(narrow, wide) == wide:
+            return _narrowed(scope, eqn.invars[0])
+    if eqn is not None and name == "pad" and is_zeros(scope.maker, eqn.invars[1]):
+        inner, finish = _narrowed(scope, eqn.invars[0])
+        sides = eqn.params["padding_config"]
+        crops = any(low < 0 or high < 0 for low, high, _ in sides)
+        is_table = isinstance(scope.cheapest(inner, product_allowed=True).form, Rows)
+        if not crops and not is_table:
+            return inner, lambda total: jax.lax.pad(finish(total), jnp.float32(0), sides)
+    return atom, lambda total: total
 
 
-def _tail(out: jex.Var | jex.Literal, item: _Deferred, order: dict[jex.Var, int]) -> Tail:
+def _tail(
+    out: jex.Var | jex.Literal,
+    item: _Deferred,
+    finish: Callable[[Array], Array],
+    order: dict[jex.Var, int],
+) -> Tail:
     def of_values(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *values: function(dict(zip(item.cut, values, strict=True)))
 
@@ -375,14 +418,13 @@ def _tail(out: jex.Var | jex.Literal, item: _Deferred, order: dict[jex.Var, int]
     places = tuple(order[var] for var in item.cut)
     kept = item.cut == (out,)
     repeatable = (item.repeatable or isinstance(form, Rows)) and not item.recomputes
-    return Tail(places, make, made, kept, repeatable, form, item.recomputes)
+    return Tail(places, make, made, kept, repeatable, form, finish, item.recomputes)
 
 
-def _read_after_the_loss(jaxpr: jex.Jaxpr) -> set[jex.Var]:
-    """Variables that the backward pass reads: what comes after the first output is made."""
+def _after_the_loss(jaxpr: jex.Jaxpr) -> list[jex.JaxprEqn]:
+    """The backward pass: what comes after the first output is made."""
     names = [jaxpr.outvars[0] in eqn.outvars for eqn in jaxpr.eqns]
-    after = jaxpr.eqns[names.index(True) + 1 :] if True in names else []
-    return {atom for eqn in after for atom in eqn.invars if isinstance(atom, jex.Var)}
+    return jaxpr.eqns[names.index(True) + 1 :] if True in names else []
 
 
 def _with_rows(table: Array, places: Array, rows: Array) -> Array:

@@ -114,7 +114,7 @@ def stacked(form: Product, mapped: Callable[..., Any], rounds: int) -> Product:
 def _rows(eqn: jex.JaxprEqn, parts: Sequence[Part], makers: Makers) -> Rows | None:
     """Whole rows that are added to a table of zeros."""
     drops = (jax.lax.GatherScatterMode.FILL_OR_DROP, jax.lax.GatherScatterMode.PROMISE_IN_BOUNDS)
-    if not _is_zeros(makers, eqn.invars[0]) or eqn.params["mode"] not in drops:
+    if not is_zeros(makers, eqn.invars[0]) or eqn.params["mode"] not in drops:
         return None
     numbers = eqn.params["dimension_numbers"]
     table, updates = shape_of(eqn.invars[0]), shape_of(eqn.invars[2])
@@ -136,12 +136,13 @@ def _rows(eqn: jex.JaxprEqn, parts: Sequence[Part], makers: Makers) -> Rows | No
     return Rows(entries)
 
 
-def _is_zeros(makers: Makers, atom: jex.Var | jex.Literal) -> bool:
+def is_zeros(makers: Makers, atom: jex.Var | jex.Literal) -> bool:
+    """Whether the program says that `atom` is zero everywhere."""
     if isinstance(atom, jex.Literal):
         return bool(np.all(np.asarray(atom.val) == 0))
     eqn = makers.get(atom)
     return (
         eqn is not None
         and eqn.primitive.name == "broadcast_in_dim"
-        and _is_zeros(makers, eqn.invars[0])
+        and is_zeros(makers, eqn.invars[0])
     )

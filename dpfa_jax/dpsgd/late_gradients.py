@@ -68,10 +68,10 @@ class LateGradient:
     ) -> Float32[Array, "..."]:
         """Weighted sum of what was made, in the parameter's shape."""
         total = trees.weighted_sum(made, scales)
-        if not isinstance(made, trees.Measured):
-            return total
-        assert isinstance(self.tail.form, Product)
-        return self.tail.form.finish(total)
+        if isinstance(made, trees.Measured):
+            assert isinstance(self.tail.form, Product)
+            total = self.tail.form.finish(total)
+        return self.tail.finish(total)
 
     def _operands(self, l2_clip_norm: ClipNorm) -> tuple[Array, Array] | None:
         """Operands of the matrix product that this gradient is, where a kernel makes it."""

@@ -16,11 +16,13 @@ class Tail:
     Attributes:
       cut: which outputs of the head it needs.
       make: those outputs, in the same order -> the gradient of one example, not yet widened to
-        the parameter's dtype where a narrower one holds the same numbers.
+        the parameter's dtype where a narrower one holds the same numbers, nor to its shape where
+        all beyond is zero.
       made: shape and dtype of what is made; of the rows where the form is `Rows`.
       kept: whether the head makes the gradient itself.
       repeatable: whether making it twice gives the same bits on every device.
       form: what more is known of it, as functions of the same values.
+      finish: a sum of such gradients, float32 -> the same in the parameter's shape.
       recomputes: whether it makes anew what the forward pass has made.
     """
 
@@ -30,6 +32,7 @@ class Tail:
     kept: bool
     repeatable: bool
     form: Rows | Product | None
+    finish: Callable[[Array], Array]
     recomputes: bool = False
 
     @property

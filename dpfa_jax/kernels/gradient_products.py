@@ -13,14 +13,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32
 
 from dpfa_jax.clipping import trees
-from dpfa_jax.core import ArgumentError, UnsupportedBackendError
-from dpfa_jax.kernels import manual_axes
+from dpfa_jax.core import ArgumentError
+from dpfa_jax.kernels import implementations, manual_axes
 from dpfa_jax.kernels.mosaic_gpu import device
 
 if TYPE_CHECKING:
     from dpfa_jax.kernels.mosaic_gpu.gradient_products import ProductTiles
 
-IMPLEMENTATIONS = ("mosaic_gpu", "xla")
 # Partial sums are added in runs, level by level. With the kernel's rows of at most 192 numbers, up
 # to 128^3 of them err by less than (192 + 3 * 128) 2^-24, so the norm by less than 2^-15.
 _RUN = 128
@@ -145,19 +144,7 @@ def _uses_kernel(lhs: Array, rhs: Array, unit: float, implementation: str | None
         raise ArgumentError("rhs", rhs.dtype, f"lhs is {lhs.dtype}", "Pass operands of one dtype.")
     if not (math.isfinite(unit) and unit > 0):
         raise ArgumentError("unit", unit, "not a positive number", "Pass the clip norm, or 1.0.")
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ArgumentError(
-            "implementation",
-            implementation,
-            "no such implementation",
-            f"Pass None or one of {', '.join(IMPLEMENTATIONS)}.",
-        )
-    if implementation != "mosaic_gpu":
-        return implementation is None and chosen(lhs, rhs)
-    reason = cannot(lhs, rhs)
-    if reason is not None:
-        raise UnsupportedBackendError(f"{implementation}: {reason}")
-    return True
+    return implementations.uses_kernel(implementation, lambda: cannot(lhs, rhs))
 
 
 def _tile(batch: int, rows: int, columns: int) -> "ProductTiles":

@@ -12,14 +12,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Float32, Key, UInt32
 
-from dpfa_jax.core import ArgumentError, UnsupportedBackendError
-from dpfa_jax.kernels import manual_axes
+from dpfa_jax.kernels import implementations, manual_axes
 from dpfa_jax.kernels.mosaic_gpu import device
 from dpfa_jax.kernels.partitioning import by_elements
 from dpfa_jax.noise import counters, fields, keys
 from dpfa_jax.noise import grid as grids
 
-IMPLEMENTATIONS = ("mosaic_gpu", "xla")
 MOST = 2**31 - 2**16  # numbers that the kernel's int32 positions reach
 FEWEST = 2**14  # below, a launch costs what the pass does, and XLA can fuse it with others
 
@@ -56,18 +54,8 @@ def released_mean(
     UnsupportedBackendError with the reason where a forced implementation cannot.
     Source: Abadi et al. (2016), algorithm 1; Box and Muller (1958).
     """
-    if implementation not in (None, *IMPLEMENTATIONS):
-        raise ArgumentError(
-            "implementation",
-            implementation,
-            "no such implementation",
-            f"Pass None or one of {', '.join(IMPLEMENTATIONS)}.",
-        )
     total = jnp.asarray(total).astype(jnp.float32)
-    reason = None if implementation == "xla" else cannot(total)
-    if reason is not None and implementation is not None:
-        raise UnsupportedBackendError(f"{implementation}: {reason}")
-    if reason is not None or implementation == "xla":
+    if not implementations.uses_kernel(implementation, lambda: cannot(total)):
         return _by_xla(total, noise_key, leaf_index, stddev, grid, divisor)
     numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in (stddev, grid, divisor)])
     return _by_kernel(total, noise_key, jnp.uint32(leaf_index), numbers, leaf_keys)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.experimental.custom_partitioning import custom_partitioning
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from dpfa_jax.kernels import manual_axes
 
@@ -74,10 +74,7 @@ def by_elements(function: Function, rank: int, whole: int) -> Function:
     """
 
     def plan(mesh: Any, shape: tuple[int, ...], spec: PartitionSpec) -> _Plan:
-        axes = [
-            _dividing(mesh, size, spec[place] if place < len(spec) else None) or None
-            for place, size in enumerate(shape)
-        ]
+        axes = _cuts(mesh, shape, spec)
         own = (PartitionSpec(*axes), *(PartitionSpec(x) for x in axes))
         return _Plan(function, (*own, *(PartitionSpec(),) * whole), own[:1])
 
@@ -101,6 +98,26 @@ def by_elements(function: Function, rank: int, whole: int) -> Function:
     return call
 
 
+def by_rows(function: Function, rank: int) -> Function:
+    """`function` of one array of `rank` dimensions, to one like it, run on each of its pieces.
+
+    Right for any set of rows; a row, along the last axis, is whole on one device.
+    """
+
+    def plan(mesh: Any, shape: tuple[int, ...], spec: PartitionSpec) -> _Plan:
+        own = (PartitionSpec(*_cuts(mesh, shape[:-1], spec)),)
+        return _Plan(function, own, own)
+
+    def rule(mesh: Any, given: Any, wanted: Any) -> tuple[str, dict[str, Any]]:
+        del given, wanted
+        dims = [f"d{place}" for place in range(rank)]
+        own = " ".join(dims)
+        kept = dims if mesh.empty else dims[-1:]
+        return f"{own} -> {own}", {"need_replication_factors": tuple(kept)}
+
+    return _on_pieces(function, plan, rule)
+
+
 class _Plan(NamedTuple):
     """What runs on the pieces, and how operands and results are cut."""
 
@@ -114,12 +131,13 @@ def _on_pieces(function: Function, plan: Callable[[Any, Any, Any], _Plan], rule:
 
     def partition(mesh: Any, given: Any, wanted: Any) -> tuple[Any, ...]:
         if not isinstance(given[0].sharding, NamedSharding):  # of no mesh: `rule` left all whole
-            return mesh, function, *(tuple(x.sharding for x in xs) for xs in (wanted, given))
+            whole = (tuple(x.sharding for x in xs) for xs in (wanted, given))
+            return mesh, _outside_meshes(function), *whole
         found = plan(mesh, given[0].shape, given[0].sharding.spec)
         own, theirs = (
             tuple(NamedSharding(mesh, x) for x in specs) for specs in (found.own, found.theirs)
         )
-        return mesh, found.function, theirs, own
+        return mesh, _outside_meshes(found.function), theirs, own
 
     def call(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         if jax.sharding.get_abstract_mesh().manual_axes:
@@ -143,6 +161,20 @@ def _on_pieces(function: Function, plan: Callable[[Any, Any, Any], _Plan], rule:
     return call
 
 
+def _outside_meshes(function: Function) -> Function:
+    """`function` of pieces, which lie on no mesh.
+
+    The partitioner asks while the caller's mesh is still set; explicit axes of that one would have
+    JAX constrain the pieces' sharding, in a program that is partitioned already.
+    """
+
+    def call(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+        with jax.sharding.use_abstract_mesh(AbstractMesh((), ())):
+            return function(*arrays)
+
+    return call
+
+
 def _split(
     mesh: Any, letters: str, shape: tuple[int, ...], spec: PartitionSpec, key_heads: int
 ) -> dict[str, _SplitAxes]:
@@ -153,6 +185,14 @@ def _split(
         size = shape[place] if size is None else size
         found[letter] = _dividing(mesh, size, spec[place] if place < len(spec) else None)
     return found
+
+
+def _cuts(mesh: Any, shape: tuple[int, ...], spec: PartitionSpec) -> list[_SplitAxes | None]:
+    """Mesh axes along each dimension of `shape`: those of `spec` that divide it evenly."""
+    return [
+        _dividing(mesh, size, spec[place] if place < len(spec) else None) or None
+        for place, size in enumerate(shape)
+    ]
 
 
 def _dividing(mesh: Any, size: int, named: Any) -> _SplitAxes:

@@ -342,6 +342,72 @@ def test_the_plan_bounds_the_memory_of_the_step():
     assert one_parameter < 4 * one
 
 
+def test_a_table_of_positions_costs_what_is_used_of_it():
+    """Where a slice of a parameter is used, an example's gradient is of that slice alone."""
+    width, rows, positions = 64, 16, 1024
+
+    def temporary_bytes(used: int) -> int:
+        def loss(params, batch):
+            return jnp.sum((batch["x"] + params["places"][:used]) ** 3, axis=(1, 2))
+
+        program = functools.partial(
+            clipped_sum,
+            loss,
+            l2_clip_norms=(1.0,),
+            leaf_groups=(0,),
+            micro_batch_size=rows,
+            per_example_bytes=2**30,
+        )
+        params = {"places": jnp.zeros((positions, width))}
+        batch = {"x": jax.ShapeDtypeStruct((rows, used, width), jnp.float32)}
+        real = jax.ShapeDtypeStruct((rows,), jnp.bool_)
+        compiled = jax.jit(program).lower(params, batch, real).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    table = 4 * positions * width
+    assert temporary_bytes(positions) >= rows * table  # the control: it would be seen
+    assert temporary_bytes(8) < 2 * table
+
+
+def test_a_cotangent_that_the_layer_below_reads_is_not_made_anew(monkeypatch):
+    """Queries, keys and values of one product: a tail reads what the head puts in order, once."""
+    width, heads = 16, 2
+
+    def loss(params, batch):
+        x = jnp.tanh(batch["x"] @ params["below"])
+        made = (x @ params["all"]).reshape(*x.shape[:2], 3, heads, width // heads)
+        query, key, value = jnp.moveaxis(made, 2, 0)
+        return jnp.sum(jnp.tanh(query * key) * value, axis=(1, 2, 3))
+
+    seen = {}
+    made = LateGradient.made
+
+    def noted(self, l2_clip_norm):
+        seen[self.path] = self.tail.recomputes, [x.shape for x in self.values]
+        return made(self, l2_clip_norm)
+
+    monkeypatch.setattr(LateGradient, "made", noted)
+    shape = jax.ShapeDtypeStruct
+    params = {
+        "below": shape((width, width), jnp.float32),
+        "all": shape((width, 3 * width), jnp.float32),
+    }
+    program = functools.partial(
+        clipped_sum,
+        loss,
+        l2_clip_norms=(1.0,),
+        leaf_groups=(0, 0),
+        micro_batch_size=4,
+        per_example_bytes=2**20,
+    )
+    batch = {"x": shape((4, 64, width), jnp.float32)}
+    text = str(jax.make_jaxpr(program)(params, batch, shape((4,), jnp.bool_)))
+    anew, shapes = seen["all"]
+    assert not anew
+    assert (4, 1, 64, 3 * width) in shapes
+    assert re.search(rf"f32\[4,1,64,{3 * width}\] = optimization_barrier", text)
+
+
 def test_a_plan_that_says_nothing_holds_no_more_than_it_must(monkeypatch):
     """All examples at once where their gradients need less than what they are made from."""
     width, rows = 64, 8

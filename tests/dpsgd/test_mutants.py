@@ -22,10 +22,7 @@ QUICK = (
     "no_clip",
     "nan_passes",
     "one_leaf_unnoised",
-    "noise_before_the_sum",
     "same_noise_in_every_step",
-    "unsnapped",
-    "true_batch_size",
 )
 CHECKS = [value for name, value in vars(cases).items() if name.startswith("check_")]
 

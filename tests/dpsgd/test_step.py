@@ -197,7 +197,7 @@ for clip in CLIPS:
     found = []
     for devices in DEVICES:
         key = insecure_test_key(0)
-        for kind in (AxisType.Explicit, AxisType.Auto):
+        for kind in (AxisType.Explicit, AxisType.Auto)[devices == 1:]:
             mesh = jax.make_mesh((devices,), ("data",), axis_types=(kind,))
             place = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
             plan = plan_of(l2_clip_norm=clip, micro_batch_size=8)
@@ -209,6 +209,8 @@ for clip in CLIPS:
             assert jax.typeof(out.params["w"]).sharding == jax.typeof(state.params["w"]).sharding
             again = jax.jit(dp.step)(out, *split, key)  # a state that a step gave, traced
             assert again.params["w"].sharding.is_fully_replicated
+        if devices == 1:
+            continue
         plan = plan_of(l2_clip_norm=clip, micro_batch_size=2)
         dp = dpsgd.make_dp_step(linear, _reader(), plan, axis_name="data")
         for check_vma in (True, False):

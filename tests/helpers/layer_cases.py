@@ -16,6 +16,7 @@ LAYERS = (
     "scan of checkpoint",
     "recurrent",
     "unused",
+    "positions",
 )
 
 
@@ -30,6 +31,8 @@ def params_for(name: str) -> dict:
         return bias | {"kernel": normal(WIDTH, WIDTH)}
     if name == "unused":
         return bias | {"kernel": normal(WIDTH, WIDTH), "nobody": normal(3)}
+    if name == "positions":  # of a table of 17, those of the tokens are used
+        return {"kernel": normal(WIDTH, WIDTH), "places": normal(17, WIDTH)}
     if name == "lora":
         return {"down": normal(WIDTH, 2), "up": normal(2, WIDTH)}
     if name == "convolution":
@@ -135,4 +138,5 @@ _FORWARD = {
     "checkpoint": _checkpoint,
     "scan of checkpoint": lambda params, x: _scan(params, x, layer=jax.checkpoint(_layer)),
     "recurrent": _recurrent,
+    "positions": lambda params, x: (x + params["places"][3 : 3 + TOKENS]) @ params["kernel"],
 }

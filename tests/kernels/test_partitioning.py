@@ -92,17 +92,18 @@ def check_bias(mesh, key_heads, shape):
     expected, = bias_gradient(*arrays)
     np.testing.assert_allclose(compiled(*split), expected, atol=1e-5, rtol=1e-5)
 
-def check_elements(mesh, place, is_ambient=False):
+def check_elements(mesh, place, is_ambient=False, is_automatic_inside=False):
     # The released mean of a leaf in pieces: the noise of its global elements, no gather.
     from dpfa_jax.kernels import parameter_noise
     from dpfa_jax.noise import counters, insecure_test_key
     key, shape = insecure_test_key(1), (8, 6, 4)
     kind = jax.random.key_impl(key)
     total = jnp.asarray(rng.standard_normal(shape), jnp.float32)
-    numbers = jnp.asarray([1.5, 2.0**-6, 8.0])
-    def mean(total):
-        words, leaf = jax.random.key_data(key), jnp.full(1, 3, jnp.uint32)
+    words = jax.random.key_data(key)
+    def mean(total, words):
+        leaf = jnp.full(1, 3, jnp.uint32)
         row = jnp.zeros(1, jnp.int32)
+        numbers = jnp.asarray([1.5, 2.0**-6, 8.0])
         whole = (counters.bind_parameter(words, leaf[0])[None], row, numbers, words, leaf)
         of_piece = functools.partial(parameter_noise.of_piece, shape, kind)
         return by_elements(of_piece, 3, len(whole))(total, *whole)[0]
@@ -111,10 +112,32 @@ def check_elements(mesh, place, is_ambient=False):
     split = jax.device_put(total, NamedSharding(mesh, place))
     if is_ambient:
         jax.set_mesh(mesh)
-    compiled = jax.jit(mean).lower(split).compile()
+    if is_automatic_inside:  # as in a DP-SGD step: the mesh that is set is not that of the types
+        mean = jax.sharding.auto_axes(mean, out_sharding=split.sharding)
+    compiled = jax.jit(mean).lower(split, words).compile()
     assert "all-gather" not in compiled.as_text(), place
-    found = compiled(split)
+    found = compiled(split, words)
     assert found.sharding.is_equivalent_to(split.sharding, 3), place
+    np.testing.assert_array_equal(found, expected)
+
+def check_rows(mesh, place, gathers, is_ambient=False, is_automatic_inside=False):
+    # Rows clipped where they lie; only the axis along a row is brought together.
+    from dpfa_jax.clipping.rows import clip_rows_stored
+    from dpfa_jax.kernels import row_clip
+    from dpfa_jax.kernels.partitioning import by_rows
+    x = jnp.asarray(rng.standard_normal((8, 6, 4, 4)), jnp.bfloat16)
+    expected = jax.jit(lambda x: clip_rows_stored(x, 1.0))(x)
+    split = jax.device_put(x, NamedSharding(mesh, place))
+    if is_ambient:
+        jax.set_mesh(mesh)
+    clip = lambda x: by_rows(functools.partial(row_clip.of_piece, 1.0), 4)(x)[0]
+    if is_automatic_inside:
+        clip = jax.sharding.auto_axes(clip, out_sharding=split.sharding)
+    compiled = jax.jit(clip).lower(split).compile()
+    text = compiled.as_text()
+    assert "all-reduce" not in text and ("all-gather" in text) == gathers, place
+    found = compiled(split)
+    assert gathers or found.sharding.is_equivalent_to(split.sharding, 4), place
     np.testing.assert_array_equal(found, expected)
 
 def mesh_of(kind, shape=(2, 4)):
@@ -126,6 +149,9 @@ if sys.argv[1] == "quick":
 else:
     for place in (P(), P("heads"), P("batch", None, "heads"), P(("batch", "heads"))):
         check_elements(auto, place)
+    for place in (P(), P("heads"), P("batch", None, "heads"), P(None, "batch", ("heads",))):
+        check_rows(auto, place, False)
+    check_rows(auto, P("batch", None, None, "heads"), True)
     for shape in ((1, 8, 6, 6), (4, 1, 6, 6), (1, 1, 1, 6), (4, 8, 6, 1)):
         check_bias(auto, 4, shape)
     check_bias(auto, 1, (1, 8, 6, 6))
@@ -136,6 +162,11 @@ else:
     check(auto, 2, False, False, True)  # four pieces of two key heads: brought together
     check(mesh_of(AxisType.Explicit), 1, False, True, False)
     check_elements(mesh_of(AxisType.Explicit), P(None, "batch", "heads"), True)
+    for place in (P(), P("heads"), P(None, "batch")):
+        check_elements(mesh_of(AxisType.Explicit), place, True, is_automatic_inside=True)
+    for is_inside in (False, True):
+        explicit = mesh_of(AxisType.Explicit)
+        check_rows(explicit, P("batch", None, "heads"), False, True, is_inside)
     from dpfa_jax.kernels.pieces import fold_vmap
     # Under vmap, and on one device.
     x = jnp.asarray(rng.standard_normal((3, 2, 4, 6, 2, 8)), jnp.float32)

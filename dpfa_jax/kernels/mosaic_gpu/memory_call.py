@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from dpfa_jax.clipping.rows import clip_rows_stored
 from dpfa_jax.core import ArgumentError
 from dpfa_jax.kernels.base import AttentionInputs, AttentionOutputs, AttentionSpec, MemoryReadout
 from dpfa_jax.kernels.mosaic_gpu.memory import MemoryArrays, MemoryResults, memory_forward
 from dpfa_jax.kernels.mosaic_gpu.memory_numbers import Numbers, memory_numbers
 from dpfa_jax.kernels.mosaic_gpu.tiles import ForwardTiles
 from dpfa_jax.kernels.pieces import over_pieces
+from dpfa_jax.kernels.row_clip import clip_rows_stored
 from dpfa_jax.noise import check_attention_ranges
 
 MAX_HEAD_SIZE = 128

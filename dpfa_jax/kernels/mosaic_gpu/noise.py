@@ -9,6 +9,7 @@ import numpy as np
 from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 
+from dpfa_jax.clipping.float_rows import norm_limit, unit_scale
 from dpfa_jax.noise.grid import snap
 from dpfa_jax.noise.normals import normal_pair
 from dpfa_jax.noise.threefry import threefry2x32
@@ -23,30 +24,27 @@ _PAIRS = plgpu.Layout.TILED(
 )
 
 
-# What float32 may lose in the norm of a row of 256 numbers: sum, products and approximate root.
-_NORM_MARGIN = 1.0 - 2.0**-18
-
-
 def clip_rows(x: jax.Array, l2_clip_norm: float) -> jax.Array:
     """Rows (R, C) in float32 of norm <= l2_clip_norm; a row that is not finite becomes zero.
 
-    A row is scaled by the power of two of its largest entry first, which is exact, so that its
-    square is 1 or more and overflows for no finite row. Nothing subnormal is formed that is then
-    used: the two factors of a clipped row are applied one after the other.
+    A row is scaled by the power of two of its largest entry first, so that its square is 1 or more
+    and overflows for no finite row. Nothing subnormal is formed that is then used: the two factors
+    of a clipped row are applied one after the other.
     """
-    bits = lax.bitcast_convert_type(jnp.abs(x).max(axis=1), jnp.int32)
-    exponent = jnp.minimum(jnp.maximum(bits >> 23, 1), 253)
-    scale = lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)
-    scaled = x * lax.broadcast_in_dim(scale, x.shape, [0])
+
+    def along_rows(row: jax.Array) -> jax.Array:
+        return lax.broadcast_in_dim(row, x.shape, [0])
+
+    scale = unit_scale(jnp.abs(x).max(axis=1))
+    scaled = x * along_rows(scale)
     square = (scaled * scaled).sum(axis=1)
     # Length that the scaled row may have, over the one that it has. Rows of zeros: infinite.
-    ratio = (l2_clip_norm * _NORM_MARGIN) * lax.rsqrt(square)
+    limit = norm_limit(l2_clip_norm, x.shape[1], is_approximate=True)
+    ratio = limit * lax.rsqrt(square)
     keeps = ratio * scale >= 1.0
-    factors = (jnp.where(keeps, 1.0, scale), jnp.where(keeps, 1.0, ratio))
-    first, second = (lax.broadcast_in_dim(factor, x.shape, [0]) for factor in factors)
+    first, second = (along_rows(jnp.where(keeps, 1.0, factor)) for factor in (scale, ratio))
     # NaN and infinity make `square` NaN or infinite. A select, not a product: 0 * NaN is NaN.
-    is_finite = jnp.where(square < jnp.inf, 1.0, 0.0)
-    is_finite = lax.broadcast_in_dim(is_finite, x.shape, [0])
+    is_finite = along_rows(jnp.where(square < jnp.inf, 1.0, 0.0))
     return jnp.where(is_finite > 0.0, x * first * second, 0.0)
 
 

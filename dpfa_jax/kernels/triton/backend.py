@@ -8,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dpfa_jax.clipping.rows import clip_rows_stored
 from dpfa_jax.core import ArgumentError
 from dpfa_jax.kernels import epilogue
 from dpfa_jax.kernels.base import (
@@ -21,6 +20,7 @@ from dpfa_jax.kernels.base import (
     SoftmaxRows,
 )
 from dpfa_jax.kernels.pieces import varying_as
+from dpfa_jax.kernels.row_clip import clip_rows_stored
 from dpfa_jax.kernels.triton import calls, tile_choice, tiles
 from dpfa_jax.kernels.triton.backward import BackwardArrays
 from dpfa_jax.kernels.triton.forward import NoiseArrays

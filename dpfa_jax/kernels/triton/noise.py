@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from dpfa_jax.clipping.float_rows import norm_limit, unit_scale
 from dpfa_jax.noise.counters import BATCH_BITS, HEAD_BITS, ROW_BITS, attention_counter
 from dpfa_jax.noise.grid import snap
 from dpfa_jax.noise.normals import normal_pair
@@ -13,16 +14,12 @@ from dpfa_jax.noise.threefry import threefry2x32
 def clip_rows(x: jax.Array, l2_clip_norm: float) -> jax.Array:
     """Rows of norm <= l2_clip_norm; a row that holds NaN or an infinity becomes zero.
 
-    `clipping.rows.clip_rows` with 16 units more room, for the GPU's quotient and root.
+    `clipping.rows.clip_rows` with more room, for the GPU's quotient and root.
     """
-    limit = l2_clip_norm * (1.0 - (x.shape[1] + 32) * 2.0**-24)
+    limit = norm_limit(l2_clip_norm, x.shape[1], is_approximate=True)
     is_odd = jnp.max(jnp.where(jnp.abs(x) < jnp.inf, 0.0, 1.0), axis=1) > 0.0
     x = jnp.where(is_odd[:, None], 0.0, x)
-    largest = jnp.max(jnp.abs(x), axis=1)
-    bits = lax.bitcast_convert_type(largest, jnp.int32)
-    exponent = jnp.minimum(jnp.maximum(bits >> 23, 1), 253)
-    # A power of two that brings the largest entry near 1: squares neither overflow nor vanish.
-    scale = lax.bitcast_convert_type((254 - exponent) << 23, jnp.float32)
+    scale = unit_scale(jnp.max(jnp.abs(x), axis=1))
     scaled = x * scale[:, None]
     squares = jnp.sum(scaled * scaled, axis=1)
     length = jnp.sqrt(jnp.where(squares > 0.0, squares, 1.0))

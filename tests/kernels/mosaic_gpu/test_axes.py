@@ -12,7 +12,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dpfa_jax.attention import core
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, MemoryReadout, NoiseInputs, Plain
-from dpfa_jax.kernels.mosaic_gpu import axes, backend
+from dpfa_jax.kernels.mosaic_gpu import axes, backend, row_clip
 
 READOUT = MemoryReadout("sum", 1.0, 1.0, 1.0, 1.0, (1.0,) * 2, (2.0**-4,) * 2)
 CALLS = {
@@ -21,11 +21,12 @@ CALLS = {
     "wide backward": (256, Plain(), True),
     "memory": (64, READOUT, True),
 }
+ROWS = "row clip"
 
 
 def asks_the_mesh(case, names):
     """Whether a kernel inside shard_map asks for its device; `names`: of the mesh's axes."""
-    size, readout, deterministic = CALLS[case]
+    size, readout, deterministic = CALLS.get(case, (64, Plain(), True))
     spec = AttentionSpec(0.1, readout=readout, deterministic=deterministic)
     mesh = Mesh(np.asarray(jax.devices()[:1]).reshape(1, 1), names)
     arrays = [jax.ShapeDtypeStruct((2, 200, 2, size), jnp.bfloat16)] * 3
@@ -39,7 +40,10 @@ def asks_the_mesh(case, names):
     def gradients(*arrays):
         return jax.grad(lambda *x: call(*x).astype(jnp.float32).sum(), (0, 1, 2))(*arrays)
 
-    run = call if readout == READOUT else gradients
+    def clip(query, key, value):
+        return row_clip.clip_rows_stored(query.reshape(-1, size), 1.0).reshape(query.shape)
+
+    run = clip if case == ROWS else call if readout == READOUT else gradients
     place = PartitionSpec(names[0])
     sharded = jax.shard_map(run, mesh=mesh, in_specs=place, out_specs=place)
     text = jax.jit(sharded).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
@@ -61,6 +65,8 @@ def test_a_mesh_axis_of_any_name_changes_no_kernel(case, names):
 def test_mesh_axes_called_batch_and_heads():
     """The names that users take, and as a negative control the kernel's own."""
     assert not asks_the_mesh("memory", NAMES[0])
+    assert not asks_the_mesh(ROWS, NAMES[0])
+    assert asks_the_mesh(ROWS, (axes.BLOCKS, "x"))
     assert asks_the_mesh("memory", (axes.PROGRAM, "x"))
 
 

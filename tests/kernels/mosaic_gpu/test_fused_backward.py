@@ -76,7 +76,8 @@ def lower(function, *arguments):
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
-@pytest.mark.parametrize("head_size", [pytest.param(64, marks=pytest.mark.slow), 128])
+@pytest.mark.slow
+@pytest.mark.parametrize("head_size", [64, 128])
 def test_deterministic_is_two_kernels(head_size):
     """V6: the fused kernel serves where any order of additions is allowed, and only there."""
     inputs = shapes(head_size=head_size)
