@@ -67,7 +67,7 @@ def test_mesh_axes_called_batch_and_heads():
     assert not asks_the_mesh("memory", NAMES[0])
     assert not asks_the_mesh(ROWS, NAMES[0])
     assert asks_the_mesh(ROWS, (axes.BLOCKS, "x"))
-    assert asks_the_mesh("memory", (axes.BATCH, "x"))
+    assert asks_the_mesh("memory", (axes.PROGRAM, "x"))
 
 
 def test_every_grid_axis_has_a_name_of_its_own_kind():
