@@ -24,6 +24,7 @@ from dpfa_jax.dpsgd.deferral import defer
 from dpfa_jax.dpsgd.late_gradients import (
     ClipNorm,
     LateGradient,
+    after,
     largest_divisor,
     late_gradients,
     source_bytes,
@@ -96,19 +97,25 @@ def clipped_sum(
     if _made_once(split.tails[1:], leaf_groups, micro_batch_size, allowed):
         split = split_with(recompute=True)
 
+    # As the backward pass gets to them, one after the other: else XLA may make all products first.
+    ready = [max(split.tails[1 + i].ready for i in members) for _, members in groups]
+    order = sorted(range(len(groups)), key=ready.__getitem__)
+
     def sum_of(examples: PyTree, real: Bool[Array, " micro"]) -> list[Float32[Array, "..."]]:
         losses, gradients = late_gradients(split, leaves, examples, real.shape[0], paths)
         left = _check_memory(gradients, real.shape[0], allowed)
         counts = real & jnp.isfinite(losses)
         sums: dict[int, Array] = {}
-        unclipped = []
-        for l2_clip_norm, members in groups:
-            parts = [gradients[i] for i in members]
+        unclipped: dict[int, Array] = {}
+        before: list[Array] = []
+        for group in order:
+            l2_clip_norm, members = groups[group]
+            parts = after(before, [gradients[i] for i in members])
             memory = max(left, source_bytes(parts)) if per_example_bytes is None else left
-            *found, count = _clipped_group(parts, counts, l2_clip_norm, memory)
-            sums.update(zip(members, found, strict=True))
-            unclipped.append(count)
-        return [*(sums[i] for i in range(len(leaves))), jnp.stack(unclipped)]
+            *before, unclipped[group] = _clipped_group(parts, counts, l2_clip_norm, memory)
+            sums.update(zip(members, before, strict=True))
+        ordered = [unclipped[group] for group in range(len(groups))]
+        return [*(sums[i] for i in range(len(leaves))), jnp.stack(ordered)]
 
     def result(sums: list[Array]) -> ClippedSum:
         return ClippedSum(jax.tree.unflatten(structure, sums[:-1]), sums[-1])

@@ -100,7 +100,9 @@ def defer(program: jex.ClosedJaxpr, varies: Sequence[bool], *, recompute: bool =
     def head(*inputs: Array) -> list[Array]:
         return scope.values(inputs, list(cut))
 
-    tails = tuple(_tail(*each, cut) for each in zip(outs, deferred, finishes, strict=True))
+    at = {out: place for place, eqn in enumerate(jaxpr.eqns) for out in eqn.outvars}
+    ready = [max((at.get(var, 0) for var in item.cut), default=0) for item in deferred]
+    tails = tuple(_tail(*each, cut) for each in zip(outs, deferred, finishes, ready, strict=True))
     return Split(head, tuple(scope.varies(var) for var in cut), tails)
 
 
@@ -402,6 +404,7 @@ def _tail(
     out: jex.Var | jex.Literal,
     item: _Deferred,
     finish: Callable[[Array], Array],
+    ready: int,
     order: dict[jex.Var, int],
 ) -> Tail:
     def of_values(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -418,7 +421,7 @@ def _tail(
     places = tuple(order[var] for var in item.cut)
     kept = item.cut == (out,)
     repeatable = (item.repeatable or isinstance(form, Rows)) and not item.recomputes
-    return Tail(places, make, made, kept, repeatable, form, finish, item.recomputes)
+    return Tail(places, make, made, kept, repeatable, form, finish, ready, item.recomputes)
 
 
 def _after_the_loss(jaxpr: jex.Jaxpr) -> list[jex.JaxprEqn]:

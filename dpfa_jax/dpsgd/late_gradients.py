@@ -114,6 +114,13 @@ def late_gradients(
     return loss, found
 
 
+def after(first: list[Array], parts: list[LateGradient]) -> list[LateGradient]:
+    """`parts`, none of which is made before all of `first` is there."""
+    values = [part.values for part in parts]
+    _, values = jax.lax.optimization_barrier((first, values))
+    return [dataclasses.replace(part, values=own) for part, own in zip(parts, values, strict=True)]
+
+
 def source_bytes(parts: list[LateGradient]) -> int:
     """Memory of what the gradients not made yet are made from, for all examples."""
     late = [part for part in parts if not part.tail.kept]

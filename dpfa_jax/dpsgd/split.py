@@ -23,6 +23,7 @@ class Tail:
       repeatable: whether making it twice gives the same bits on every device.
       form: what more is known of it, as functions of the same values.
       finish: a sum of such gradients, float32 -> the same in the parameter's shape.
+      ready: how far the head has come when all of the cut is there.
       recomputes: whether it makes anew what the forward pass has made.
     """
 
@@ -33,6 +34,7 @@ class Tail:
     repeatable: bool
     form: Rows | Product | None
     finish: Callable[[Array], Array]
+    ready: int
     recomputes: bool = False
 
     @property
