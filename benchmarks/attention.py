@@ -306,13 +306,13 @@ def run(arguments: argparse.Namespace) -> None:
                     found["torch_sdpa"] = measure_torch(
                         shape, mask == "causal", direction == "forward_backward", arguments.seconds
                     )
-                for name, result in found.items():
-                    if result is None:
+                for name, figures in found.items():
+                    if figures is None:
                         continue
                     row = {"B": batch, "T": length, "S": length, "H": heads, "K": kv_heads,
                            "D": size, "mask": mask, "direction": direction,
-                           "implementation": name, "milliseconds": round(result[0], 4),
-                           "spread": round(result[1], 4), "peak_bytes": result[2]}  # fmt: skip
+                           "implementation": name, "milliseconds": round(figures[0], 4),
+                           "spread": round(figures[1], 4), "peak_bytes": figures[2]}  # fmt: skip
                     rows.append(row)
                 times = {n: round(r[0], 3) for n, r in found.items() if r is not None}
                 print(f"{shape} {mask:6} {direction:16} {times}", flush=True)

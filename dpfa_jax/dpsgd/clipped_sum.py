@@ -110,10 +110,12 @@ def clipped_sum(
         before: list[Array] = []
         for group in order:
             l2_clip_norm, members = groups[group]
-            parts = after(before, [gradients[i] for i in members])
+            parts = [gradients[i] for i in members]
             memory = max(left, source_bytes(parts)) if per_example_bytes is None else left
-            *before, unclipped[group] = _clipped_group(parts, counts, l2_clip_norm, memory)
-            sums.update(zip(members, before, strict=True))
+            late = after(before, parts)
+            *found, unclipped[group] = _clipped_group(late, counts, l2_clip_norm, memory)
+            sums.update(zip(members, found, strict=True))
+            before = found if any(part.values for part in parts) else before
         ordered = [unclipped[group] for group in range(len(groups))]
         return [*(sums[i] for i in range(len(leaves))), jnp.stack(ordered)]
 
@@ -154,12 +156,13 @@ def _clipped_group(
         most = memory // together if together else counts.shape[0]
         return _added(clipped, parts, counts, most)
     _check_repeatable(parts, together, memory)
-    norms = [_measured(part, l2_clip_norm, memory // part.tail.example_bytes) for part in parts]
+    sizes = [memory // max(1, part.tail.example_bytes) for part in parts]  # of no numbers: any
+    norms = [_measured(part, l2_clip_norm, n) for part, n in zip(parts, sizes, strict=True)]
     scales = trees.clip_scales(norms, counts)
     weighted = functools.partial(_weighted, l2_clip_norm=l2_clip_norm)
     sums: list[Array] = []
-    for part in parts:
-        sums += _added(weighted, [part], scales, memory // part.tail.example_bytes)[:-1]
+    for part, n in zip(parts, sizes, strict=True):
+        sums += _added(weighted, [part], scales, n)[:-1]
     return [*sums, trees.centred_count(scales)]
 
 

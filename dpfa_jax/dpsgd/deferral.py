@@ -19,12 +19,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core as jex
 from jaxtyping import Array
 
 from dpfa_jax.clipping import trees
 from dpfa_jax.dpsgd.equations import (
+    after_first_output,
     apply,
     apply_to,
     bytes_of,
@@ -35,7 +35,8 @@ from dpfa_jax.dpsgd.equations import (
     value_of,
     varying_vars,
 )
-from dpfa_jax.dpsgd.forms import Product, Rows, form_of, is_zeros, stacked
+from dpfa_jax.dpsgd.forms import Product, Rows, form_of, stacked, with_rows
+from dpfa_jax.dpsgd.narrowing import narrowed
 from dpfa_jax.dpsgd.split import Split, Tail
 
 # A gradient stays in the head where its cut would be this many times larger than itself: biases,
@@ -90,7 +91,7 @@ def defer(program: jex.ClosedJaxpr, varies: Sequence[bool], *, recompute: bool =
     """
     jaxpr = inlined(program.jaxpr)
     scope = _Scope(jaxpr, program.consts, varies, has_loss=True, recompute=recompute)
-    outs, finishes = zip(*(_narrowed(scope, out) for out in jaxpr.outvars), strict=True)
+    outs, finishes = zip(*(narrowed(scope.maker, out) for out in jaxpr.outvars), strict=True)
     deferred = [scope.cheapest(out, product_allowed=True) for out in outs]
     cut: dict[jex.Var, int] = {}
     for item in deferred:
@@ -100,7 +101,7 @@ def defer(program: jex.ClosedJaxpr, varies: Sequence[bool], *, recompute: bool =
     def head(*inputs: Array) -> list[Array]:
         return scope.values(inputs, list(cut))
 
-    at = {out: place for place, eqn in enumerate(jaxpr.eqns) for out in eqn.outvars}
+    at = {out: place for place, eqn in enumerate(jaxpr.eqns) for out in scope.made_by(eqn)}
     ready = [max((at.get(var, 0) for var in item.cut), default=0) for item in deferred]
     tails = tuple(_tail(*each, cut) for each in zip(outs, deferred, finishes, ready, strict=True))
     return Split(head, tuple(scope.varies(var) for var in cut), tails)
@@ -142,7 +143,7 @@ class _Scope:
         recompute: bool = False,
     ) -> None:
         self.jaxpr, self.consts, self._recompute = jaxpr, consts, recompute
-        after = _after_the_loss(jaxpr) if has_loss else []
+        after = after_first_output(jaxpr) if has_loss else []
         self._backward = {x for eqn in after for x in eqn.invars if isinstance(x, jex.Var)}
         self._cotangents = {out for eqn in after for out in eqn.outvars}
         self.maker = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
@@ -243,7 +244,7 @@ class _Scope:
             added = base.at[chosen].get(mode="fill", fill_value=0) + found.values[0]
             # Read before it is written over, so that no copy of the table is needed.
             rows, base = jax.lax.optimization_barrier((added.astype(base.dtype), base))
-            return _with_rows(base, chosen, rows)
+            return with_rows(base, chosen, rows)
 
         return make
 
@@ -289,31 +290,29 @@ class _Scope:
         """`wanted` at `inputs`; loops and blocks also return what was cut inside them."""
         env = dict(zip(self.jaxpr.constvars, self.consts, strict=True))
         env.update(zip(self.jaxpr.invars, inputs, strict=True))
+        shared = self._cotangents & {atom for atom in wanted if isinstance(atom, jex.Var)}
         for eqn in self._needed(wanted):
             body = self._bodies.get(id(eqn))
             if body is not None and body.emitted:
                 env.update(body.run([value_of(env, atom) for atom in eqn.invars]))
             else:
-                env.update(zip(eqn.outvars, self._made(eqn, env, wanted), strict=True))
+                made = apply(eqn, env)
+                # A cotangent in a new order, which a tail reads as well: written once, for both.
+                if eqn.primitive.name in _ORDERS and not shared.isdisjoint(eqn.outvars):
+                    made = jax.lax.optimization_barrier(made)
+                env.update(zip(eqn.outvars, made, strict=True))
         return [value_of(env, atom) for atom in wanted]
 
-    def _made(
-        self, eqn: jex.JaxprEqn, env: dict[jex.Var, Array], wanted: Sequence[jex.Var | jex.Literal]
-    ) -> list[Array]:
-        made = apply(eqn, env)
-        # A cotangent in a new order, which a tail is to read as well: written once, for both.
-        once = eqn.primitive.name in _ORDERS and not self._cotangents.isdisjoint(eqn.outvars)
-        if once and not set(wanted).isdisjoint(eqn.outvars):
-            return jax.lax.optimization_barrier(made)
-        return made
+    def made_by(self, eqn: jex.JaxprEqn) -> list[jex.Var]:
+        """Its outputs, and what it returns beside them of what was cut inside."""
+        body = self._bodies.get(id(eqn))
+        return [*eqn.outvars, *(body.emitted.values() if body is not None else ())]
 
     def _needed(self, wanted: Sequence[jex.Var | jex.Literal]) -> list[jex.JaxprEqn]:
         used = {atom for atom in wanted if isinstance(atom, jex.Var)}
         needed = []
         for eqn in reversed(self.jaxpr.eqns):
-            body = self._bodies.get(id(eqn))
-            outs = [*eqn.outvars, *(body.emitted.values() if body is not None else ())]
-            if eqn.effects or not used.isdisjoint(outs):
+            if eqn.effects or not used.isdisjoint(self.made_by(eqn)):
                 needed.append(eqn)
                 used.update(atom for atom in eqn.invars if isinstance(atom, jex.Var))
         return needed[::-1]
@@ -377,29 +376,6 @@ class _Body:
         return dict(zip(names, [*carry, *stacked], strict=True))
 
 
-def _narrowed(
-    scope: _Scope, atom: jex.Var | jex.Literal
-) -> tuple[jex.Var | jex.Literal, Callable[[Array], Array]]:
-    """What `atom` was before casts that lost nothing and zeros around it (a table of positions of
-    which a part is used), so that its memory is that of fewer numbers; and what brings the zeros
-    back to a sum in float32."""
-    eqn = scope.maker.get(atom) if isinstance(atom, jex.Var) else None
-    name = "" if eqn is None else eqn.primitive.name
-    if eqn is not None and name == "convert_element_type":
-        narrow, wide = dtype_of(eqn.invars[0]), eqn.params["new_dtype"]
-        floats = jnp.issubdtype(narrow, jnp.floating) and jnp.issubdtype(wide, jnp.floating)
-        if floats and jnp.promote_types(narrow, wide) == wide:
-            return _narrowed(scope, eqn.invars[0])
-    if eqn is not None and name == "pad" and is_zeros(scope.maker, eqn.invars[1]):
-        inner, finish = _narrowed(scope, eqn.invars[0])
-        sides = eqn.params["padding_config"]
-        crops = any(low < 0 or high < 0 for low, high, _ in sides)
-        is_table = isinstance(scope.cheapest(inner, product_allowed=True).form, Rows)
-        if not crops and not is_table:
-            return inner, lambda total: jax.lax.pad(finish(total), jnp.float32(0), sides)
-    return atom, lambda total: total
-
-
 def _tail(
     out: jex.Var | jex.Literal,
     item: _Deferred,
@@ -414,7 +390,7 @@ def _tail(
     shapes = [jax.ShapeDtypeStruct(shape_of(var), dtype_of(var)) for var in item.cut]
     made = jax.eval_shape(make, *shapes)
     if isinstance(form, Rows):
-        form = Rows(of_values(form.entries))
+        form = Rows(of_values(form.entries), form.size)
         made = jax.eval_shape(form.entries, *shapes)[1]
     if isinstance(form, Product):
         form = Product(of_values(form.operands), form.finish)
@@ -422,16 +398,3 @@ def _tail(
     kept = item.cut == (out,)
     repeatable = (item.repeatable or isinstance(form, Rows)) and not item.recomputes
     return Tail(places, make, made, kept, repeatable, form, finish, ready, item.recomputes)
-
-
-def _after_the_loss(jaxpr: jex.Jaxpr) -> list[jex.JaxprEqn]:
-    """The backward pass: what comes after the first output is made."""
-    names = [jaxpr.outvars[0] in eqn.outvars for eqn in jaxpr.eqns]
-    return jaxpr.eqns[names.index(True) + 1 :] if True in names else []
-
-
-def _with_rows(table: Array, places: Array, rows: Array) -> Array:
-    """`table` with these rows. As bits: a GPU scatters 16-bit floats by way of float32 tables."""
-    unsigned = jnp.dtype(f"uint{8 * table.dtype.itemsize}")
-    bits, new = (jax.lax.bitcast_convert_type(x, unsigned) for x in (table, rows))
-    return jax.lax.bitcast_convert_type(bits.at[places].set(new, mode="drop"), table.dtype)

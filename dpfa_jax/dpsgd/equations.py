@@ -21,6 +21,12 @@ def apply(eqn: jex.JaxprEqn, env: dict[jex.Var, Array]) -> list[Array]:
     return jex.jaxpr_as_fun(jex.ClosedJaxpr(program, ()))(*[env[var] for var in used])
 
 
+def after_first_output(jaxpr: jex.Jaxpr) -> list[jex.JaxprEqn]:
+    """What comes after the equation that makes the first output: behind a loss, its gradient."""
+    makes = [jaxpr.outvars[0] in eqn.outvars for eqn in jaxpr.eqns]
+    return jaxpr.eqns[makes.index(True) + 1 :] if True in makes else []
+
+
 def apply_to(eqn: jex.JaxprEqn, values: list[Array]) -> Array:
     """The one output of an equation at these inputs."""
     inputs = zip(eqn.invars, values, strict=True)

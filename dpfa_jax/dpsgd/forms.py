@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 from jaxtyping import Array
@@ -19,9 +20,11 @@ class Rows:
 
     Attributes:
       entries: values of the cut -> (row numbers (entries,), rows (entries, ...)).
+      size: rows of the table.
     """
 
     entries: Callable[..., tuple[Array, Array]]
+    size: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,7 +136,18 @@ def _rows(eqn: jex.JaxprEqn, parts: Sequence[Part], makers: Makers) -> Rows | No
         places, values = parts[1].make(env), parts[2].make(env)
         return places.reshape(-1), values.reshape(-1, *table[1:])
 
-    return Rows(entries)
+    return Rows(entries, table[0])
+
+
+def with_rows(table: Array, places: Array, rows: Array) -> Array:
+    """`table` with these rows. As bits: a GPU scatters 16-bit floats by way of float32 tables."""
+    unsigned = jnp.dtype(f"uint{8 * table.dtype.itemsize}")
+    bits, new = (jax.lax.bitcast_convert_type(x, unsigned) for x in (table, rows))
+    return jax.lax.bitcast_convert_type(bits.at[places].set(new, mode="drop"), table.dtype)
+
+
+# In `shard_map` constants are marked as varying over the mesh.
+_KEEP_ZERO = {"broadcast_in_dim", "pcast", "pvary"}
 
 
 def is_zeros(makers: Makers, atom: jex.Var | jex.Literal) -> bool:
@@ -141,8 +155,4 @@ def is_zeros(makers: Makers, atom: jex.Var | jex.Literal) -> bool:
     if isinstance(atom, jex.Literal):
         return bool(np.all(np.asarray(atom.val) == 0))
     eqn = makers.get(atom)
-    return (
-        eqn is not None
-        and eqn.primitive.name == "broadcast_in_dim"
-        and is_zeros(makers, eqn.invars[0])
-    )
+    return eqn is not None and eqn.primitive.name in _KEEP_ZERO and is_zeros(makers, eqn.invars[0])

@@ -38,7 +38,8 @@ class LateGradient:
         """The mapped values in pieces of equal size, `most` examples or fewer each."""
         size = largest_divisor(self.rows, most)
         held = zip(self.values, self.mapped, strict=True)
-        return [value.reshape(-1, size, *value.shape[1:]) for value, mapped in held if mapped]
+        shape = self.rows // size, size
+        return [value.reshape(*shape, *value.shape[1:]) for value, mapped in held if mapped]
 
     def holding(self, values: list[Array], rows: int) -> "LateGradient":
         """The same for other examples: one piece of `chunks`."""
@@ -59,8 +60,7 @@ class LateGradient:
         if not isinstance(self.tail.form, Rows):
             return jax.lax.optimization_barrier(self._mapped(self.tail.make))
         places, rows = self._mapped(self.tail.form.entries)
-        size = self.parameter.shape[0]
-        places, values, _ = trees.table_rows(places, rows, size)
+        places, values, size = trees.table_rows(places, rows, self.tail.form.size)
         return trees.TableRows(places, jax.lax.optimization_barrier(values), size)
 
     def summed(
@@ -115,10 +115,20 @@ def late_gradients(
 
 
 def after(first: list[Array], parts: list[LateGradient]) -> list[LateGradient]:
-    """`parts`, none of which is made before all of `first` is there."""
-    values = [part.values for part in parts]
-    _, values = jax.lax.optimization_barrier((first, values))
-    return [dataclasses.replace(part, values=own) for part, own in zip(parts, values, strict=True)]
+    """`parts`, none of which is made before all of `first` is there.
+
+    What several are made from stays one array. Where `first` is empty nothing is changed: a barrier
+    would have all that `parts` are made from wait for the last of it.
+    """
+    if not first:
+        return parts
+    held = [*{id(value): value for part in parts for value in part.values}.items()]
+    _, late = jax.lax.optimization_barrier((first, [value for _, value in held]))
+    known = dict(zip((name for name, _ in held), late, strict=True))
+    return [
+        dataclasses.replace(part, values=tuple(known[id(value)] for value in part.values))
+        for part in parts
+    ]
 
 
 def source_bytes(parts: list[LateGradient]) -> int:

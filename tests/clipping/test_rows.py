@@ -164,7 +164,7 @@ def test_integers_are_no_storage_type():
         clip_rows_stored(jnp.ones((2, 3), jnp.int32), 1.0)
 
 
-@pytest.mark.parametrize("direction", ["forward", "reverse"])
+@pytest.mark.parametrize("direction", [pytest.param("forward", marks=pytest.mark.slow), "reverse"])
 def test_derivative_at_every_magnitude(direction):
     """V8: against the closed form in float64, from subnormal rows to the largest."""
     rng = np.random.default_rng(5)

@@ -17,6 +17,7 @@ LAYERS = (
     "recurrent",
     "unused",
     "positions",
+    "part of a table",
 )
 
 
@@ -33,6 +34,8 @@ def params_for(name: str) -> dict:
         return bias | {"kernel": normal(WIDTH, WIDTH), "nobody": normal(3)}
     if name == "positions":  # of a table of 17, those of the tokens are used
         return {"kernel": normal(WIDTH, WIDTH), "places": normal(17, WIDTH)}
+    if name == "part of a table":
+        return {"kernel": normal(WIDTH, WIDTH), "table": normal(VOCABULARY + 4, WIDTH)}
     if name == "lora":
         return {"down": normal(WIDTH, 2), "up": normal(2, WIDTH)}
     if name == "convolution":
@@ -52,7 +55,7 @@ def params_for(name: str) -> dict:
 
 def batch_for(name: str) -> dict:
     rng = np.random.default_rng(3)
-    if name in ("transformer", "tied"):
+    if name in ("transformer", "tied", "part of a table"):
         return {"tokens": rng.integers(0, VOCABULARY, (BATCH, TOKENS))}
     if name == "convolution":
         return {"x": rng.standard_normal((BATCH, 1, 9, 9)).astype(np.float32)}
@@ -66,7 +69,8 @@ def loss_for(name: str, dtype):
         params = jax.tree.map(lambda p: p.astype(dtype), params)
         if name in ("transformer", "tied"):
             return _language_model(params, batch["tokens"], dtype)
-        out = _FORWARD[name](params, batch["x"].astype(dtype))
+        given = batch["tokens"] if "tokens" in batch else batch["x"].astype(dtype)
+        out = _FORWARD[name](params, given)
         wide = out.astype(jnp.promote_types(dtype, jnp.float32))
         return jnp.sum(wide**2, axis=tuple(range(1, wide.ndim)))
 
@@ -138,5 +142,8 @@ _FORWARD = {
     "checkpoint": _checkpoint,
     "scan of checkpoint": lambda params, x: _scan(params, x, layer=jax.checkpoint(_layer)),
     "recurrent": _recurrent,
+    "part of a table": lambda params, tokens: (
+        jnp.tanh(params["table"][2 : 2 + VOCABULARY][tokens]) @ params["kernel"]
+    ),
     "positions": lambda params, x: (x + params["places"][3 : 3 + TOKENS]) @ params["kernel"],
 }

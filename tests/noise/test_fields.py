@@ -114,6 +114,7 @@ def test_positions_beyond_the_counters_are_nan():
         parameter_noise(insecure_test_key(0), 0, (2**17, 2**16))
 
 
+@pytest.mark.slow  # a private step and attention have eight devices in the quick suite
 def test_sharding_does_not_change_the_noise():
     """V10: 2 and 8 devices give, as one does, the same numbers."""
     program = textwrap.dedent("""

@@ -8,10 +8,11 @@ the place of operands that are spent, so that both fit.
 No warp waits for ever. With n slots, a place is loaded for tile i when the results of tile i - n
 have left it, and those have been made when the compute warpgroup has done its steps. These wait for
 rings, whose producer waits for nothing but steps before: of the tile or, as it runs on, of tiles
-before. So, in the order of tiles and steps, each wait is for something earlier. A tile without
-steps is none to the rings; the first n tiles of a program, and with it a program's only one, wait
-for no place. Each barrier is waited on once an arrival: `own` by the warpgroup, `made` by the warp,
-before the next load there, so none runs two phases ahead.
+before. So, in the order of tiles and steps, each wait is for something earlier. Each program has a
+tile (`Tiling.schedule`) and each tile a step (`tiles.at_least_one`); the first n tiles of a
+program, and with it a program's only one, wait for no place. Each barrier is waited on once an
+arrival: `own` by the warpgroup, `made` by the warp, before the next load there, so none runs two
+phases ahead.
 """
 
 import dataclasses

@@ -64,10 +64,8 @@ def test_a_mesh_axis_of_any_name_changes_no_kernel(case, names):
 
 def test_mesh_axes_called_batch_and_heads():
     """The names that users take, and as a negative control the kernel's own."""
-    assert not asks_the_mesh("memory", NAMES[0])
     assert not asks_the_mesh(ROWS, NAMES[0])
     assert asks_the_mesh(ROWS, (axes.BLOCKS, "x"))
-    assert asks_the_mesh("memory", (axes.PROGRAM, "x"))
 
 
 def test_every_grid_axis_has_a_name_of_its_own_kind():

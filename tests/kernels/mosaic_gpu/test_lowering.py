@@ -57,7 +57,11 @@ def loss(spec, query, inputs):
                 query_lengths=jax.ShapeDtypeStruct((2,), jnp.int32),
             ),
         ),
-        (AttentionSpec(0.1, readout=RELEASE), shapes(head_size=128, noise=noise_shapes())),
+        pytest.param(
+            AttentionSpec(0.1, readout=RELEASE),
+            shapes(head_size=128, noise=noise_shapes()),
+            marks=pytest.mark.slow,
+        ),
         pytest.param(
             AttentionSpec(0.1, largest_logit=5.0, readout=RELEASE),
             shapes(head_size=128, noise=noise_shapes()),

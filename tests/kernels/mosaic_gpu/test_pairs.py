@@ -89,7 +89,7 @@ FULL = (2, 2, 100, 93)
 @pytest.mark.parametrize(
     ("mask", "bias", "dtype", "size"),
     [
-        ((2, 1, 100, 93), (1, 2, 100, 93), jnp.bfloat16, 128),
+        pytest.param((2, 1, 100, 93), (1, 2, 100, 93), jnp.bfloat16, 128, marks=pytest.mark.slow),
         pytest.param(FULL, FULL, jnp.float32, 64, marks=pytest.mark.slow),
         pytest.param((1, 1, 1, 93), (1, 2, 1, 93), jnp.float16, 64, marks=pytest.mark.slow),
         pytest.param((1, 2, 100, 1), (2, 1, 100, 1), jnp.float32, 128, marks=pytest.mark.slow),

@@ -1,0 +1,43 @@
+"""The attention benchmark on a tiny call, so that no typo is left for a device to find."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "attention.py"
+
+
+@pytest.fixture(scope="module")
+def bench():
+    spec = importlib.util.spec_from_file_location("attention_benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_grid_has_every_head_size_and_length(bench):
+    """Lengths 512 to 32768 of each head size, and grouped heads; as many tokens where they fit."""
+    for size in (64, 128, 256):
+        shapes = [shape for shape in bench.SHAPES if shape[-1] == size]
+        assert {2**n for n in range(9, 16)} <= {length for _, length, *_ in shapes}
+        assert any(heads != kv_heads for _, _, heads, kv_heads, _ in shapes)
+        assert all(batch * length >= bench.TOKENS for batch, length, *_ in shapes)
+
+
+@pytest.mark.slow
+def test_what_was_measured_is_in_the_file(bench, tmp_path, monkeypatch):
+    out = tmp_path / "attention.json"
+    monkeypatch.setattr(bench, "SHAPES", ((1, 64, 2, 2, 64), (1, 64, 4, 2, 64)))
+    arguments = "--implementations dpfa dpfa_example --masks causal --seconds 0.001 --output"
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments.split(), str(out)])
+    bench.main()
+    stored = json.loads(out.read_text())
+    assert stored["command"].endswith(str(out)) and stored["device"] and stored["date"]
+    found = [(row["H"], row["direction"], row["implementation"]) for row in stored["rows"]]
+    one = [("forward", "dpfa"), ("forward", "dpfa_example"), ("forward_backward", "dpfa")]
+    assert found == [(heads, *which) for heads in (2, 4) for which in one]
+    assert all(row["milliseconds"] > 0 and row["spread"] >= 0 for row in stored["rows"])
+    assert all(row["peak_bytes"] > 0 and row["mask"] == "causal" for row in stored["rows"])
