@@ -282,7 +282,7 @@ def _body(
         if not simulate:
             plgpu.set_max_registers(56, action="decrease")
 
-        def beside(stream, row_begin, part: int):
+        def beside(stream, row_begin, part):
             # The normaliser's noise has the counter of column `size`.
             drawn = tile_normals(
                 stream, row_begin, jnp.int32(size - size % 2), (block_q, 8), simulate=simulate

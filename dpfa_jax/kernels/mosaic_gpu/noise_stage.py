@@ -71,7 +71,7 @@ class NoiseStage:
         barriers: dict[str, Any],
         *,
         simulate: bool,
-        beside: Callable[[Stream, Any, int], None] | None = None,
+        beside: Callable[[Stream, Any, Any], None] | None = None,
     ) -> None:
         """All noise of a walk.
 
@@ -87,7 +87,7 @@ class NoiseStage:
         """
         tile, chunks, columns = self.tile, self._chunks, self.tile.noise_columns
 
-        def fill(here: Tile, part: int) -> None:
+        def fill(here: Tile, part: Any) -> None:
             stream = stream_of(arrays, here.batch, here.head)
 
             # Few columns at a time: this warpgroup owns few registers.
@@ -103,7 +103,7 @@ class NoiseStage:
             plgpu.commit_smem()
             plgpu.barrier_arrive(barriers["noise"].at[part])
 
-        def store(here: Tile, part: int) -> None:
+        def store(here: Tile, part: Any) -> None:
             """Sends one warpgroup's answer off, and waits until its place is free."""
             rows = pl.ds(here.row_begin + part * tile.block_q, tile.block_q)
             plgpu.copy_smem_to_gmem(
@@ -111,14 +111,16 @@ class NoiseStage:
             )
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
+        # Loops, not copies for each warpgroup: a generator takes a second to lower.
         def tile_body(here: Tile, following: Callable[[], Tile], has_next: Any, carry: Any) -> Any:
-            for part in range(COMPUTE_WARPGROUPS):
+            @pl.loop(0, COMPUTE_WARPGROUPS)
+            def _(part):
                 plgpu.barrier_wait(barriers["noise_used"].at[part])
                 if tile.overlaps:
                     store(here, part)
                 pl.when(has_next)(functools.partial(fill, following(), part))
+
             return carry
 
-        for part in range(COMPUTE_WARPGROUPS):
-            fill(walk.first(), part)
+        pl.loop(0, COMPUTE_WARPGROUPS)(functools.partial(fill, walk.first()))
         walk.each(tile_body, ())
