@@ -38,7 +38,7 @@ ACCESSES = 4  # in flight a lane, where a row needs no more
 def lanes_of(columns: int, dtype: jnp.dtype) -> int:
     """Lanes that hold a row, a power of two; 0 where the kernel does not serve such rows."""
     accesses, rest = divmod(columns * dtype.itemsize, ACCESS)
-    if rest or not accesses:
+    if rest or not accesses or accesses % 2:  # a row of whole sectors, 32 bytes
         return 0
     most = math.gcd(accesses, MOST_LANES)
     lanes = min(most, LANES)
@@ -70,8 +70,6 @@ def _layout(columns: int, dtype: jnp.dtype) -> Any:
     rows, width = 32 // lanes, lanes * vector
     tiled = functools.partial(plgpu.Layout.TILED, vector_dim=-1)
     program = (4 * rows, width)
-    if lanes == 1:
-        return tiled(plgpu.Tiling((program, (rows, width))), warp_dims=(-4,), lane_dims=(-2,))
     tiling = plgpu.Tiling((program, (rows, width), (vector,)))
     return tiled(tiling, warp_dims=(-5,), lane_dims=(-3, -2))
 

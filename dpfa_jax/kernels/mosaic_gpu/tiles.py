@@ -25,9 +25,14 @@ class Sizes(Protocol):
     """Rows of a tile, and columns (keys, unless the rows are keys) of one step."""
 
     @property
-    def rows(self) -> int: ...  # noqa: D102
+    def rows(self) -> int:
+        """Of a tile."""
+        ...
+
     @property
-    def block_kv(self) -> int: ...  # noqa: D102
+    def block_kv(self) -> int:
+        """Columns of one step."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

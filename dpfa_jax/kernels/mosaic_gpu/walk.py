@@ -184,9 +184,10 @@ class KeyTiling(Tiling):
     def _rows_and_columns(self) -> tuple[int, int]:
         return self.keys, self.queries
 
-    def steps_of(  # noqa: D102
+    def steps_of(
         self, row_begin: Scalar, rows: int, key_length: Scalar, query_length: Any
     ) -> StepRange:
+        """As `Tiling.steps_of`, of keys along the queries that see them."""
         step = self.tile.block_kv
         steps = tiles.query_steps(self.spec, row_begin, rows, step, self.queries)
         return tiles.within_key_length(steps, row_begin, rows, key_length)
