@@ -1,38 +1,79 @@
 """The memory kernel in the Mosaic GPU simulator; run as a program, it saves what tests look at.
 
-python memory_kernel.py FILE.npz: a program of its own, because the simulator's threads wait inside
-XLA's thread pool, which must have more of them than the machine may have cores (NPROC).
+python memory_kernel.py CASE FILE.npz: a program of its own, because the simulator's threads wait
+inside XLA's thread pool, which must have more of them than the machine may have cores (NPROC), and
+because a kernel whose warpgroups wait for each other for ever can then be ended.
 """
 
+import dataclasses
 import sys
+from unittest import mock
 
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, MemoryReadout, NoiseInputs
-from dpfa_jax.kernels.mosaic_gpu import memory_call
+from dpfa_jax.kernels.mosaic_gpu import device, memory_call
 
-ROWS, KEYS, SIZE = 70, 150, 41
 READOUT = MemoryReadout("sum", 1.0, 1.0, 0.75, 1.0, (4.0, 2.0), (2.0**-2, 2.0**-3))
-SPEC = AttentionSpec(0.2, is_causal=True, logits_soft_cap=3.0, readout=READOUT)
-LENGTHS = (66, 140)
 
 
-def inputs() -> AttentionInputs:
-    """Two query heads of one key head, ragged sizes and lengths, some slots masked."""
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call with two query heads of one key head.
+
+    Attributes:
+      rows, keys, size: T, S and the head size.
+      spec: of the call.
+      processors: of the GPU: most programs.
+      lengths: of queries and keys; None: whole.
+    """
+
+    rows: int
+    keys: int
+    size: int
+    spec: AttentionSpec
+    processors: int
+    lengths: tuple[int, int] | None = None
+
+
+# Tiles are 128 rows of a head, steps 128 keys; two steps lie in shared memory.
+CASES = {
+    # One program, two tiles of one step: each step is a tile's first and last.
+    "a step": Case(
+        70, 150, 41, AttentionSpec(0.2, is_causal=True, logits_soft_cap=3.0, readout=READOUT),
+        processors=1, lengths=(66, 140),
+    ),
+    # Three programs with 2, 1 and 1 tiles of three steps; two blocks of columns.
+    "three steps": Case(200, 300, 72, AttentionSpec(0.2, readout=READOUT), processors=3),
+    # More processors than the four tiles, which have two steps and three, hidden in part on either
+    # side; the last tile has six rows.
+    "window": Case(
+        136, 260, 64, AttentionSpec(0.2, local_window=(60, 20), readout=READOUT),
+        processors=9, lengths=(130, 259),
+    ),
+}  # fmt: skip
+
+
+def inputs(case: Case) -> AttentionInputs:
+    """Ragged sizes and lengths, some slots masked."""
     rng = np.random.default_rng(0)
     query, key, value = (
-        jnp.asarray(rng.standard_normal((1, n, heads, SIZE)), jnp.bfloat16)
-        for n, heads in ((ROWS, 2), (KEYS, 1), (KEYS, 1))
+        jnp.asarray(rng.standard_normal((1, n, heads, case.size)), jnp.bfloat16)
+        for n, heads in ((case.rows, 2), (case.keys, 1), (case.keys, 1))
+    )
+    query_lengths, key_lengths = (
+        None if case.lengths is None else jnp.asarray([case.lengths[i]], jnp.int32)
+        for i in range(2)
     )
     return AttentionInputs(
         query,
         key,
         value,
-        mask=jnp.asarray(rng.random((1, 1, 1, KEYS)) < 0.7),
-        query_lengths=jnp.asarray([LENGTHS[0]], jnp.int32),
-        key_lengths=jnp.asarray([LENGTHS[1]], jnp.int32),
+        mask=jnp.asarray(rng.random((1, 1, 1, case.keys)) < 0.7),
+        query_lengths=query_lengths,
+        key_lengths=key_lengths,
         noise=NoiseInputs(
             jnp.asarray([[1, 0xFFFFFFFF]], jnp.uint32),
             jnp.asarray([1000], jnp.uint32),
@@ -43,7 +84,9 @@ def inputs() -> AttentionInputs:
 
 def with_bytes(given: AttentionInputs, filler: float) -> AttentionInputs:
     """`given` with `filler` in every hidden slot's key and value."""
-    seen = given.mask[0, 0, 0] & (jnp.arange(KEYS) < LENGTHS[1])
+    seen = given.mask[0, 0, 0]
+    if given.key_lengths is not None:
+        seen &= jnp.arange(len(seen)) < given.key_lengths[0]
     key, value = (
         jnp.where(seen[None, :, None, None], x, filler).astype(x.dtype)
         for x in (given.key, given.value)
@@ -51,22 +94,24 @@ def with_bytes(given: AttentionInputs, filler: float) -> AttentionInputs:
     return given._replace(key=key, value=value)
 
 
-def answer(given: AttentionInputs) -> memory_call.MemoryResults:
+def answer(case: Case, given: AttentionInputs) -> memory_call.MemoryResults:
     """The kernel's answer and its un-noised sums."""
     interpret = plgpu.InterpretGPUParams()
-    return memory_call.answer(SPEC, given, keep_sums=True, interpret=interpret)
+    with mock.patch.object(device, "processors", lambda: case.processors):
+        return memory_call.answer(case.spec, given, keep_sums=True, interpret=interpret)
 
 
-def main(path: str) -> None:
-    """Runs the kernel on `inputs()` and on the same with NaN in hidden slots."""
+def main(name: str, path: str) -> None:
+    """Runs the kernel on `inputs` and on the same with NaN in hidden slots."""
+    case = CASES[name]
     names = ("output", "numerators", "normalisers")
     saved = {}
-    for prefix, given in (("", inputs()), ("nan_", with_bytes(inputs(), float("nan")))):
-        for name, x in zip(names, answer(given), strict=True):
+    for prefix, given in (("", inputs(case)), ("nan_", with_bytes(inputs(case), float("nan")))):
+        for name, x in zip(names, answer(case, given), strict=True):
             x = x.astype(jnp.float32) if name == "output" else x
             saved[prefix + name] = np.asarray(x)
     np.savez(path, **saved)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -18,8 +18,9 @@ from jax import lax
 
 from dpfa_jax.core.generators import BOX_MULLER_TAIL
 from dpfa_jax.kernels.base import AttentionSpec, ExampleReadout
-from dpfa_jax.kernels.mosaic_gpu import axes, device, tiles
+from dpfa_jax.kernels.mosaic_gpu import axes, device
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
+from dpfa_jax.kernels.mosaic_gpu import producer as loads
 from dpfa_jax.kernels.mosaic_gpu.layouts import (
     LOG2_E,
     WGMMA,
@@ -28,7 +29,9 @@ from dpfa_jax.kernels.mosaic_gpu.layouts import (
     visible,
 )
 from dpfa_jax.kernels.mosaic_gpu.noise import clip_rows, snap_tile, stream_of, tile_normals
+from dpfa_jax.kernels.mosaic_gpu.noise_stage import NoiseStage
 from dpfa_jax.kernels.mosaic_gpu.pairs import Fixed, PairReader
+from dpfa_jax.kernels.mosaic_gpu.producer import Producer
 from dpfa_jax.kernels.mosaic_gpu.softmax import PublicMaximum, RunningMaximum
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ForwardTiles
 from dpfa_jax.kernels.mosaic_gpu.walk import Lengths, Tile, Tiling, Walk, constant
@@ -87,15 +90,14 @@ def _body(
     simulate: bool,
 ) -> None:
     warpgroup = lax.axis_index(axes.WARPGROUP)
-    block_q, block_kv, stages = tile.block_q, tile.block_kv, tile.stages
+    block_q, block_kv = tile.block_q, tile.block_kv
     head_size = arrays.query.shape[-1]
     dtype = arrays.query.dtype
     is_released = isinstance(spec.readout, ExampleReadout)
     # The next tile's first logits are begun beside a tile's last weighted values.
     crosses = tile.overlaps and tile.ahead
-
-    def slot_of(count):
-        return lax.rem(jnp.int32(count), jnp.int32(stages))
+    producer = Producer(tile, group, shared, barriers)
+    slot_of = producer.slot
 
     def take_turns():
         plgpu.barrier_arrive(barriers["turn"])
@@ -127,7 +129,7 @@ def _body(
             return s
 
         def tile_body(here: Tile, following, has_next, s):
-            batch, head, steps = here.batch, here.head, here.steps
+            batch, head = here.batch, here.head
             row_begin = here.row_begin + warpgroup * block_q
             rows = pl.ds(row_begin, block_q)
             sums = softmax.start(block_q)
@@ -211,21 +213,12 @@ def _body(
                 plgpu.barrier_arrive(barriers["value_free"].at[slot])
                 return s, acc, sums
 
-            last = tiles.most(steps.begin, steps.end - 1)
             if tile.ahead and not crosses:
                 s = logits_of(here.count, None)
-            carry = (s, acc, sums)
             body = functools.partial(step_body, is_last=False)
-            masked = functools.partial(body, masked=True)
-            plain = functools.partial(body, masked=False)
-            if tiles.left_reach(spec) is not None:
-                carry = tiles.loop(steps.begin, tiles.least(steps.full_begin, last), masked, carry)
-            carry = tiles.loop(steps.full_begin, tiles.least(steps.full_end, last), plain, carry)
-            if not tiles.masks_only_last(
-                spec, tile, has_query_lengths=here.query_length is not None
-            ):
-                carry = tiles.loop(steps.full_end, last, masked, carry)
-            s, acc, sums = step_body(last, carry, masked=not walk.tiling.is_whole, is_last=True)
+            carry = walk.tiling.before_last(here, body, (s, acc, sums))
+            is_masked = not walk.tiling.is_whole
+            s, acc, sums = step_body(here.last, carry, masked=is_masked, is_last=True)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the answer before has long left
 
             largest, total = softmax.finish(sums)
@@ -276,40 +269,16 @@ def _body(
         if not simulate:
             plgpu.set_max_registers(24 if tile.noise_warpgroup else 40, action="decrease")
 
-        def load(name: str, array: Any, here: Tile, step, count):
-            slot = slot_of(count)
-
-            @pl.when(count >= stages)
-            def _():
-                plgpu.barrier_wait(barriers[name + "_free"].at[slot])
-
-            kv_head = lax.div(here.head, jnp.int32(group))
-            source = array.at[here.batch, pl.ds(step * block_kv, block_kv), kv_head]
-            plgpu.copy_gmem_to_smem(source, shared[name].at[slot], barriers[name].at[slot])
-
-        def load_query(here: Tile):
-            for part in range(COMPUTE_WARPGROUPS):
-
-                @pl.when(here.count > 0)
-                def _(part=part):
-                    plgpu.barrier_wait(barriers["query_free"].at[part])
-
-                rows = pl.ds(here.row_begin + part * block_q, block_q)
-                source = arrays.query.at[here.batch, rows, here.head]
-                plgpu.copy_gmem_to_smem(
-                    source, shared["query"].at[part], barriers["query"].at[part]
-                )
-
         def tile_body(here: Tile, following, has_next, carry):
             @pl.loop(here.steps.begin, here.steps.end)
             def _(step):
                 count = here.before(step)
-                load("key", arrays.key, here, step, count)
+                producer.load("key", arrays.key, here, step, count)
                 # Behind the keys, which need not wait for the tile before.
-                pl.when(step == here.steps.begin)(lambda: load_query(here))
+                pl.when(step == here.steps.begin)(lambda: producer.load_query(arrays.query, here))
                 if pairs is not None:
                     pairs.load(count, here.batch, here.head, here.block, step)
-                load("value", arrays.value, here, step, count)
+                producer.load("value", arrays.value, here, step, count)
 
             return carry
 
@@ -317,18 +286,14 @@ def _body(
         keys_loaded = total
         if crosses:  # for logits that nobody reads: each tile's last step is the same program
             again = walk.beyond(total)
-            load("key", arrays.key, again, again.steps.begin, total)
-            load_query(again)
+            producer.load("key", arrays.key, again, again.steps.begin, total)
+            producer.load_query(arrays.query, again)
             keys_loaded = total + 1
         for part in range(0 if crosses else COMPUTE_WARPGROUPS):
             plgpu.barrier_wait(barriers["query_free"].at[part])
 
-        for name, loaded in (("key", keys_loaded), ("value", total)):  # leave no arrival unseen
-
-            @pl.loop(jnp.maximum(loaded - stages, 0), loaded)
-            def _(count, name=name):
-                plgpu.barrier_wait(barriers[name + "_free"].at[slot_of(count)])
-
+        producer.drain("key", keys_loaded, keys_loaded)
+        producer.drain("value", total, total)
         if pairs is not None:
             pairs.drain(total)
 
@@ -339,49 +304,18 @@ def _body(
             if not simulate:
                 plgpu.set_max_registers(56, action="decrease")
 
-            def fill(here: Tile, part: int):
-                columns = tile.noise_columns
-                chunks = head_size // columns
-                stream = stream_of(arrays, here.batch, here.head)
-
-                # Few columns at a time: this warpgroup owns few registers.
-                @pl.loop(0, chunks)
-                def _(chunk):
-                    shared["noise"].at[part * chunks + chunk][...] = tile_normals(
-                        stream, here.row_begin + part * block_q, chunk * columns,
-                        (block_q, columns), simulate=simulate,
-                    )  # fmt: skip
-
-                plgpu.commit_smem()
-                plgpu.barrier_arrive(barriers["noise"].at[part])
-
-            def store(here: Tile, part: int):
-                """Sends one warpgroup's answer off, and waits until its place is free."""
-                rows = pl.ds(here.row_begin + part * block_q, block_q)
-                plgpu.copy_smem_to_gmem(
-                    _output_of(shared, tile, part), results.output.at[here.batch, rows, here.head]
-                )
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-            def tile_body(here: Tile, following, has_next, carry):
-                for part in range(COMPUTE_WARPGROUPS):
-                    plgpu.barrier_wait(barriers["noise_used"].at[part])
-                    if tile.overlaps:
-                        store(here, part)
-                    pl.when(has_next)(functools.partial(fill, following(), part))
-                return carry
-
-            for part in range(COMPUTE_WARPGROUPS):
-                fill(walk.first(), part)
-            walk.each(tile_body, ())
+            NoiseStage(tile, head_size).run(
+                walk, arrays, results.output, shared, barriers, simulate=simulate
+            )
 
 
 def _output_of(shared: dict[str, Any], tile: ForwardTiles, warpgroup: Any) -> Any:
     """Where a warpgroup's answer waits to be stored."""
     if not tile.overlaps:
         return shared["query"].at[warpgroup]  # its query is spent
-    # In the noise's place every other block, so that it lies in what its own noise has left.
-    return shared["output"].at[warpgroup * (2 if tile.noise_warpgroup else 1)]
+    if tile.noise_warpgroup:
+        return NoiseStage(tile, shared["query"].shape[-1]).output(shared, warpgroup)
+    return shared["output"].at[warpgroup]
 
 
 def _release(acc, arrays, shared, barriers, here, row_begin, noise_scale, *, spec, tile, simulate):
@@ -390,14 +324,7 @@ def _release(acc, arrays, shared, barriers, here, row_begin, noise_scale, *, spe
     if tile.noise_warpgroup:
         warpgroup = lax.axis_index(axes.WARPGROUP)
         plgpu.barrier_wait(barriers["noise"].at[warpgroup])
-        chunks = acc.shape[1] // tile.noise_columns
-        noise = jnp.concatenate(
-            [
-                plgpu.load(shared["noise"].at[warpgroup * chunks + chunk], layout=WGMMA)
-                for chunk in range(chunks)
-            ],
-            axis=1,
-        )
+        noise = NoiseStage(tile, acc.shape[1]).noise(shared, warpgroup)
     else:
         stream = stream_of(arrays, here.batch, here.head)
         noise = tile_normals(stream, row_begin, jnp.int32(0), acc.shape, simulate=simulate)
@@ -461,32 +388,14 @@ def attention_forward(
         jax.ShapeDtypeStruct((batch, heads, tiling.blocks * tile.rows), jnp.float32),
         *((like_query,) if keep_unclipped else ()),
     )
-    shared = {
-        "query": tiled_shared((COMPUTE_WARPGROUPS, tile.block_q, head_size), dtype),
-        "key": tiled_shared((tile.stages, tile.block_kv, head_size), dtype),
-        "value": tiled_shared((tile.stages, tile.block_kv, head_size), dtype),
-        "lse": plgpu.SMEM((COMPUTE_WARPGROUPS, tile.block_q), jnp.float32),
-    }
-    barriers = {
-        "query": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
-        "query_free": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
-        "key": plgpu.Barrier(num_barriers=tile.stages),
-        "value": plgpu.Barrier(num_barriers=tile.stages),
-        "key_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=tile.stages),
-        "value_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=tile.stages),
-        "turn": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
-    }
-    output_shape = (tile.block_q, head_size)
+    shared, barriers = loads.scratch(tile, head_size, dtype)
+    shared["lse"] = plgpu.SMEM((COMPUTE_WARPGROUPS, tile.block_q), jnp.float32)
+    stage = NoiseStage(tile, head_size)
     if tile.noise_warpgroup:
-        chunks = COMPUTE_WARPGROUPS * head_size // tile.noise_columns
-        noise = tiled_shared((chunks, tile.block_q, tile.noise_columns), jnp.float32)
-        # The answer is staged where its noise was.
-        outputs = tiled_shared((2 * COMPUTE_WARPGROUPS, *output_shape), dtype)
-        shared["noise_then_output"] = plgpu.RefUnion(noise, outputs) if tile.overlaps else noise
-        for name in ("noise", "noise_used"):
-            barriers[name] = plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS)
+        shared["noise_then_output"], noise_barriers = stage.scratch(dtype)
+        barriers |= noise_barriers
     elif tile.overlaps:
-        shared["output"] = tiled_shared((COMPUTE_WARPGROUPS, *output_shape), dtype)
+        shared["output"] = tiled_shared((COMPUTE_WARPGROUPS, tile.block_q, head_size), dtype)
     pair_shared, pair_barriers = pair_tiles.scratch(pairs, tile.pair_stages, tile.block_kv)
     shared |= pair_shared
     barriers |= pair_barriers
@@ -499,11 +408,7 @@ def attention_forward(
         output, lse, *unclipped = refs[: len(out_type)]
         shared_refs, barrier_refs = refs[len(out_type) :]
         if tile.noise_warpgroup:
-            noise = shared_refs.pop("noise_then_output")
-            if tile.overlaps:
-                shared_refs["noise"], shared_refs["output"] = noise
-            else:
-                shared_refs["noise"] = noise
+            shared_refs |= stage.split(shared_refs.pop("noise_then_output"))
         reader = None
         if pairs.is_there:
             shown = pairs._replace(mask=in_refs.mask, bias=in_refs.bias)

@@ -6,6 +6,11 @@ from typing import Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental.mosaic import gpu as mgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith
 
 from dpfa_jax.kernels.base import AttentionSpec
 from dpfa_jax.kernels.mosaic_gpu import tiles
@@ -51,11 +56,18 @@ def visible(
     query_length: Scalar | None,
     *,
     transposed: bool = False,
+    is_fresh: bool = False,
 ) -> jax.Array:
-    """Which keys (columns) of one tile each query (row) sees; `transposed`: keys are the rows."""
+    """Which keys (columns) of one tile each query (row) sees; `transposed`: keys are the rows.
+
+    `is_fresh`: for the registers of an outer loop, which is to hold no index of a column.
+    """
     q_axis, k_axis = (1, 0) if transposed else (0, 1)
     row = row_begin + plgpu.broadcasted_iota(jnp.int32, shape, q_axis, layout=WGMMA)
-    column = column_begin + plgpu.broadcasted_iota(jnp.int32, shape, k_axis, layout=WGMMA)
+    if is_fresh:
+        column = _fresh_columns(column_begin, shape)
+    else:
+        column = column_begin + plgpu.broadcasted_iota(jnp.int32, shape, k_axis, layout=WGMMA)
     seen = column < key_length
     right, left = tiles.right_reach(spec), tiles.left_reach(spec)
     if right is not None:
@@ -65,3 +77,26 @@ def visible(
     if query_length is not None:
         seen &= row < query_length
     return seen
+
+
+def _fresh_columns(column_begin: Scalar, shape: tuple[int, int]) -> jax.Array:
+    """`column_begin` and on, as sums that the compiler cannot split into what loops leave alone."""
+    first = column_begin + plgpu.broadcasted_iota(jnp.int32, (shape[0], 8), 1, layout=WGMMA)
+    first = lax.optimization_barrier(first)
+
+    @plgpu.inline_mgpu(
+        arg_types=(WGMMA,),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=WGMMA),
+    )
+    def repeat(_, first):
+        registers = np.empty(WGMMA.to_mgpu().registers_shape(shape), dtype=object)
+        for index in np.ndindex(registers.shape):
+            register = first.registers[(0, 0, *index[2:])]
+            step: Any = ir.DenseElementsAttr.get_splat(
+                register.type, ir.IntegerAttr.get(register.type.element_type, 8 * index[1])
+            )
+            step = arith.constant(register.type, step)  # type: ignore[call-arg]
+            registers[index] = arith.addi(register, step)
+        return mgpu.FragmentedArray(_registers=registers, _layout=first.layout, _is_signed=True)
+
+    return repeat(first)

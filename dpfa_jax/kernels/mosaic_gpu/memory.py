@@ -1,10 +1,10 @@
 """Memory readout, sum form: (N, Z) under a public maximum on Hopper, noised, snapped and divided.
 
-The schedule is the forward kernel's. There is no running maximum: a step of `SUM_BLOCK` keys makes
-the weights e = round(min(exp(s - B), 1)), their products with the values start at zero, and the
-finished block is rounded once to a whole multiple of a public unit and added to a 32-bit integer.
-Sums, logits, weights and half a block fit the registers: the other half of the columns is begun
-behind the next logits, when the first half is summed.
+Schedule and walk are the forward kernel's. There is no running maximum: a step of `SUM_BLOCK` keys
+makes the weights e = round(min(exp(s - B), 1)), their products with the values start at zero, and
+the finished block is rounded once to a whole multiple of a public unit and added to a 32-bit
+integer. Sums, logits, weights and half a block fit the registers: the other half of the columns is
+begun behind the next logits, when the first half is summed.
 Integers add exactly in any order, so replacing one key changes its own block's number and no other:
 `memory_numbers` has the bound. Hidden keys have zero value rows and weight no normaliser either.
 """
@@ -19,20 +19,23 @@ import jax.numpy as jnp
 from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec, MemoryReadout
-from dpfa_jax.kernels.mosaic_gpu import axes, tiles
+from dpfa_jax.kernels.mosaic_gpu import axes, device, tiles
+from dpfa_jax.kernels.mosaic_gpu import producer as loads
 from dpfa_jax.kernels.mosaic_gpu.layouts import (
     LOG2_E,
     ROW,
     WGMMA,
     pad_sequence,
-    tiled_shared,
     visible,
 )
 from dpfa_jax.kernels.mosaic_gpu.memory_numbers import MAGIC, MAGIC_BITS, SUM_BLOCK, Numbers
 from dpfa_jax.kernels.mosaic_gpu.memory_products import PART, begin_block, begin_row_sums, settled
 from dpfa_jax.kernels.mosaic_gpu.memory_weights import clamped
-from dpfa_jax.kernels.mosaic_gpu.noise import stream_of, tile_normals
+from dpfa_jax.kernels.mosaic_gpu.noise import tile_normals
+from dpfa_jax.kernels.mosaic_gpu.noise_stage import NoiseStage
+from dpfa_jax.kernels.mosaic_gpu.producer import Producer
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ForwardTiles
+from dpfa_jax.kernels.mosaic_gpu.walk import Lengths, Tile, Tiling, Walk, constant
 
 
 class MemoryArrays(NamedTuple):
@@ -70,11 +73,22 @@ class MemoryResults(NamedTuple):
     normalisers: Any = None
 
 
+class _Scales(NamedTuple):
+    """What `MemoryArrays` has for one head."""
+
+    noise_steps: jax.Array
+    grid: jax.Array
+    shift: jax.Array
+    rest_steps: jax.Array
+
+
 def _body(
     arrays: MemoryArrays,
     results: MemoryResults,
     shared: dict[str, Any],
     barriers: dict[str, Any],
+    walk: Walk,
+    stage: NoiseStage,
     *,
     spec: AttentionSpec,
     tile: ForwardTiles,
@@ -83,19 +97,11 @@ def _body(
     group: int,
     simulate: bool,
 ) -> None:
-    batch, head = lax.axis_index(axes.BATCH), lax.axis_index(axes.HEADS)
-    block = lax.axis_size(axes.ROWS) - 1 - lax.axis_index(axes.ROWS)
     warpgroup = lax.axis_index(axes.WARPGROUP)
-    block_q, block_kv, stages = tile.block_q, tile.block_kv, tile.stages
+    block_q, block_kv = tile.block_q, tile.block_kv
     head_size, dtype = arrays.query.shape[-1], arrays.query.dtype
-    program_begin = block * tile.rows
-    # Keys past the end are zero rows, and every key is visited, hidden or not: which keys are
-    # hidden is private, the order of the sums is not.
-    keys = tiles.cdiv(arrays.key.shape[1], block_kv) * block_kv
-    steps = tiles.key_steps(spec, program_begin, tile.rows, block_kv, keys, None)
-
-    def slot_of(step):
-        return lax.rem(jnp.int32(step - steps.begin), jnp.int32(stages))
+    producer = Producer(tile, group, shared, barriers)
+    slot_of = producer.slot
 
     def take_turns():
         plgpu.barrier_arrive(barriers["turn"])
@@ -105,205 +111,187 @@ def _body(
     def compute():
         if not simulate:
             plgpu.set_max_registers(216, action="increase")
-        row_begin = program_begin + warpgroup * block_q
-        rows = pl.ds(row_begin, block_q)
         q_shared = shared["query"].at[warpgroup]
-        plgpu.copy_gmem_to_smem(
-            arrays.query.at[batch, rows, head], q_shared, barriers["query"].at[warpgroup]
-        )
-        numerator: Any = tuple(  # columns by the part
-            plgpu.layout_cast(jnp.zeros((block_q, PART), jnp.int32), WGMMA)
-            for _ in range(head_size // PART)
-        )
-        normaliser: Any = plgpu.layout_cast(jnp.zeros((block_q, 8), jnp.int32), WGMMA)
-        plgpu.barrier_wait(barriers["query"].at[warpgroup])
-        pl.when(warpgroup == 1)(take_turns)
 
         def add(sums, blocks):
             return tuple(_add_block(*pair, numbers) for pair in zip(sums, blocks, strict=True))
 
-        def await_keys(step):
-            plgpu.barrier_wait(barriers["key"].at[slot_of(step)])
+        def await_keys(count):
+            plgpu.barrier_wait(barriers["key"].at[slot_of(count)])
 
-        def first_logits(step, _):
+        def await_query():
+            plgpu.barrier_wait(barriers["query"].at[warpgroup])
+
+        def await_values(count):
+            plgpu.barrier_wait(barriers["value"].at[slot_of(count)])
+
+        def first_logits():
             def product(acc_ref):
-                plgpu.wgmma(acc_ref, q_shared, shared["key"].at[slot_of(step)].T)
-                plgpu.barrier_wait(barriers["value"].at[slot_of(step)])
+                plgpu.wgmma(acc_ref, q_shared, shared["key"].at[slot_of(0)].T)
+                await_values(0)
                 take_turns()
                 return acc_ref[...]
 
-            await_keys(step)
+            await_keys(0)
             s = pl.run_scoped(product, plgpu.ACC((block_q, block_kv), jnp.float32))
-            plgpu.barrier_arrive(barriers["key_free"].at[slot_of(step)])
+            plgpu.barrier_arrive(barriers["key_free"].at[slot_of(0)])
             return s
 
-        def step_body(step, carry, masked: bool, is_last: bool):
-            s, numerator, normaliser = carry
-            slot = slot_of(step)
-            v_shared, column = shared["value"].at[slot], shared["normaliser"].at[slot]
-            factor = spec.scale
-            if spec.logits_soft_cap is not None:
-                s = jnp.tanh(s * (factor / spec.logits_soft_cap))
-                factor = spec.logits_soft_cap
-            e = jnp.exp2(s * (factor * LOG2_E) - numbers.logit_bound * LOG2_E)
-            if masked:
-                seen = visible(spec, s.shape, row_begin, step * block_kv, keys, None)
-                e = jnp.where(seen, e, 0.0)
-            # Rounded once; numerator and normaliser use the same number.
-            e = clamped(e, simulate=simulate).astype(dtype)
-            never = settled(e, simulate=simulate)
-            e, never = lax.optimization_barrier((e, never))
-            take_turns()
+        def tile_body(here: Tile, following, has_next, s):
+            batch, head = here.batch, here.head
+            row_begin = here.row_begin + warpgroup * block_q
+            rows = pl.ds(row_begin, block_q)
+            numerator: Any = tuple(  # columns by the part
+                plgpu.layout_cast(jnp.zeros((block_q, PART), jnp.int32), WGMMA)
+                for _ in range(head_size // PART)
+            )
+            normaliser: Any = plgpu.layout_cast(jnp.zeros((block_q, 8), jnp.int32), WGMMA)
 
-            def begin(part, over=None):
-                columns = v_shared.at[:, pl.ds(part * PART, PART)]
-                return begin_block(e, columns, over, never, simulate=simulate)
-
-            def begin_first():
-                return begin(0), begin_row_sums(e, column, never, simulate=simulate)
-
-            if is_last:
-                made, share = begin_first()
-                blocks = [made, *(begin(part) for part in range(1, len(numerator)))]
-                plgpu.wgmma_wait(0)
-                share, blocks = lax.optimization_barrier((share, blocks))
-                numerator, (normaliser,) = add(numerator, blocks), add((normaliser,), (share,))
-            else:
+            def step_body(step, carry, masked: bool, is_last: bool):
+                s, numerator, normaliser = carry
+                count = here.before(step)
+                slot, next_slot = slot_of(count), slot_of(count + 1)
+                v_shared, column = shared["value"].at[slot], shared["normaliser"].at[slot]
+                factor = spec.scale
+                if spec.logits_soft_cap is not None:
+                    s = jnp.tanh(s * (factor / spec.logits_soft_cap))
+                    factor = spec.logits_soft_cap
+                e = jnp.exp2(s * (factor * LOG2_E) - numbers.logit_bound * LOG2_E)
+                if masked:
+                    seen = visible(
+                        spec, s.shape, row_begin, step * block_kv, here.key_length, None,
+                        is_fresh=not simulate,
+                    )  # fmt: skip
+                    e = jnp.where(seen, e, 0.0)
+                # Rounded once; numerator and normaliser use the same number.
+                e = clamped(e, simulate=simulate).astype(dtype)
+                never = settled(e, simulate=simulate)
+                e, never = lax.optimization_barrier((e, never))
+                take_turns()
+                if is_last:
+                    await_query()
                 # Here, before the accumulators exist: only then are their zeros left out.
-                await_keys(step + 1)
+                await_keys(count + 1)
+
+                def begin(part, over=None):
+                    columns = v_shared.at[:, pl.ds(part * PART, PART)]
+                    return begin_block(e, columns, over, never, simulate=simulate)
 
                 def products(s_ref):
-                    first = begin_first()
-                    plgpu.wgmma(s_ref, q_shared, shared["key"].at[slot_of(step + 1)].T)
+                    first = begin(0), begin_row_sums(e, column, never, simulate=simulate)
+                    plgpu.wgmma(s_ref, q_shared, shared["key"].at[next_slot].T)
                     plgpu.wgmma_wait(1)
                     # The addition hides behind the logits.
                     first = lax.optimization_barrier(first)
                     sums = add((numerator[0], normaliser), first)
                     over = lax.bitcast_convert_type(sums[0], jnp.float32)
                     rest = tuple(begin(part, over) for part in range(1, len(numerator)))
-                    plgpu.barrier_wait(barriers["value"].at[slot_of(step + 1)])
-                    take_turns()
+                    if is_last:
+                        plgpu.barrier_arrive(barriers["turn"])
+                    else:
+                        await_values(count + 1)
+                        take_turns()
                     s = s_ref[...]
                     s, rest = lax.optimization_barrier((s, rest))
                     return s, (sums[0], *add(numerator[1:], rest)), sums[1]
 
-                s, numerator, normaliser = pl.run_scoped(
-                    products, plgpu.ACC((block_q, block_kv), jnp.float32)
+                carry = pl.run_scoped(products, plgpu.ACC((block_q, block_kv), jnp.float32))
+                plgpu.barrier_arrive(barriers["key_free"].at[next_slot])
+                plgpu.barrier_arrive(barriers["value_free"].at[slot])
+                return carry
+
+            body = functools.partial(step_body, is_last=False)
+            carry = walk.tiling.before_last(here, body, (s, numerator, normaliser))
+            plgpu.barrier_arrive(barriers["query_free"].at[warpgroup])
+            # Read early: nothing waits for them at the end. Behind the arrival, which would wait.
+            scales = _Scales(
+                *(
+                    x[batch, head]
+                    for x in (arrays.noise_steps, arrays.grids, arrays.shifts, arrays.rest_steps)
                 )
-                plgpu.barrier_arrive(barriers["key_free"].at[slot_of(step + 1)])
-            plgpu.barrier_arrive(barriers["value_free"].at[slot])
-            return s, numerator, normaliser
+            )
+            s, numerator, normaliser = step_body(
+                here.last, carry, masked=not walk.tiling.is_whole, is_last=True
+            )
+            numerator = jnp.concatenate(numerator, axis=1)
+            lane = plgpu.broadcasted_iota(jnp.int32, normaliser.shape, 1, layout=WGMMA)
+            normaliser = jnp.where(lane == 0, normaliser, 0).sum(axis=1)
 
-        zeros = plgpu.layout_cast(jnp.zeros((block_q, block_kv), jnp.float32), WGMMA)
-        last = tiles.most(steps.begin, steps.end - 1)
-        s = tiles.loop(steps.begin, tiles.least(steps.begin + 1, steps.end), first_logits, zeros)
-        carry = (s, numerator, normaliser)
-        body = functools.partial(step_body, is_last=False)
-        masked = functools.partial(body, masked=True)
-        plain = functools.partial(body, masked=False)
-        if tiles.left_reach(spec) is not None:
-            carry = tiles.loop(steps.begin, tiles.least(steps.full_begin, last), masked, carry)
-        carry = tiles.loop(steps.full_begin, tiles.least(steps.full_end, last), plain, carry)
-        if not tiles.masks_only_last(spec, tile, has_query_lengths=False):
-            carry = tiles.loop(steps.full_end, last, masked, carry)
-        is_whole = tiles.right_reach(spec) is None and tiles.left_reach(spec) is None
-        final = functools.partial(step_body, masked=not is_whole, is_last=True)
-        _, numerator, normaliser = tiles.loop(last, steps.end, final, carry)
+            if arrays.query_lengths is not None:
+                query_length = arrays.query_lengths[batch]
+                shape = (block_q, head_size)
+                row = row_begin + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA)
+                numerator = jnp.where(row < query_length, numerator, 0)
+                row = row_begin + plgpu.broadcasted_iota(jnp.int32, (block_q,), 0, layout=ROW)
+                normaliser = jnp.where(row < query_length, normaliser, 0)
+            if results.numerators is not None:
+                results.numerators.at[batch, rows, head][...] = numerator
+                results.normalisers.at[batch, head, rows][...] = normaliser
+            plgpu.barrier_wait(barriers["noise"].at[warpgroup])
+            total_noise = plgpu.load(shared["normaliser_noise"].at[warpgroup], layout=ROW)
+            total = _multiples(normaliser, total_noise, scales, numbers) * scales.grid
+            divisor = jnp.maximum(total * (1.0 / numbers.weight_scale), numbers.floor)
+            answer = _multiples(numerator, stage.noise(shared, warpgroup), scales, numbers)
+            # The grid is a power of two.
+            answer *= lax.broadcast_in_dim((1.0 / divisor) * scales.grid, answer.shape, [0])
+            # The warpgroup of the noise stores it.
+            stage.output(shared, warpgroup)[...] = answer.astype(dtype)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(barriers["noise_used"].at[warpgroup])
+            await_values(here.after)
+            plgpu.barrier_wait(barriers["turn"])
+            return s
+
+        await_query()
+        pl.when(warpgroup == 1)(take_turns)
+        walk.each(tile_body, first_logits())
         pl.when(warpgroup == 0)(take_turns)
-        numerator = jnp.concatenate(numerator, axis=1)
-        lane = plgpu.broadcasted_iota(jnp.int32, normaliser.shape, 1, layout=WGMMA)
-        normaliser = jnp.where(lane == 0, normaliser, 0).sum(axis=1)
-
-        if arrays.query_lengths is not None:
-            query_length = arrays.query_lengths[batch]
-            shape = (block_q, head_size)
-            row = row_begin + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA)
-            numerator = jnp.where(row < query_length, numerator, 0)
-            row = row_begin + plgpu.broadcasted_iota(jnp.int32, (block_q,), 0, layout=ROW)
-            normaliser = jnp.where(row < query_length, normaliser, 0)
-        if results.numerators is not None:
-            results.numerators.at[batch, rows, head][...] = numerator
-            results.normalisers.at[batch, head, rows][...] = normaliser
-        plgpu.barrier_wait(barriers["noise"])
-        released = functools.partial(
-            _released, arrays=arrays, numbers=numbers, batch=batch, head=head
-        )
-        total_noise = plgpu.load(shared["normaliser_noise"].at[warpgroup], layout=ROW)
-        total = released(normaliser, total_noise)
-        divisor = jnp.maximum(total * (1.0 / numbers.weight_scale), numbers.floor)
-        chunks = head_size // tile.noise_columns
-        noise = jnp.concatenate(
-            [
-                plgpu.load(shared["noise"].at[warpgroup * chunks + chunk], layout=WGMMA)
-                for chunk in range(chunks)
-            ],
-            axis=1,
-        )
-        answer = released(numerator, noise)
-        answer *= lax.broadcast_in_dim(1.0 / divisor, answer.shape, [0])
-        out_shared = q_shared  # its query is spent
-        out_shared[...] = answer.astype(dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(out_shared, results.output.at[batch, rows, head])
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the writes end with the kernel
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def produce():
         if not simulate:
             plgpu.set_max_registers(24, action="decrease")
-        kv_head = lax.div(head, jnp.int32(group))
 
-        @pl.loop(steps.begin, steps.end)
-        def _(step):
-            slot = slot_of(step)
-            some_keys = pl.ds(step * block_kv, block_kv)
+        def load_values(here: Tile, step, count):
+            slot = producer.load("value", arrays.value, here, step, count)
+            some = arrays.normaliser.at[here.batch, producer.keys(step)]
+            plgpu.copy_gmem_to_smem(some, shared["normaliser"].at[slot], barriers["value"].at[slot])
 
-            def await_free(name: str):
-                @pl.when(step - steps.begin >= stages)
-                def _():
-                    plgpu.barrier_wait(barriers[name + "_free"].at[slot])
+        def tile_body(here: Tile, following, has_next, carry):
+            @pl.loop(here.steps.begin, here.steps.end)
+            def _(step):
+                count = here.before(step)
+                producer.load("key", arrays.key, here, step, count)
+                # Behind the keys, which need not wait for the tile before.
+                pl.when(step == here.steps.begin)(lambda: producer.load_query(arrays.query, here))
+                load_values(here, step, count)
 
-            def load(name: str, source: Any, barrier: str):
-                plgpu.copy_gmem_to_smem(source, shared[name].at[slot], barriers[barrier].at[slot])
+            return carry
 
-            await_free("key")
-            load("key", arrays.key.at[batch, some_keys, kv_head], "key")
-            await_free("value")
-            load("normaliser", arrays.normaliser.at[batch, some_keys], "value")
-            load("value", arrays.value.at[batch, some_keys, kv_head], "value")
-
-        @pl.loop(jnp.maximum(steps.begin, steps.end - stages), steps.end)
-        def _(step):  # leave no arrival unseen
-            for name in ("key_free", "value_free"):
-                plgpu.barrier_wait(barriers[name].at[slot_of(step)])
+        total, _ = walk.each(tile_body, ())
+        # For logits that nobody reads: each tile's last step is the same program.
+        again = walk.beyond(total)
+        producer.load("key", arrays.key, again, again.steps.begin, total)
+        producer.load_query(arrays.query, again)
+        load_values(again, again.steps.begin, total)
+        producer.drain("key", total + 1, total + 1)
+        producer.drain("value", total + 1, total)
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS + 1)
     def make_noise():
         if not simulate:
             plgpu.set_max_registers(56, action="decrease")
-        stream, columns = stream_of(arrays, batch, head), tile.noise_columns
-        chunks = head_size // columns
 
-        @pl.loop(0, COMPUTE_WARPGROUPS * chunks)
-        def _(chunk):
-            part = lax.div(chunk, jnp.int32(chunks))
-            shared["noise"].at[chunk][...] = tile_normals(
-                stream, program_begin + part * block_q, (chunk - part * chunks) * columns,
-                (block_q, columns), simulate=simulate,
-            )  # fmt: skip
-
-        @pl.loop(0, COMPUTE_WARPGROUPS)
-        def _(part):  # the normaliser's noise has the counter of column `size`
+        def beside(stream, row_begin, part):
+            # The normaliser's noise has the counter of column `size`.
             drawn = tile_normals(
-                stream, program_begin + part * block_q, jnp.int32(size - size % 2), (block_q, 8),
-                simulate=simulate,
-            )  # fmt: skip
+                stream, row_begin, jnp.int32(size - size % 2), (block_q, 8), simulate=simulate
+            )
             lane = plgpu.broadcasted_iota(jnp.int32, drawn.shape, 1, layout=WGMMA)
             chosen = jnp.where(lane == size % 2, drawn, 0.0).sum(axis=1)
             shared["normaliser_noise"].at[part][...] = chosen
 
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(barriers["noise"])
+        stage.run(walk, arrays, results.output, shared, barriers, simulate=simulate, beside=beside)
 
 
 def _add_block(sums: jax.Array, block: jax.Array, numbers: Numbers) -> jax.Array:
@@ -312,28 +300,26 @@ def _add_block(sums: jax.Array, block: jax.Array, numbers: Numbers) -> jax.Array
     return sums + (bits - MAGIC_BITS)
 
 
-def _released(
-    sums: jax.Array, noise: jax.Array, *, arrays: Any, numbers: Numbers, batch: Any, head: Any
-) -> jax.Array:
-    """sums * unit + noise, rounded to the nearest multiple of the grid, in float32.
+def _multiples(sums: jax.Array, noise: jax.Array, scales: _Scales, numbers: Numbers) -> jax.Array:
+    """sums * unit + noise, rounded to the nearest multiple of the grid, in grid steps in float32.
 
     The whole steps of the sum stay integers; only what is left of one meets the noise as float32.
     """
-    shift = arrays.shifts[batch, head]
+    shift = scales.shift
     if numbers.drops_bits:
         dropped = jnp.maximum(shift - 23, 0)
         sums, shift = sums >> dropped, shift - dropped
     rest = sums & ((jnp.int32(1) << shift) - 1)
     # 2^23 + rest as a float32: its bits are those of 2^23, and `rest`.
-    rest = lax.bitcast_convert_type(rest | jnp.int32(0x4B000000), jnp.float32) - 2.0**23
-    near = noise * arrays.noise_steps[batch, head] + rest * arrays.rest_steps[batch, head]
+    rest = lax.bitcast_convert_type(rest | jnp.int32(0x4B000000), jnp.float32)
+    # Exact: `rest_steps` is a power of two.
+    rest = rest * scales.rest_steps - 2.0**23 * scales.rest_steps
+    near = noise * scales.noise_steps + rest
     bits = lax.bitcast_convert_type(near + MAGIC, jnp.int32)
     whole = sums >> shift
     if numbers.fits_float32:
-        multiples = lax.bitcast_convert_type(bits + whole, jnp.float32) - MAGIC
-    else:
-        multiples = (bits - MAGIC_BITS + whole).astype(jnp.float32)
-    return multiples * arrays.grids[batch, head]
+        return lax.bitcast_convert_type(bits + whole, jnp.float32) - MAGIC
+    return (bits - MAGIC_BITS + whole).astype(jnp.float32)
 
 
 def memory_forward(
@@ -358,6 +344,8 @@ def memory_forward(
     assert isinstance(spec.readout, MemoryReadout)
     assert tile.block_kv == SUM_BLOCK
     assert tile.noise_warpgroup
+    assert tile.ahead
+    assert tile.overlaps
     shape = arrays.query.shape
     arrays = arrays._replace(
         query=pad_sequence(arrays.query),
@@ -367,46 +355,50 @@ def memory_forward(
     )
     batch, num_queries, heads, head_size = arrays.query.shape
     dtype = arrays.query.dtype
-    programs = tiles.cdiv(num_queries, tile.rows)
+    kv_heads = arrays.key.shape[2]
+    # Keys past the end are zero rows, and every key is visited, hidden or not: which keys are
+    # hidden is private, the order of the sums is not.
+    keys = tiles.cdiv(arrays.key.shape[1], tile.block_kv) * tile.block_kv
+    tiling = Tiling(
+        spec, tile, batch, heads, num_queries, keys,
+        head_bytes=4 * keys * head_size * kv_heads // heads, heads_first=False, has_lengths=False,
+    )  # fmt: skip
+    schedule = tiling.schedule(device.processors())
     struct = jax.ShapeDtypeStruct
     out_type = [struct(arrays.query.shape, dtype)]
     if keep_sums:
-        padded = programs * tile.rows
+        padded = tiling.blocks * tile.rows
         out_type.append(struct((batch, padded, heads, head_size), jnp.int32))
         out_type.append(struct((batch, heads, padded), jnp.int32))
-    ring = (tile.stages, tile.block_kv)
-    chunks = COMPUTE_WARPGROUPS * head_size // tile.noise_columns
-    shared = {
-        "query": tiled_shared((COMPUTE_WARPGROUPS, tile.block_q, head_size), dtype),
-        "key": tiled_shared((*ring, head_size), dtype),
-        "value": tiled_shared((*ring, head_size), dtype),
-        "normaliser": plgpu.SMEM(ring, dtype),
-        "noise": tiled_shared((chunks, tile.block_q, tile.noise_columns), jnp.float32),
+    stage = NoiseStage(tile, head_size)
+    noise_then_output, noise_barriers = stage.scratch(dtype)
+    # A step's values come with its part of `normaliser`.
+    shared, barriers = loads.scratch(tile, head_size, dtype, value_copies=2)
+    shared |= {
+        "normaliser": plgpu.SMEM((tile.stages, tile.block_kv), dtype),
+        "noise_then_output": noise_then_output,
         "normaliser_noise": plgpu.SMEM((COMPUTE_WARPGROUPS, tile.block_q), jnp.float32),
     }
-    barriers = {
-        "query": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
-        "key": plgpu.Barrier(num_barriers=tile.stages),
-        "value": plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages),
-        "key_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=tile.stages),
-        "value_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=tile.stages),
-        "turn": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS),
-        "noise": plgpu.Barrier(),
-    }
+    barriers |= noise_barriers
     present = [x is not None for x in arrays]
 
-    def kernel(*refs):
+    def kernel(schedule_ref, *refs):
         operands = iter(refs[: sum(present)])
         refs = refs[sum(present) :]
+        shared_refs, barrier_refs = refs[len(out_type) :]
+        shared_refs |= stage.split(shared_refs.pop("noise_then_output"))
         _body(
             MemoryArrays(*(next(operands) if there else None for there in present)),
             MemoryResults(*refs[: len(out_type)]),
-            *refs[len(out_type) :],
+            shared_refs,
+            barrier_refs,
+            Walk(tiling, Lengths(), schedule_ref),
+            stage,
             spec=spec,
             tile=tile,
             numbers=numbers,
             size=shape[3],
-            group=heads // arrays.key.shape[2],
+            group=heads // kv_heads,
             simulate=interpret is not None,
         )
 
@@ -414,14 +406,14 @@ def memory_forward(
         kernel,
         out_type=tuple(out_type),
         scratch_types=(shared, barriers),
-        grid=(heads, programs, batch),
-        grid_names=(axes.HEADS, axes.ROWS, axes.BATCH),
+        grid=(len(schedule),),
+        grid_names=(axes.PROGRAM,),
         num_threads=COMPUTE_WARPGROUPS + 2,
         thread_name=axes.WARPGROUP,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name="dpfa_memory_forward",
         interpret=interpret,
-    )(*(x for x in arrays if x is not None))
+    )(constant(schedule), *(x for x in arrays if x is not None))
     cut = tuple(slice(size) for size in shape)
     if not keep_sums:
         return MemoryResults(output[cut])

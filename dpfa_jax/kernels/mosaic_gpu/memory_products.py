@@ -62,7 +62,7 @@ def begin_block(
 def settled(e: jax.Array, *, simulate: bool) -> jax.Array:
     """Whether some weight's sign bit is set, by a vote: 0, which the compiler cannot know.
 
-    For weights as `clamped_weights` gives them, in [0, 1] and no NaN: there no sign bit is set.
+    For weights as `clamped` gives them, in [0, 1] and no NaN: there no sign bit is set.
     A vote stays where it is, so that all weights are made before the barrier that follows.
     """
     if simulate:

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple, Protocol, overload
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +19,20 @@ WARPGROUP_ROWS = 64
 COMPUTE_WARPGROUPS = 2
 # Past this the accumulators of dK and dV, 64 keys each, do not fit the registers of a warpgroup.
 MAX_HEAD_SIZE_ONE_WARPGROUP = 128
+
+
+class Sizes(Protocol):
+    """Rows of a tile, and columns (keys, unless the rows are keys) of one step."""
+
+    @property
+    def rows(self) -> int:
+        """Of a tile."""
+        ...
+
+    @property
+    def block_kv(self) -> int:
+        """Columns of one step."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -203,7 +217,7 @@ def loop(begin: Scalar, end: Scalar, body: Callable[..., Any], carry: Any) -> An
     return lax.fori_loop(begin, end, body, carry)
 
 
-def masks_only_last(spec: AttentionSpec, tile: ForwardTiles, *, has_query_lengths: bool) -> bool:
+def masks_only_last(spec: AttentionSpec, tile: Sizes, *, has_query_lengths: bool) -> bool:
     """Whether no step but a program's last can hide a key from a row on its right."""
     if has_query_lengths:
         return False

@@ -4,8 +4,9 @@ Rows are queries, and a tile steps along their keys; or keys, along the queries 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jax import lax
 from dpfa_jax.kernels.base import AttentionSpec
 from dpfa_jax.kernels.mosaic_gpu import axes, tiles
 from dpfa_jax.kernels.mosaic_gpu.schedule import balanced
-from dpfa_jax.kernels.mosaic_gpu.tiles import Scalar, StepRange
+from dpfa_jax.kernels.mosaic_gpu.tiles import Scalar, Sizes, StepRange
 
 # What heads that start together step along stays in half of the second-level cache.
 _CACHE_BYTES = 24 * 2**20
@@ -29,20 +30,6 @@ class Lengths(NamedTuple):
 
     query: Any = None
     key: Any = None
-
-
-class Sizes(Protocol):
-    """Rows of a tile, and columns (keys, unless the rows are keys) of one step."""
-
-    @property
-    def rows(self) -> int:
-        """Of a tile."""
-        ...
-
-    @property
-    def block_kv(self) -> int:
-        """Columns of one step."""
-        ...
 
 
 class Size(NamedTuple):
@@ -80,6 +67,11 @@ class Tile:
     def after(self) -> Any:
         """Steps of the program when this tile is done."""
         return self.before(self.steps.end, self.turns - 1)
+
+    @property
+    def last(self) -> Any:
+        """The last step, which there always is."""
+        return self.steps.end - 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,6 +135,18 @@ class Tiling:
         together = max(1, _CACHE_BYTES // max(1, self.head_bytes))
         programs = min(processors, pairs * self.blocks)
         return balanced(tuple(costs), pairs, programs, together)
+
+    def before_last(self, here: Tile, body: Callable[..., Any], carry: Any) -> Any:
+        """`carry` after `body(step, carry, masked=...)` of each step of a tile but its last."""
+        steps, last = here.steps, here.last
+        masked, plain = (functools.partial(body, masked=masked) for masked in (True, False))
+        if tiles.left_reach(self.spec) is not None:
+            carry = tiles.loop(steps.begin, tiles.least(steps.full_begin, last), masked, carry)
+        carry = tiles.loop(steps.full_begin, tiles.least(steps.full_end, last), plain, carry)
+        has_query_lengths = here.query_length is not None
+        if not tiles.masks_only_last(self.spec, self.tile, has_query_lengths=has_query_lengths):
+            carry = tiles.loop(steps.full_end, last, masked, carry)
+        return carry
 
     def at(self, lengths: Lengths, number: Any, count: Any) -> Tile:
         """The tile of a number."""

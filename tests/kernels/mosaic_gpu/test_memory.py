@@ -136,18 +136,15 @@ def test_released_multiples_are_those_of_integers(shift):
     rng = np.random.default_rng(shift)
     sums = rng.integers(-(2**31), 2**31, 20000).astype(np.int32)
     noise = rng.standard_normal(20000).astype(np.float32)
-    one = lambda x, dtype: jnp.full((1, 1), x, dtype)  # noqa: E731
-    arrays = memory.MemoryArrays(
-        *(None,) * 8,
+    one = lambda x, dtype: jnp.full((), x, dtype)  # noqa: E731
+    scales = memory._Scales(
         noise_steps=one(stddev * 16, jnp.float32),
-        grids=one(grid, jnp.float32),
-        shifts=one(shift, jnp.int32),
+        grid=one(grid, jnp.float32),
+        shift=one(shift, jnp.int32),
         rest_steps=one(2.0 ** -min(shift, 23), jnp.float32),
     )
-    released = jax.jit(
-        lambda s, z: memory._released(s, z, arrays=arrays, numbers=numbers, batch=0, head=0)
-    )
-    multiples = np.asarray(released(sums, noise), np.float64) / grid
+    multiples = jax.jit(lambda s, z: memory._multiples(s, z, scales, numbers))(sums, noise)
+    multiples = np.asarray(multiples, np.float64)
     exact = sums / 2.0**shift + np.float64(np.float32(stddev * 16)) * noise
     assert np.array_equal(multiples, np.round(multiples))
     lost = np.abs(multiples) * 2.0**-24  # of multiples past 2^24, after the rounding
