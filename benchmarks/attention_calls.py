@@ -298,3 +298,17 @@ def case(
     timed, left_out = prepared(shape, mask, chosen)
     turn.wait()
     return {"rows": timed(seconds), "left_out": left_out}
+
+
+def ceiling(size: int, seconds: float) -> dict[str, Any]:
+    """The child that times a product of square matrices: what the tensor cores give at best."""
+    turn = Turn()
+    keys = jax.random.split(jax.random.key(0), 2)
+    sets = [tuple(jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys)]
+    program, _ = compiled(jnp.matmul, sets)
+    turn.wait()
+    milliseconds, _ = measure(program, sets, seconds)
+    return {
+        "what": f"bf16 product, {size} cubed",
+        "tflops": round(2e-9 * size**3 / milliseconds, 3),
+    }

@@ -3,7 +3,7 @@
     python benchmarks/plot.py                           all results -> docs/benchmarks.md
     python benchmarks/plot.py RESULTS.json FIGURE.svg   one figure
 
-Attention results: time against cuDNN's over T. Training results: time of a step and peak memory
+Attention results: `attention_figure`. Training results: time of a step and peak memory
 against the non-private step, for each model. Utility results: accuracy against epsilon.
 """
 
@@ -14,6 +14,8 @@ import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import attention_figure
 
 Rows = list[dict[str, Any]]
 ROOT = Path(__file__).parents[1]
@@ -35,40 +37,9 @@ STYLE = {
 }
 
 
-def attention(rows: Rows, figure: Any) -> None:
-    """Time against cuDNN's, forward; one line an implementation, mask and head size."""
-    axes = figure.subplots()
-    forward = [row for row in rows if row["direction"] == "forward"]
-    times: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in forward:
-        key = (row["D"], row["mask"], row["H"], row["K"], row["T"], row["B"])
-        times.setdefault(key, {})[row["implementation"]] = row["milliseconds"]
-    lines: dict[tuple[str, int, str], list[tuple[int, float]]] = {}
-    for (size, mask, heads, kv_heads, length, _), found in times.items():
-        for name, milliseconds in found.items():
-            if name != "cudnn" and "cudnn" in found and heads == kv_heads:
-                line = lines.setdefault((name, size, mask), [])
-                line.append((length, milliseconds / found["cudnn"]))
-    names = sorted({name for name, _, _ in lines})
-    sizes = sorted({size for _, size, _ in lines})
-    for (name, size, mask), points in sorted(lines.items()):
-        axes.plot(
-            *zip(*sorted(points), strict=True),
-            {"full": "-", "causal": "--"}[mask],
-            color=f"C{names.index(name)}",
-            marker="os^Dv"[sizes.index(size) % 5],
-            label=f"{name}, D = {size}, {mask}",
-        )
-    axes.axhline(1.0, color="grey", linewidth=1)
-    lengths = sorted({length for points in lines.values() for length, _ in points})
-    axes.set(xscale="log", xlabel="T", ylabel="time / cuDNN", title="Attention, forward")
-    axes.set_xticks(lengths, [str(length) for length in lengths])
-    axes.minorticks_off()
-    _legend(figure, axes, columns=3)
-
-
-def train(rows: Rows, figure: Any) -> None:
+def train(stored: dict[str, Any], figure: Any) -> None:
     """Time of a step and peak memory over those of the same model's non-private step."""
+    rows = stored["rows"]
     cases = list(dict.fromkeys((row["model"], row["T"], row["batch"]) for row in rows))
     found = {(row["model"], row["T"], row["batch"], row["method"]): row for row in rows}
     methods = [name for name in NAMES if any(row["method"] == name for row in rows)]
@@ -98,8 +69,9 @@ def train(rows: Rows, figure: Any) -> None:
     _legend(figure, panels[0], columns=4)
 
 
-def utility(rows: Rows, figure: Any) -> None:
+def utility(stored: dict[str, Any], figure: Any) -> None:
     """Accuracy against epsilon: each seed a dot, the mean with its 95 % interval (Student's t)."""
+    rows = stored["rows"]
     axes = figure.subplots()
     modes = list(dict.fromkeys(row["clipping"] for row in rows if row["epsilon"] is not None))
     plain = [row["accuracy"] for row in rows if row["epsilon"] is None]
@@ -143,8 +115,10 @@ def _legend(figure: Any, axes: Any, *, columns: int) -> None:
     figure.legend(handles, labels, loc="outside upper center", ncols=columns, fontsize=8)
 
 
-def kind_of(rows: Rows) -> Callable[[Rows, Any], None]:
-    return utility if "clipping" in rows[0] else train if "method" in rows[0] else attention
+def kind_of(rows: Rows) -> Callable[[dict[str, Any], Any], None]:
+    if "clipping" in rows[0]:
+        return utility
+    return train if "method" in rows[0] else attention_figure.draw
 
 
 def draw(results: Path, path: Path) -> None:
@@ -155,7 +129,7 @@ def draw(results: Path, path: Path) -> None:
     with matplotlib.rc_context(STYLE):
         kind = kind_of(found["rows"])
         figure = Figure(figsize=(9, 6.4 if kind is train else 5), layout="constrained")
-        kind(found["rows"], figure)
+        kind(found, figure)
         figure.supxlabel(
             f"{found['device']}, {found['date']}", x=0.99, ha="right", fontsize=7, color="grey"
         )
@@ -214,17 +188,7 @@ def utility_table(rows: Rows) -> str:
 
 
 def attention_table(rows: Rows) -> str:
-    names = list(dict.fromkeys(row["implementation"] for row in rows))
-    shape = ("direction", "B", "T", "H", "K", "D", "mask")
-    times: dict[tuple[Any, ...], dict[str, float]] = {}
-    for row in rows:
-        key = tuple(row[name] for name in shape)
-        times.setdefault(key, {})[row["implementation"]] = row["milliseconds"]
-    lines = [
-        (*key, *(f"{found[name]:.3f}" if name in found else "–" for name in names))
-        for key, found in times.items()
-    ]
-    return _table((*shape, *names), lines)
+    return _table(*attention_figure.table(rows))
 
 
 SECTIONS = {
@@ -232,7 +196,7 @@ SECTIONS = {
               train_table),
     "utility": ("Utility on Reuters R8", "The main job with each kind of clipping, and without "
                 "privacy, on the official test split.", utility_table),
-    "attention": ("Attention", "Milliseconds, medians of one run.", attention_table),
+    "attention": ("Attention", "Milliseconds, medians; compare those of a line.", attention_table),
 }  # fmt: skip
 
 
@@ -277,15 +241,19 @@ def _by_case(rows: Rows) -> Rows:
 
 def _left_out(found: dict[str, Any]) -> list[str]:
     """A line for each model and size: which methods are missing, and the reasons given."""
-    missing: dict[tuple[Any, ...], dict[str, str]] = {}
+    missing: dict[str, dict[str, str]] = {}
     for row in found.get("left_out", ()):
-        case = (row["model"], row["T"], row["batch"], row["what"])
-        method = NAMES.get(row["method"], row["method"])
+        if "model" in row:
+            case = f"{row['model']}, T = {row['T']}, batch {row['batch']}, {row['what']}"
+            method = NAMES.get(row["method"], row["method"])
+        else:  # of attention: a whole case has no implementation
+            case = ", ".join(f"{name} = {row[name]}" for name in ("B", "T", "H", "K", "D"))
+            case += f", {row['mask']}, {row.get('direction', 'all')}"
+            method = row.get("implementation", "all")
         missing.setdefault(case, {}).setdefault(method, row["why"])
     return [
-        f"{model}, T = {length}, batch {batch}, {what}: "
-        + "; ".join(f"{method} (`{why}`)" for method, why in methods.items())
-        for (model, length, batch, what), methods in missing.items()
+        f"{case}: " + "; ".join(f"{method} (`{why}`)" for method, why in methods.items())
+        for case, methods in missing.items()
     ]
 
 

@@ -40,10 +40,11 @@ def test_what_was_measured_is_in_the_file(bench, tmp_path, monkeypatch):
         "--output"
     )
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments.split(), str(out)])
+    monkeypatch.setattr(bench, "CEILING_SIZE", 256)
     bench.main()
     stored = json.loads(out.read_text())
     assert stored["command"].endswith(str(out)) and stored["device"] and stored["date"]
-    assert "jax" in stored["versions"]
+    assert "jax" in stored["versions"] and stored["ceiling"]["tflops"] > 0
     found = [(row["H"], row["direction"], row["implementation"]) for row in stored["rows"]]
     one = [("forward", "dpfa"), ("forward", "dpfa_example"), ("forward_backward", "dpfa")]
     assert found == [(heads, *which) for heads in (2, 4) for which in one]
@@ -59,6 +60,7 @@ def test_a_case_that_fails_is_named(bench, tmp_path, monkeypatch):
     out = tmp_path / "attention.json"
     monkeypatch.setattr(bench, "SHAPES", ((1, 64, 3, 2, 64),))  # 3 heads of 2 key heads
     arguments = f"--implementations dpfa --masks causal --seconds 0.001 --output {out}"
+    monkeypatch.setattr(bench, "CEILING_SIZE", 256)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments.split()])
     bench.main()
     stored = json.loads(out.read_text())

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,10 @@ import pytest
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 _SPEC = importlib.util.spec_from_file_location("benchmark_plot", FOLDER / "plot.py")
 plot = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(plot)
+with pytest.MonkeyPatch.context() as _patch:
+    _patch.syspath_prepend(str(FOLDER))
+    _SPEC.loader.exec_module(plot)
+    figures = sys.modules["attention_figure"]
 
 
 def _stored(path, rows, **more):
@@ -52,6 +56,43 @@ def test_page_of_all_results(tmp_path):
         before = figure.read_bytes()
         plot.page(results, docs)
         assert figure.read_bytes() == before, "the same results gave another file"
+
+
+def _call(implementation, milliseconds, **more):
+    row = {"B": 8, "T": 2048, "S": 2048, "H": 16, "K": 16, "D": 128, "mask": "full"}
+    row |= {"direction": "forward", "implementation": implementation, "spread": 0.0}
+    return row | {"milliseconds": milliseconds, "peak_bytes": 2**20} | more
+
+
+def test_attention_is_a_table_and_a_figure(tmp_path):
+    """A line a case, a panel for each head size and mask; what is left out is named."""
+    rows = [
+        _call(name, ms * factor, T=length, S=length, direction=direction, mask=mask)
+        for name, ms in (("cudnn", 0.5), ("dpfa", 0.4))
+        for length in (1024, 2048)
+        for mask in ("full", "causal")
+        for direction, factor in (("forward", 1.0), ("forward_backward", 3.0))
+    ]
+    left_out = {name: rows[0][name] for name in ("B", "T", "H", "K", "D", "mask")}
+    more = {"ceiling": {"tflops": 700.0}, "left_out": [left_out | {"why": "the time limit"}]}
+    _stored(tmp_path / "results" / "gpu" / "2026-01-02-attention.json", rows, **more)
+    docs = tmp_path / "docs"
+    docs.mkdir()
+    text = plot.page(tmp_path / "results", docs).read_text()
+    assert "| forward | 8 | 1024 | 16 | 16 | 128 | full | 0.500 | 0.400 |" in text
+    assert "Left out: B = 8, T = 1024" in text and "the time limit" in text
+    drawn = (docs / "figures" / "gpu-2026-01-02-attention.svg").read_text()
+    assert all(f"D = 128, {mask}" in drawn for mask in ("full", "causal"))
+    assert "TFLOP/s" in drawn and "peak MiB" in drawn
+
+
+def test_tflops_are_those_of_the_useful_products():
+    """4 B H T S D operations forward, 14 with the backward pass, half of them under causality."""
+    row = _call("dpfa", 0.5)
+    operations = 4 * 8 * 16 * 2048 * 2048 * 128
+    assert figures.tflops(row) == pytest.approx(operations / 0.5e-3 / 1e12)
+    causal = row | {"mask": "causal", "direction": "forward_backward"}
+    assert figures.tflops(causal) == pytest.approx(14 / 4 / 2 * figures.tflops(row))
 
 
 def test_interval_is_that_of_student():
