@@ -28,18 +28,14 @@ from row_processes import Limits, in_turn
 from stored_runs import begun, child_environment, write
 
 TOKENS, WIDTH = 16384, 2048  # of a call: B T, and H D
-LENGTHS = (2048, 1024, 4096, 512, 16384, 32768, 8192)
+LENGTHS = (2048, 4096, 1024, 16384, 512, 32768, 8192)
 HEAD_SIZES = (128, 64, 256)
 # B, T, query heads, key heads, head size; of each head size one call with grouped heads.
 SHAPES = tuple(
-    shape
+    (max(1, TOKENS // length), length, WIDTH // size, WIDTH // size, size)
+    for length in LENGTHS
     for size in HEAD_SIZES
-    for heads in (WIDTH // size,)
-    for shape in (
-        *((max(1, TOKENS // length), length, heads, heads, size) for length in LENGTHS),
-        (4, 4096, 2 * heads, heads // 2, size),
-    )
-)
+) + tuple((4, 4096, 2 * WIDTH // size, WIDTH // size // 2, size) for size in HEAD_SIZES)
 CEILING_SIZE = 8192  # of the matrices whose product is the ceiling
 # To set up one case, and to time it.
 SETUP_SECONDS, TIMING_SECONDS = 300.0, 120.0

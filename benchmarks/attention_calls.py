@@ -159,7 +159,7 @@ def measure(
     jax.block_until_ready(together(sets))
     start = time.perf_counter()
     jax.block_until_ready(together(sets))
-    calls = max(2, math.ceil(seconds / 5 / (time.perf_counter() - start)))
+    calls = math.ceil(seconds / 5 / (time.perf_counter() - start))
     times = []
     for _ in range(5):
         start = time.perf_counter()
@@ -202,10 +202,10 @@ def measure_torch(
                 torch.cuda.synchronize()
                 torch.cuda.reset_peak_memory_stats()
                 before, start = torch.cuda.memory_allocated(), time.perf_counter()
-                for _ in range(5):
+                for _ in range(INPUT_SETS):
                     call()
                 torch.cuda.synchronize()
-                calls = max(5, math.ceil(seconds / (time.perf_counter() - start)))
+                calls = INPUT_SETS * math.ceil(seconds / 5 / (time.perf_counter() - start))
                 peak = torch.cuda.max_memory_allocated() - before
                 times = []
                 for _ in range(5):
