@@ -77,7 +77,7 @@ def time_row(row: Row, seconds: float, lock: str | None) -> dict[str, Any]:
 
         turn.wait()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return train_torch.timed(row.model, row.T, row.batch, seconds, device)
+        return train_torch.timed(row.method, *row[:3], seconds, device)
     import train_steps
 
     stage("tracing")
@@ -93,7 +93,7 @@ def find_largest(row: Row, memory_bytes: int | None) -> dict[str, Any]:
         import train_torch
 
         limit = memory_bytes or int(0.93 * torch.cuda.mem_get_info()[1])
-        return {"largest_batch": train_torch.largest_batch(*row[:3], limit)}
+        return {"largest_batch": train_torch.largest_batch(row.method, *row[:3], limit)}
     import train_steps
 
     return {"largest_batch": train_steps.largest_batch(*row[:4], memory_bytes)}
