@@ -13,7 +13,12 @@ from torch_models import MODELS, examples_of
 
 CLIP, NOISE_MULTIPLIER = 1.0, 0.7
 PHYSICAL_BATCHES = (64, 32, 16, 8, 4, 2)
-PEERS = {"opacus_ghost": "torch_opacus"}
+PEERS = {"opacus_ghost": "torch_opacus", "fastdp": "torch_fastdp"}
+
+
+def peer_of(method: str) -> Any:
+    """Its module; the first call imports the peer."""
+    return importlib.import_module(PEERS[method])
 
 
 def step_on(
@@ -27,7 +32,7 @@ def step_on(
     """A step on all examples in passes of `physical`, gradients added up, and its optimizer."""
     inputs, targets = examples
     batch, fused = len(inputs), inputs.device.type == "cuda"
-    one_pass, optimizer = importlib.import_module(PEERS[method]).attached(
+    one_pass, optimizer = peer_of(method).attached(
         model.train(),
         lambda parameters: torch.optim.AdamW(parameters, lr=1e-4, fused=fused),
         batch, CLIP, noise_multiplier, **options,
