@@ -26,6 +26,7 @@ NAMES = {
     "flat": "flat",
     "jax_privacy": "jax_privacy",
     "opacus_ghost": "Opacus, ghost clipping",
+    "fastdp": "fastDP",
 }
 STYLE = {
     "font.size": 10,

@@ -11,7 +11,9 @@ each, the row is of the best, `micro_batch`. `peak_bytes` is the allocator's pea
 model and optimizer included. `largest_batch` (with --largest-of) is the largest batch of one pass,
 without micro-batches, whose step fits the device: in JAX read from the compiler's memory figures,
 in torch from steps that are run. `left_out` names what is missing and why: a row beyond a limit,
-one that does not fit, a peer that is not installed.
+one that does not fit, a peer that is not installed or that a model does not run with. Parameters
+are float32 and products bfloat16 for all; how each peer in torch comes to that, and what it rounds
+besides, is said in its file (`torch_opacus`, `torch_fastdp`).
 """
 
 import argparse
@@ -31,7 +33,18 @@ from typing import Any, NamedTuple
 
 from row_processes import Limits, Turn, in_turn, over_gpus, stage, tuning
 
-METHODS = ("nonprivate", "per_layer", "flat", "jax_privacy", "opacus_ghost")
+FASTDP = (
+    "git+https://github.com/awslabs/fast-differential-privacy"
+    "@3d5cc561aa337c72f79873ccc4fe8b900b5493b5"
+)
+# Peers, and what they are installed with.
+PEERS = {
+    "jax_privacy": "pip install jax-privacy",
+    "opacus_ghost": "pip install torch opacus",
+    "fastdp": f"pip install torch transformers scipy {FASTDP}",
+}
+IN_TORCH = ("opacus_ghost", "fastdp")
+METHODS = ("nonprivate", "per_layer", "flat", *PEERS)
 CASES = (
     ("gpt2-small", 1024, 32),
     ("gpt2-medium", 1024, 16),
@@ -71,13 +84,14 @@ def rows_of(
 def time_row(row: Row, seconds: float, lock: str | None) -> dict[str, Any]:
     """In a process of its own: sets up, waits for its turn, and is timed."""
     turn = Turn()
-    if row.method == "opacus_ghost":
+    if row.method in IN_TORCH:
         import torch
         import train_torch
 
+        train_torch.peer_of(row.method)
         turn.wait()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return train_torch.timed(row.model, row.T, row.batch, seconds, device)
+        return train_torch.timed(row.method, *row[:3], seconds, device)
     import train_steps
 
     stage("tracing")
@@ -88,12 +102,12 @@ def time_row(row: Row, seconds: float, lock: str | None) -> dict[str, Any]:
 
 def find_largest(row: Row, memory_bytes: int | None) -> dict[str, Any]:
     Turn().wait()
-    if row.method == "opacus_ghost":
+    if row.method in IN_TORCH:
         import torch
         import train_torch
 
         limit = memory_bytes or int(0.93 * torch.cuda.mem_get_info()[1])
-        return {"largest_batch": train_torch.largest_batch(*row[:3], limit)}
+        return {"largest_batch": train_torch.largest_batch(row.method, *row[:3], limit)}
     import train_steps
 
     return {"largest_batch": train_steps.largest_batch(*row[:4], memory_bytes)}
@@ -203,7 +217,7 @@ def find_all_largest(arguments: argparse.Namespace, results: Results, limits: Li
     gpus = _gpus(arguments.gpus)
     # Compilations are no work for a GPU; torch's steps are, and fill it: one a GPU.
     slots = gpus + [gpus[i % len(gpus)] for i in range(arguments.at_once - len(gpus))]
-    torch_rows = [row for row in rows if row.method == "opacus_ghost"]
+    torch_rows = [row for row in rows if row.method in IN_TORCH]
     with tempfile.TemporaryDirectory() as cache:
 
         def work(gpu: str, row: Row) -> None:
@@ -213,7 +227,7 @@ def find_all_largest(arguments: argparse.Namespace, results: Results, limits: Li
                 results.add_largest,
             )  # fmt: skip
 
-        over_gpus(slots, [row for row in rows if row.method != "opacus_ghost"], work)
+        over_gpus(slots, [row for row in rows if row.method not in IN_TORCH], work)
         over_gpus(gpus, torch_rows, work)
 
 
@@ -241,7 +255,7 @@ def _versions() -> dict[str, str]:
     import importlib.metadata
     import importlib.util
 
-    names = ("jax", "jax-privacy", "torch", "opacus")
+    names = ("jax", "jax-privacy", "torch", "opacus", "fastDP")
     versions = {"python": platform.python_version()}
     for name in names:
         if importlib.util.find_spec(name.replace("-", "_")) is not None:
@@ -254,9 +268,14 @@ def _versions() -> dict[str, str]:
 
 def child(words: Mapping[str, Any]) -> dict[str, Any]:
     row = Row(*words["row"])
-    if "seconds" in words:
-        return time_row(row, words["seconds"], words["lock"])
-    return find_largest(row, words["memory_bytes"])
+    try:
+        if "seconds" in words:
+            return time_row(row, words["seconds"], words["lock"])
+        return find_largest(row, words["memory_bytes"])
+    except ModuleNotFoundError as error:
+        if row.method not in PEERS:
+            raise
+        raise ModuleNotFoundError(f"{error}: {PEERS[row.method]}") from error
 
 
 def main() -> None:

@@ -8,7 +8,7 @@ import dpfa_jax
 from dpfa_jax.cli.entry import BAD_INPUT, DONE
 from dpfa_jax.core import ArgumentError
 
-# The benchmarks import peers (torch, opacus, jax_privacy) that the package itself must not.
+# The benchmarks import peers (torch, opacus, fastDP, jax_privacy) that the package itself must not.
 BENCHMARKS = {
     "attention": "forward and backward, with noise and without, against cuDNN and others",
     "train": "DP-SGD steps of whole transformers against non-private ones and peers",

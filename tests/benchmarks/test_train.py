@@ -145,3 +145,15 @@ def test_a_row_beyond_its_limit_is_left_out_and_said(bench, monkeypatch, tmp_pat
     found = json.loads(out.read_text())
     assert found["rows"] == [] and "ended after 0 seconds" in found["left_out"][0]["why"]
     assert "left out" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_missing_peer_is_left_out_and_how_to_install_it_said(bench, monkeypatch, tmp_path):
+    (tmp_path / "fastDP.py").write_text("raise ModuleNotFoundError(\"No module named 'fastDP'\")")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    out = _words(monkeypatch, tmp_path, "--methods", "fastdp")
+    bench.main()
+    found = json.loads(out.read_text())
+    (missing,) = found["left_out"]
+    assert found["rows"] == [] and missing["method"] == "fastdp" and missing["what"] == "row"
+    assert "No module named" in missing["why"] and bench.FASTDP in missing["why"]
