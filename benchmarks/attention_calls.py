@@ -1,6 +1,7 @@
 """One case of the attention benchmark: all implementations of one shape and mask, on one GPU.
 
-In a process of its own: traces and compiles all of them, waits for its turn, and times each.
+In a process of its own: traces and compiles all of them, waits for its turn, and times them in
+turns, so that all meet the same clocks.
 """
 
 import dataclasses
@@ -8,7 +9,6 @@ import functools
 import importlib.util
 import math
 import statistics
-import time
 from collections.abc import Callable
 from concurrent import futures
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from row_processes import Turn, stage
+from timing import in_turns
 
 from dpfa_jax import ExampleRelease, RecordRelease, dot_product_attention, dp_attention
 from dpfa_jax.noise import new_noise_key
@@ -152,78 +153,60 @@ def compiled(function: Callable[..., Any], sets: list[tuple[Any, ...]]) -> tuple
     return program, found.temp_size_in_bytes + found.output_size_in_bytes // len(sets)
 
 
-def measure(
-    together: Callable[..., Any], sets: list[tuple[Any, ...]], seconds: float
-) -> tuple[float, float]:
-    """Median milliseconds a call and the range over the repetitions."""
-    jax.block_until_ready(together(sets))
-    start = time.perf_counter()
-    jax.block_until_ready(together(sets))
-    calls = math.ceil(seconds / 5 / (time.perf_counter() - start))
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        for _ in range(calls):
-            result = together(sets)
-        jax.block_until_ready(result)
-        times.append((time.perf_counter() - start) / calls / len(sets) * 1e3)
-    return statistics.median(times), max(times) - min(times)
+def torch_calls(
+    shape: tuple[int, ...], is_causal: bool, is_backward: bool
+) -> dict[str, tuple[Callable[[], Any], int]]:
+    """Of each of torch's SDPA backends that serves: a call for each set, and a call's peak bytes.
 
-
-def measure_torch(
-    shape: tuple[int, ...], is_causal: bool, is_backward: bool, seconds: float
-) -> tuple[float, float, int]:
-    """The same for the fastest of torch's SDPA backends."""
+    Raises ImportError without torch, RuntimeError where none serves.
+    """
     import torch
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     batch, length, heads, kv_heads, size = shape
-    best, refused = None, None
-    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
-        arrays = [
+    sets = [
+        [
             torch.randn(
                 batch, n, length, size, device="cuda", dtype=torch.bfloat16,
                 requires_grad=is_backward,
             )
             for n in (heads, kv_heads, kv_heads)
-        ]  # fmt: skip
-        cotangent = torch.randn_like(arrays[0])
+        ]
+        for _ in range(INPUT_SETS)
+    ]  # fmt: skip
+    cotangent = torch.randn_like(sets[0][0])
+    found, refused = {}, None
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
 
-        def call(arrays: Any = arrays, cotangent: Any = cotangent) -> None:
-            output = torch.nn.functional.scaled_dot_product_attention(
-                *arrays, is_causal=is_causal, enable_gqa=heads != kv_heads
-            )
+        def once(arrays: Any, backend: Any = backend) -> None:
+            with sdpa_kernel(backend):
+                output = torch.nn.functional.scaled_dot_product_attention(
+                    *arrays, is_causal=is_causal, enable_gqa=heads != kv_heads
+                )
             if is_backward:
                 torch.autograd.grad(output, arrays, cotangent)
 
         try:
-            with sdpa_kernel(backend):
-                call()
-                torch.cuda.synchronize()
-                torch.cuda.reset_peak_memory_stats()
-                before, start = torch.cuda.memory_allocated(), time.perf_counter()
-                for _ in range(INPUT_SETS):
-                    call()
-                torch.cuda.synchronize()
-                calls = INPUT_SETS * math.ceil(seconds / 5 / (time.perf_counter() - start))
-                peak = torch.cuda.max_memory_allocated() - before
-                times = []
-                for _ in range(5):
-                    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                    begin.record()
-                    for _ in range(calls):
-                        call()
-                    end.record()
-                    torch.cuda.synchronize()
-                    times.append(begin.elapsed_time(end) / calls)
+            once(sets[0])
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            once(sets[0])
+            torch.cuda.synchronize()
         except RuntimeError as error:
             refused = error
             continue
-        found = (statistics.median(times), max(times) - min(times), peak)
-        best = found if best is None or found[0] < best[0] else best
-    if best is None:
+        peak = torch.cuda.max_memory_allocated() - before
+        found[backend.name] = (lambda once=once: [once(arrays) for arrays in sets], peak)
+    if not found:
         raise RuntimeError("no backend of torch's SDPA serves this call") from refused
-    return best
+    return found
+
+
+def _await_torch(_: Any) -> None:
+    import torch
+
+    torch.cuda.synchronize()
 
 
 def programs_of(
@@ -265,26 +248,36 @@ def prepared(
         else:  # what a peer does not serve
             leave_out(*which, error)
     wants_torch = mask in ("full", "causal") and (not chosen or "torch_sdpa" in chosen)
+    calls: dict[tuple[str, str, str], tuple[Callable[[], Any], Callable[[Any], Any]]] = {}
+    peaks = {}
+    for which, (program, peak) in ready.items():
+        sets = programs[which][1]
+        calls[*which, ""] = (functools.partial(program, sets), jax.block_until_ready)
+        peaks[*which, ""] = peak
+    for direction in ("forward", "forward_backward") if wants_torch else ():
+        try:
+            found = torch_calls(shape, mask == "causal", direction == "forward_backward")
+        except (ImportError, RuntimeError) as error:
+            leave_out(direction, "torch_sdpa", error)
+            continue
+        for backend, (call, peak) in found.items():
+            calls[direction, "torch_sdpa", backend] = (call, _await_torch)
+            peaks[direction, "torch_sdpa", backend] = peak
 
     def timed(seconds: float) -> list[dict[str, Any]]:
-        figures: dict[tuple[str, str], tuple[float, float, int]] = {}
-        for which, (program, peak) in ready.items():
-            figures[which] = (*measure(program, programs[which][1], seconds), peak)
-        for direction in ("forward", "forward_backward") if wants_torch else ():
-            is_backward = direction == "forward_backward"
-            try:
-                found = measure_torch(shape, mask == "causal", is_backward, seconds)
-                figures[direction, "torch_sdpa"] = found
-            except (ImportError, RuntimeError) as error:
-                leave_out(direction, "torch_sdpa", error)
         batch, length, heads, kv_heads, size = shape
-        return [
-            {"B": batch, "T": length, "S": length, "H": heads, "K": kv_heads, "D": size,
-             "mask": mask, "direction": direction, "implementation": name,
-             "milliseconds": round(found[0], 4), "spread": round(found[1], 4),
-             "peak_bytes": found[2]}
-            for (direction, name), found in sorted(figures.items(), key=lambda item: item[0][0])
-        ]  # fmt: skip
+        rows: dict[tuple[str, str], dict[str, Any]] = {}
+        for (direction, name, backend), times in in_turns(calls, seconds).items():
+            each = [milliseconds / INPUT_SETS for milliseconds in times]
+            row = {"B": batch, "T": length, "S": length, "H": heads, "K": kv_heads, "D": size,
+                   "mask": mask, "direction": direction, "implementation": name,
+                   "milliseconds": round(statistics.median(each), 4),
+                   "spread": round(max(each) - min(each), 4),
+                   "peak_bytes": peaks[direction, name, backend]}  # fmt: skip
+            known = rows.get((direction, name))
+            if known is None or row["milliseconds"] < known["milliseconds"]:
+                rows[direction, name] = row  # the best of torch's backends
+        return sorted(rows.values(), key=lambda row: row["direction"])
 
     return timed, left_out
 
@@ -307,7 +300,8 @@ def ceiling(size: int, seconds: float) -> dict[str, Any]:
     sets = [tuple(jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys)]
     program, _ = compiled(jnp.matmul, sets)
     turn.wait()
-    milliseconds, _ = measure(program, sets, seconds)
+    calls = {"product": (functools.partial(program, sets), jax.block_until_ready)}
+    milliseconds = statistics.median(in_turns(calls, seconds)["product"])
     return {
         "what": f"bf16 product, {size} cubed",
         "tflops": round(2e-9 * size**3 / milliseconds, 3),

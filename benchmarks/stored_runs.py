@@ -25,7 +25,7 @@ def begun(script: str, packages: Sequence[str]) -> dict[str, Any]:
 
 def child_environment() -> dict[str, str]:
     """Of a process that times: those that wait hold no memory that the one being timed needs."""
-    return {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"} | os.environ
+    return dict(os.environ) | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
 
 
 def write(result: dict[str, Any], path: str | None) -> None:

@@ -1,9 +1,9 @@
-"""Medians over windows of queued steps."""
+"""Medians over windows of queued calls."""
 
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 WINDOWS = 5
@@ -26,3 +26,31 @@ def measured(step: Callable[[], Any], wait: Callable[[Any], Any], seconds: float
         "milliseconds": round(statistics.median(times), 3),
         "spread": round(max(times) - min(times), 3),
     }
+
+
+def in_turns[Name](
+    calls: Mapping[Name, tuple[Callable[[], Any], Callable[[Any], Any]]], seconds: float
+) -> dict[Name, list[float]]:
+    """Milliseconds a call in each window, of several (call, wait), `seconds` for each in all.
+
+    Each window takes all of them, one after the other, and begins with another one: a clock that
+    falls as the device warms falls for all, and none is the one that always comes after a pause.
+    """
+    queued = {}
+    for name, (call, wait) in calls.items():
+        wait(call())
+        start = time.perf_counter()
+        wait(call())
+        queued[name] = math.ceil(seconds / WINDOWS / (time.perf_counter() - start))
+    names = list(calls)
+    times: dict[Name, list[float]] = {name: [] for name in names}
+    for window in range(WINDOWS):
+        first = window * len(names) // WINDOWS
+        for name in names[first:] + names[:first]:
+            call, wait = calls[name]
+            start = time.perf_counter()
+            for _ in range(queued[name]):
+                last = call()
+            wait(last)
+            times[name].append((time.perf_counter() - start) / queued[name] * 1e3)
+    return times

@@ -17,13 +17,10 @@ besides, is said in its file (`torch_opacus`, `torch_fastdp`).
 """
 
 import argparse
-import datetime
 import functools
 import json
 import math
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import threading
@@ -32,6 +29,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from row_processes import Limits, Turn, in_turn, over_gpus, stage, tuning
+from stored_runs import begun, child_environment, write
 
 FASTDP = (
     "git+https://github.com/awslabs/fast-differential-privacy"
@@ -125,7 +123,7 @@ class Results:
                 self._leave_out(row, "row", why)
             else:
                 self._take(row, gpu, found)
-            self.write()
+            write(self.result, self.path)
 
     def add_largest(self, row: Row, found: dict[str, Any] | None, why: str) -> None:
         with self._lock:
@@ -134,15 +132,7 @@ class Results:
             else:
                 self._find(row)["largest_batch"] = found["largest_batch"]
                 print(*row[:4], found, flush=True)
-            self.write()
-
-    def write(self) -> None:
-        if not self.path:
-            return
-        with open(self.path + ".part", "w") as file:
-            json.dump(self.result, file, indent=1)
-            file.write("\n")
-        os.replace(self.path + ".part", self.path)
+            write(self.result, self.path)
 
     def _find(self, row: Row) -> dict[str, Any]:
         for known in self.result["rows"]:
@@ -184,10 +174,8 @@ def _command(words: dict[str, Any]) -> list[str]:
 
 
 def _environment(cache: str, gpu: str | None) -> dict[str, str]:
-    environment = {"JAX_COMPILATION_CACHE_DIR": cache} | os.environ
+    environment = {"JAX_COMPILATION_CACHE_DIR": cache} | child_environment()
     environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.93"
-    # The rows that wait must hold no memory that the one being timed needs.
-    environment["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     return environment
@@ -240,30 +228,6 @@ def _gpus(count: int) -> list[str]:
 def _case(text: str) -> tuple[str, int, int]:
     name, length, batch = text.split(":")
     return name, int(length), int(batch)
-
-
-def _device() -> str:
-    code = "import jax; print(jax.devices()[0].device_kind)"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120.0,
-        env=os.environ | {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"},
-    )  # fmt: skip
-    return done.stdout.strip()
-
-
-def _versions() -> dict[str, str]:
-    import importlib.metadata
-    import importlib.util
-
-    names = ("jax", "jax-privacy", "torch", "opacus", "fastDP")
-    versions = {"python": platform.python_version()}
-    for name in names:
-        if importlib.util.find_spec(name.replace("-", "_")) is not None:
-            try:
-                versions[name] = importlib.metadata.version(name)
-            except importlib.metadata.PackageNotFoundError:
-                versions[name] = "unknown"
-    return versions
 
 
 def child(words: Mapping[str, Any]) -> dict[str, Any]:
@@ -323,14 +287,7 @@ def main() -> None:
         # A search is one go: it has the time of a row's setting up.
         find_all_largest(arguments, results, limits._replace(timing=limits.setup))
         return
-    result = {
-        "device": _device(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": "python benchmarks/train.py " + " ".join(sys.argv[1:]),
-        "versions": _versions(),
-        "rows": [],
-        "left_out": [],
-    }
+    result = begun("benchmarks/train.py", ("jax", "jax-privacy", "torch", "opacus", "fastDP"))
     time_cases(arguments, Results(arguments.output, result), limits)
 
 

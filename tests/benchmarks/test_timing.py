@@ -1,0 +1,36 @@
+"""Windows of queued calls."""
+
+import importlib.util
+import statistics
+import time
+from pathlib import Path
+
+_SPEC = importlib.util.spec_from_file_location(
+    "benchmark_timing", Path(__file__).parents[2] / "benchmarks" / "timing.py"
+)
+timing = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(timing)
+
+
+def test_calls_take_turns():
+    """Each window holds all of them, about as long each, and begins with another one."""
+    order, waited = [], []
+
+    def call(name, seconds):
+        order.append(name)
+        time.sleep(seconds)
+        return name
+
+    calls = {
+        name: (lambda name=name, s=s: call(name, s), waited.append)
+        for name, s in (("short", 0.002), ("long", 0.004), ("longer", 0.008))
+    }
+    times = timing.in_turns(calls, seconds=0.08)
+    assert [len(x) for x in times.values()] == [timing.WINDOWS] * 3
+    short, long, longer = (statistics.median(times[name]) for name in calls)
+    assert 2.0 <= short < long < longer, "no call sleeps for less than it was told"
+    order = order[2 * len(calls) :]  # the calls that warm up and count
+    runs = [name for name, before in zip(order, ["", *order[:-1]], strict=True) if name != before]
+    firsts = {runs[i] for i in range(0, len(runs), 3)}
+    assert len(firsts) > 1, "one of them always comes first"
+    assert waited.count("short") == 2 + timing.WINDOWS
