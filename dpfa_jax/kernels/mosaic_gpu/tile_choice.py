@@ -1,6 +1,7 @@
 """Tiles of a call: measured ones where this device has a table, else the heuristic of `tiles`."""
 
 import dataclasses
+from typing import Any
 
 from dpfa_jax.kernels import tile_tables
 from dpfa_jax.kernels.base import AttentionSpec, Plain
@@ -44,19 +45,24 @@ def forward_tiles(
     *,
     has_public_maximum: bool = False,
     pair_bytes: int | None = None,
+    noise_pass: bool | None = None,
 ) -> ForwardTiles:
     """As `tiles.forward_tiles`; calls with a public maximum, mask or bias are in no table."""
-    found = None
+    sizes: dict[str, Any] = {"has_public_maximum": has_public_maximum, "pair_bytes": pair_bytes}
+    is_noisy = not isinstance(spec.readout, Plain)
     if pair_bytes is None and not has_public_maximum:
-        is_noisy = not isinstance(spec.readout, Plain)
         found = tile_tables.measured(
             forward_key(spec, head_size, keys),
             lambda fields: forward_tile(fields, is_noisy=is_noisy),
-            lambda tile: fits_forward(tile, head_size),
+            lambda tile: fits_forward(tile, head_size) and noise_pass in (None, tile.noise_pass),
         )
-    return found or tiles.forward_tiles(
-        spec, head_size, keys, has_public_maximum=has_public_maximum, pair_bytes=pair_bytes
-    )
+        if found is not None:
+            return found
+    tile = tiles.forward_tiles(spec, head_size, keys, **sizes, noise_pass=noise_pass)
+    if tile.noise_pass:  # the kernel before it is the plain one, which may be in a table
+        plain = forward_tiles(dataclasses.replace(spec, readout=Plain()), head_size, keys, **sizes)
+        tile = dataclasses.replace(plain, noise_pass=True)
+    return tile
 
 
 def backward_tiles(
@@ -74,9 +80,11 @@ def backward_tiles(
 
 
 def forward_tile(fields: Fields, *, is_noisy: bool) -> ForwardTiles:
-    """Of a table's fields; without noise no warpgroup makes any. Errors: TypeError, ValueError."""
+    """Of a table's fields; without noise nothing makes any. Errors: TypeError, ValueError."""
     tile = ForwardTiles(**fields)  # type: ignore[arg-type]
-    return tile if is_noisy else dataclasses.replace(tile, noise_warpgroup=False)
+    if is_noisy:
+        return tile
+    return dataclasses.replace(tile, noise_warpgroup=False, noise_pass=False)
 
 
 def backward_tile(fields: Fields) -> BackwardTiles | FusedTiles:

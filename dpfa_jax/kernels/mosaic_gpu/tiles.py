@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dpfa_jax.kernels.base import AttentionSpec, Plain
+from dpfa_jax.kernels.base import AttentionSpec, ExampleReadout, Plain
 
 Scalar = int | jax.Array
 
@@ -47,6 +47,7 @@ class ForwardTiles:
         registers for the weights of one step beside the logits of the next.
       noise_warpgroup: a spare warpgroup makes the noise during the key loop (else: the epilogue),
       noise_columns: so many columns at a time.
+      noise_pass: no noise in this kernel: a pass over its plain answer releases it.
       pair_stages: tiles of mask and bias in flight.
       overlaps: a tile's end runs under the next one's first products. Else its answer waits in the
         place of its queries, and the next tile's queries are loaded when it has left.
@@ -60,8 +61,11 @@ class ForwardTiles:
     noise_columns: int = 16
     pair_stages: int = 2
     overlaps: bool = True
+    noise_pass: bool = False
 
     def __post_init__(self) -> None:
+        if self.noise_pass and self.noise_warpgroup:
+            raise ValueError(f"{self} is no tiling: noise is made once")
         if self.block_q % WARPGROUP_ROWS or self.block_kv % 64 or self.stages < 2:
             raise ValueError(f"{self} is no tiling: block_q % 64, block_kv % 64, stages >= 2")
 
@@ -81,6 +85,31 @@ class ForwardTiles:
         return q + kv + noise + pairs + output + self.rows * 4
 
 
+# Keys that a row sees, up to which noise is made in a pass of its own. Beside the products it took
+# .13 to .19 ms of 2048 times 16384 numbers up to there (H200, head size 128), .06 to .13 with a
+# public maximum, whose steps leave it more idle slots, for half of them; a pass, by its
+# instructions, .08 to .10. Past it a tile's steps hide more of it.
+NOISE_PASS_KEYS = 2048
+
+
+def has_noise_pass(
+    spec: AttentionSpec, head_size: int, keys: int, *, has_public_maximum: bool = False
+) -> bool:
+    """Whether an example release is the plain kernel and a pass over its answer, by the heuristic.
+
+    Of the call alone, not of what a gradient needs: one noise must not hide two roundings of one
+    answer. Above head size 128, where nothing makes noise beside the products, always.
+    """
+    if not isinstance(spec.readout, ExampleReadout):
+        return False
+    right, left = right_reach(spec), left_reach(spec)
+    seen = keys if right is None and left is None else keys / 2  # on average, with causality
+    if right is not None and left is not None:
+        seen = min(seen, right + left + 1)
+    most_keys = NOISE_PASS_KEYS / 2 if has_public_maximum else NOISE_PASS_KEYS
+    return head_size > MAX_HEAD_SIZE_ONE_WARPGROUP or seen <= most_keys
+
+
 def forward_tiles(
     spec: AttentionSpec,
     head_size: int,
@@ -88,11 +117,21 @@ def forward_tiles(
     *,
     has_public_maximum: bool = False,
     pair_bytes: int | None = None,
+    noise_pass: bool | None = None,
 ) -> ForwardTiles:
     """Tiles for a padded head size and a number of keys, as measured on an H100 and an H200.
 
     `pair_bytes`: shared memory that mask and bias of one key need; None without them.
+    `noise_pass`: where an example release has its noise made; None: `has_noise_pass` decides.
     """
+    if noise_pass is None:
+        noise_pass = has_noise_pass(spec, head_size, keys, has_public_maximum=has_public_maximum)
+    if noise_pass and isinstance(spec.readout, ExampleReadout):
+        plain = forward_tiles(
+            dataclasses.replace(spec, readout=Plain()), head_size, keys,
+            has_public_maximum=has_public_maximum, pair_bytes=pair_bytes,
+        )  # fmt: skip
+        return dataclasses.replace(plain, noise_pass=True)
     is_noisy = not isinstance(spec.readout, Plain)
     is_dense = right_reach(spec) is None and left_reach(spec) is None
     if head_size == 64 and keys >= 1024 and is_dense and not is_noisy and pair_bytes is None:
