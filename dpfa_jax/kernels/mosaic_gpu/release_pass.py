@@ -111,8 +111,9 @@ def released(
             own = (batch, pl.ds(row_begin, height), head)
             loaded = plgpu.load(answer_ref.at[own], layout=layout.whole, optimized=False)
             clipped = clip_rows(loaded.astype(jnp.float32), readout.l2_clip_norm)
+            shape = (height, head_size)
             normals = tile_normals(
-                stream, row_begin, jnp.int32(0), clipped.shape, simulate=simulate, layout=layout
+                stream, row_begin, jnp.int32(0), shape, simulate=simulate, layout=layout
             )
             noised = snap_noised(readout, clipped, normals, scale, simulate=simulate)
             out_ref[own] = noised.astype(answer.dtype)

@@ -1,11 +1,12 @@
 """Step ranges against brute force: no visible pair is skipped, no unmasked step hides one."""
 
+import dataclasses
 import itertools
 
 import numpy as np
 import pytest
 
-from dpfa_jax.kernels.base import AttentionSpec
+from dpfa_jax.kernels.base import AttentionSpec, ExampleReadout
 from dpfa_jax.kernels.mosaic_gpu import tiles
 
 WINDOWS = (None, (0, 0), (3, 1), (40, 7), (5, 100))
@@ -123,6 +124,36 @@ def test_a_skipped_or_unmasked_step_is_caught():
         check((1, 1, 2, 2), [True, True], [True, True])
     with pytest.raises(AssertionError):
         check((0, 0, 2, 2), [True, True], [True, False])
+
+
+def test_where_noise_is_made():
+    """Short or wide: after the plain kernel, by the plain kernel's tile; else inside; as forced."""
+    plain = AttentionSpec(1.0)
+    full = dataclasses.replace(plain, readout=ExampleReadout(1.0, (1.0,), (1.0,)))
+    causal = dataclasses.replace(full, is_causal=True)
+    window = dataclasses.replace(full, local_window=(100, 100))
+    most = tiles.NOISE_PASS_KEYS
+    for spec, keys, is_bounded, is_after in (
+        (full, most, False, True), (full, 2 * most, False, False),
+        (full, most // 2, True, True), (full, most, True, False),
+        (causal, 2 * most, False, True), (causal, 4 * most, False, False),
+        (causal, most, True, True), (causal, 2 * most, True, False),
+        (window, 8 * most, True, True), (plain, 64, False, False),
+    ):  # fmt: skip
+        for size in (64, 128, 192, 256):
+            for pair_bytes in (None, 16):
+                sizes = {"has_public_maximum": is_bounded, "pair_bytes": pair_bytes}
+                tile = tiles.forward_tiles(spec, size, keys, **sizes)
+                assert tile.noise_pass == (spec != plain and (is_after or size > 128))
+                for forced in (False, True):
+                    tile = tiles.forward_tiles(spec, size, keys, **sizes, noise_pass=forced)
+                    assert tile.noise_pass == (forced and spec != plain)
+                    if tile.noise_pass:
+                        bare = dataclasses.replace(spec, readout=plain.readout)
+                        expected = tiles.forward_tiles(bare, size, keys, **sizes)
+                        assert tile == dataclasses.replace(expected, noise_pass=True)
+    with pytest.raises(ValueError, match="made once"):
+        tiles.ForwardTiles(noise_warpgroup=True, noise_pass=True)
 
 
 def test_tiles_fit_shared_memory():
