@@ -30,7 +30,7 @@ ACCESS = 16  # bytes of one load or store of a lane
 VECTOR = ACCESS // 2  # numbers of it
 LANES = 16  # that hold a row, at most
 WARPS = 4  # of a program
-STEPS = 4  # tiles of a program: what begins it is done once
+NUMBERS = 4096  # of a program, about: few, for short last waves, and what begins it is done once
 
 
 class NoiseArrays(NamedTuple):
@@ -90,7 +90,7 @@ def released(
     height = tile_rows(head_size)
     answer = jnp.pad(answer, ((0, 0), (0, max(0, height - length)), (0, 0), (0, 0)))
     rows = answer.shape[1]
-    steps = min(STEPS, rows // height)
+    steps = min(max(1, NUMBERS // (height * head_size)), rows // height)
     blocks = pl.cdiv(rows, steps * height)
     layout = layout_of(head_size)
     simulate = interpret is not None

@@ -85,10 +85,10 @@ class ForwardTiles:
         return q + kv + noise + pairs + output + self.rows * 4
 
 
-# Keys that a row sees, up to which noise is made in a pass of its own. Beside the products it took
-# .13 to .19 ms of 2048 times 16384 numbers up to there (H200, head size 128), .06 to .13 with a
-# public maximum, whose steps leave it more idle slots, for half of them; a pass, by its
-# instructions, .08 to .10. Past it a tile's steps hide more of it.
+# Keys that a row sees, up to which noise is made in a pass of its own. Beside the products 2^25
+# numbers' took .13 to .19 ms up to there (H200, head size 128); with a public maximum, whose steps
+# leave more idle slots, .10 to .15 for half as many keys and .06 to .08 past them. A pass needs .08
+# to .10 by its instructions.
 NOISE_PASS_KEYS = 2048
 
 
