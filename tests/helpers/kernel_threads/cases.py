@@ -49,8 +49,17 @@ def random_case(kind, seed):
     key_heads = min(most // batch, rng.choice((1, 1, 2)))
     group = min(most // (batch * key_heads), rng.choice((1, 1, 2, 3)))
 
-    def reach():
-        return rng.choice((0, 1, 3, 63, 64, 65, 127, 128, 10**6, rng.randint(0, 300)))
+    def window():
+        if rng.random() < 0.35:
+            return None
+        near = (0, 1, 3, 63, 64, 65, 127, 128, 600, rng.randint(0, 300))
+        left, right = rng.choice(near), rng.choice(near)
+        # A negative side: only keys before, or behind, a row.
+        sign = rng.choice((None, None, None, 0, 1))
+        if sign is not None:
+            back = min(left, right, rng.choice(near))
+            left, right = ((-back, right), (left, -back))[sign]
+        return left, right
 
     def lengths(size):
         if rng.random() < 0.4:
@@ -65,7 +74,7 @@ def random_case(kind, seed):
         kind, rows, keys, batch, key_heads, group,
         size=rng.choice((192, 256, 200) if kind.startswith("wide") else (64, 128, 40)),
         is_causal=rng.random() < 0.4,
-        window=(reach(), reach()) if rng.random() < 0.65 else None,
+        window=window(),
         query_lengths=lengths(rows) if kind.startswith(("forward", "memory")) else None,
         key_lengths=None if kind == "memory" else lengths(keys),
         processors=rng.choice((1, 1, 2, 3, 132)),

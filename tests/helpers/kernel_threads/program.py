@@ -16,6 +16,7 @@ class _Thread:
 
     def __init__(self):
         self.products = self.weights = self.mask = self.next_mask = None
+        self.stream = self.noise = None
         self.multiplying, self.storing = [], []
         self.read, self.made, self.kept = {}, collections.defaultdict(list), set()
 
@@ -112,6 +113,8 @@ class Program:
     def _read(self, _, state, key, name):
         for piece in self._at(key):
             state.read[name] = piece
+            if piece.name == "noise":
+                self._check_noise(state, piece)
             if name in ("mask", "bias"):
                 products, varies = state.products, self.replay.varies[name]
                 require(inside(products.rows, piece.rows), products, piece)
@@ -128,6 +131,9 @@ class Program:
                 self._check_rows(state, weights, ("lse2", "delta")[: 1 + (name == "ds")])
                 piece = weights._replace(name=name, mask=state.mask)
             self._slots[key] = piece
+            return
+        if name in ("noise", "normaliser_noise"):
+            self._slots[key] = state.noise
             return
         sources = {"key": "query", "value": "cotangent", "dq": "key", "output": "value"}
         sources["query"] = "value" if kernel == "forward" else "key"
@@ -147,6 +153,20 @@ class Program:
 
     def _stored(self, _, state, left):
         state.storing = state.storing[len(state.storing) - left :] if left else []
+
+    # Noise.
+
+    def _stream(self, _, state, batch, head):
+        state.stream = (batch, head)
+
+    def _normals(self, _, state, rows):
+        state.noise = Piece("noise", *state.stream, rows=rows)
+        if state.weights is not None:  # the warpgroup whose rows they are makes them itself
+            self._check_noise(state, state.noise)
+
+    def _check_noise(self, state, noise):
+        weights = state.weights
+        require((*weights.of_row, weights.rows) == (*noise.of_row, noise.rows), weights, noise)
 
     # Products.
 

@@ -47,11 +47,8 @@ class Recording:
                 for self.warpgroup in range(launch.threads):
                     self._operations = self._threads[(self.warpgroup,)] = []
                     launch.body(
-                        *(
-                            Ref(self, "global", *x, values=values.get(x[0]))
-                            for x in launch.operands
-                        ),
-                        *(Ref(self, "global", *x) for x in launch.outputs),
+                        *(self._array(*x, values) for x in launch.operands),
+                        *(self._array(*x, {}) for x in launch.outputs),
                         {name: self._shared(name, x) for name, x in shared.items()},
                         {name: Ref(self, "barrier", name, ()) for name in barriers},
                     )

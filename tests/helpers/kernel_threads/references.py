@@ -33,9 +33,8 @@ class Numbers:
         return Numbers(self.shape)
 
     astype = __getitem__ = __invert__ = __neg__ = _same
-    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = (
-        _same
-    )
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _same
+    __truediv__ = __rtruediv__ = _same
     __and__ = __rand__ = __or__ = __ror__ = __lshift__ = __rlshift__ = __rshift__ = _same
     __eq__ = __ne__ = __lt__ = __le__ = __gt__ = __ge__ = _same
     __hash__ = object.__hash__

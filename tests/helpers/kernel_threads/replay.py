@@ -19,7 +19,8 @@ class Replay:
       visits: {operand: [(batch, head, rows, keys, mask)]}.
       stores: {(output, batch, first row, head): times}.
       additions: {(output, batch, first row, head): programs in their order}.
-      written: tiles of logit gradients in memory.
+      chunk, written, padded: of a launch: where its chunk begins, tiles of logit gradients in
+        memory, rows with padding.
     """
 
     def __init__(self, kernel, group, rng, *, varies):
@@ -27,7 +28,7 @@ class Replay:
         self.kernel, self.group, self.rng, self.varies = kernel, group, rng, varies
         self.visits, self.additions = (collections.defaultdict(list) for _ in range(2))
         self.stores, self.turns, self.written = collections.Counter(), collections.Counter(), set()
-        self.chunk = (0, 0, 0)
+        self.chunk, self.padded = (0, 0, 0), 0
 
     def run(self, recording, resident=1):
         """So many programs at a time, in the order of the grid."""

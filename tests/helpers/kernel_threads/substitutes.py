@@ -199,6 +199,14 @@ def _functions(recording):
         recording.op("multiply", ((right.key, right.name),), True)
         return Numbers()
 
+    def stream_of(_, batch, head):
+        recording.op("stream", int(batch), int(head))
+        return Numbers()
+
+    def tile_normals(_, row_begin, __, shape, **___):
+        recording.op("normals", range(int(row_begin), int(row_begin) + shape[0]))
+        return Numbers(shape)
+
     def softmax(*_):
         return _Softmax(recording)
 
@@ -208,9 +216,8 @@ def _functions(recording):
         "begin_block": products, "begin_row_sums": products,
         "multiply": lambda acc, _, right, spare: products(_, right),
         "clip_rows": _numbers, "snap_tile": _numbers, "logit_gradient": _numbers,
-        "tile_normals": lambda *given, **_: Numbers(given[3]),
-        "stream_of": _numbers, "_unpacked": _numbers, "settled": _numbers,
-        "_add_block": _numbers, "_multiples": _numbers,
+        "stream_of": stream_of, "tile_normals": tile_normals, "_unpacked": _numbers,
+        "settled": _numbers, "_add_block": _numbers, "_multiples": _numbers,
         "register_zero": _numbers, "clear": _numbers, "_order_copies": _numbers,
     }  # fmt: skip
 

@@ -12,7 +12,7 @@ from dpfa_jax.kernels.mosaic_gpu import backward_wide, tiles
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import Ring
 from dpfa_jax.kernels.mosaic_gpu.pairs import PairReader
 from dpfa_jax.kernels.mosaic_gpu.producer import Producer
-from dpfa_jax.kernels.mosaic_gpu.walk import Tiling
+from dpfa_jax.kernels.mosaic_gpu.walk import Tiling, Walk
 
 # Rows whose window lies behind the last key that exists, beside rows with keys.
 BEHIND = Case("wide", 256, 256, size=192, window=(5, 3), key_lengths=(60,))
@@ -67,6 +67,10 @@ FAULTS = {
     ),
     "a step without its mask": (
         (Tiling, "is_whole", True), Case("forward", 300, 300, **CAUSAL), "forward.*value.*row, key",
+    ),
+    "the noise of another tile": (
+        (Walk, "first", lambda walk: walk.beyond(0)),
+        Case("forward, noise", 300, 300, choice=1), "weights.*noise",
     ),
     "a step left out": (
         (tiles, "left_reach", lambda spec: spec.local_window[0] - 140),
