@@ -65,6 +65,22 @@ CASES = {
     ),
     "one row, one key, head size 200": ((2, 1, 1, 2, 2, 200), {}, jnp.bfloat16),
     "head size 192, causal": ((1, 1000, 1000, 2, 2, 192), {"is_causal": True}, jnp.bfloat16),
+    # A warpgroup whose window lies behind the last key, beside one that sees keys.
+    "head size 192, window behind the last key": (
+        (1, 256, 256, 1, 1, 192),
+        {"local_window": (5, 3), "lengths": ([256], [60])},
+        jnp.bfloat16,
+    ),
+    "window to the left of the diagonal": (
+        (1, 300, 300, 2, 2, 64),
+        {"local_window": (100, -3)},
+        jnp.bfloat16,
+    ),
+    "head size 192, window to the right of the diagonal": (
+        (1, 300, 310, 2, 1, 192),
+        {"local_window": (-5, 40)},
+        jnp.float16,
+    ),
     # Without a running maximum; logits here have a standard deviation of 1, at most 5.3.
     "bound": ((2, 512, 512, 4, 2, 128), {"largest_logit": 6.0}, jnp.bfloat16),
     "bound, wide key tiles": ((1, 260, 1100, 2, 1, 64), {"largest_logit": 8.0}, jnp.bfloat16),
@@ -179,10 +195,11 @@ def test_error_is_within_twice_the_naive_one(case, kernels, monkeypatch):
     query, cotangent = (draw(rng, (batch, rows, heads, size), dtype) for _ in range(2))
     key, value = (draw(rng, (batch, keys, kv_heads, size), dtype) for _ in range(2))
     lengths = {}
-    if options.pop("lengths", False):
+    if (given := options.pop("lengths", False)) is not False:
+        drawn = (rng.integers(0, rows, batch), rng.integers(1, keys, batch))
         lengths = {
-            "query_lengths": rng.integers(0, rows, batch),
-            "key_lengths": rng.integers(1, keys, batch),
+            "query_lengths": drawn[0] if given is True else np.asarray(given[0]),
+            "key_lengths": drawn[1] if given is True else np.asarray(given[1]),
         }
     spec = AttentionSpec(size**-0.5, deterministic=deterministic, **options)
     clean = AttentionInputs(query, key, value)
