@@ -66,13 +66,13 @@ def run(arguments: argparse.Namespace) -> None:
     def done(case: Any, found: dict[str, Any] | None, why: str) -> None:
         shape, mask = case
         name = {**dict(zip(("B", "T", "H", "K", "D"), shape, strict=True)), "mask": mask}
-        left_out = [{"why": why}] if found is None else found["left_out"]
-        result["left_out"] += [name | x for x in left_out]
-        for x in left_out:
+        if found is None:
+            found = {"rows": [], "left_out": [{"why": why}]}
+        result["rows"] += found["rows"]
+        result["left_out"] += [name | x for x in found["left_out"]]
+        for x in found["left_out"]:
             print(f"{shape} {mask:6} left out: {x}", flush=True)
-        for direction in ("forward", "forward_backward"):
-            rows = [x for x in (found or {"rows": []})["rows"] if x["direction"] == direction]
-            result["rows"] += rows
+        for direction, rows in itertools.groupby(found["rows"], key=lambda x: x["direction"]):
             times = {x["implementation"]: round(x["milliseconds"], 3) for x in rows}
             print(f"{shape} {mask:6} {direction:16} {times}", flush=True)
         write(result, arguments.output)

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 POLL, QUIET = 0.05, 5.0  # seconds
 READY = "ready"
+PAST_END = "the time limit of the run"
 
 
 class Limits(NamedTuple):
@@ -112,8 +113,13 @@ def in_turn(
 ) -> None:
     """Starts all commands, and once each has set up or failed, times one after the other.
 
-    `done(key, row, why)` is called for each, as soon as it is known; no process is left behind.
+    `done(key, row, why)` is called for each, as soon as it is known; no process is left behind, and
+    none is started past the end of the run.
     """
+    if time.monotonic() >= limits.end:
+        for key in commands:
+            done(key, None, PAST_END)
+        return
     processes: dict[Hashable, RowProcess] = {}
     try:
         for key, command in commands.items():
@@ -128,7 +134,7 @@ def in_turn(
                 waiting.append(key)
         for key in waiting:
             now = time.monotonic()
-            found, why = None, "the time limit of the run"
+            found, why = None, PAST_END
             if now < limits.end:
                 found, why = processes[key].timed(min(now + limits.timing, limits.end))
             processes[key].end()

@@ -101,6 +101,15 @@ def test_the_run_ends_at_its_limit(rows, tmp_path):
 
 
 @pytest.mark.slow
+def test_nothing_starts_past_the_end(rows, tmp_path):
+    found, started = {}, tmp_path / "started"
+    commands = {"late": [sys.executable, "-c", f"open({str(started)!r}, 'w')"]}
+    limits = rows.Limits(60.0, 60.0, time.monotonic())
+    rows.in_turn(commands, os.environ, limits, lambda key, *rest: found.update({key: rest}))
+    assert found == {"late": (None, rows.PAST_END)}
+    assert not started.exists()
+
+
 def test_children_end_with_their_parent(rows, tmp_path):
     process = rows.RowProcess([sys.executable, "-c", CHILD, "hang", "-"], os.environ)
     assert process.ready(time.monotonic() + 5.0) != ""  # killed; now one whose input just closes

@@ -423,6 +423,24 @@ def test_same_bits_each_time_and_under_vmap(place):
         assert np.array_equal(one, np.asarray(three.astype(jnp.float32)).reshape(one.shape))
 
 
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_residuals_change_no_bit_of_a_release(size, is_causal):
+    """V10: a gradient asks for the answer again, under the same noise: another rounding of it would
+    be a difference that no noise hides."""
+    readout = ExampleReadout(0.5, (1.0, 1.0), (2.0**-4,) * 2)
+    spec = AttentionSpec(size**-0.5, is_causal=is_causal, readout=readout)
+    rng = np.random.default_rng(15)
+    query, key, value = (draw(rng, (3, 700, 2, size), jnp.bfloat16) for _ in range(3))
+    inputs = AttentionInputs(query, key, value, noise=noise_inputs(3))
+    kept, alone = (
+        jax.jit(lambda x, r=r: BACKEND.forward(spec, x, residuals=r).output)(inputs)
+        for r in (True, False)
+    )
+    kept, alone = (np.asarray(x.astype(jnp.float32)) for x in (kept, alone))
+    np.testing.assert_array_equal(kept, alone)
+
+
 @pytest.mark.parametrize("deterministic", [True, False])
 def test_131072_keys_in_linear_memory(deterministic):
     """Both passes hold a few arrays like the inputs; some rows and keys against float64."""
