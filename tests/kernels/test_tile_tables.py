@@ -105,7 +105,7 @@ def test_a_table_says_where_noise_is_made(table):
     own; what an argument forces passes over an entry that says otherwise."""
     plain = {"mosaic_gpu/forward/64/full/short/plain": {"block_kv": 192}}
     table(plain)
-    after = ForwardTiles(block_kv=192, noise_pass=True)
+    after = ForwardTiles(block_kv=192)
     assert tile_choice.forward_tiles(NOISY, 64, 512) == after
     inside = tile_choice.forward_tiles(NOISY, 64, 512, noise_pass=False)
     assert inside == tiles.forward_tiles(NOISY, 64, 512, noise_pass=False)
@@ -113,9 +113,9 @@ def test_a_table_says_where_noise_is_made(table):
     table(plain | {"mosaic_gpu/forward/64/full/short/example": {"noise_warpgroup": True}})
     assert tile_choice.forward_tiles(NOISY, 64, 512).noise_warpgroup
     assert tile_choice.forward_tiles(NOISY, 64, 512, noise_pass=True) == after
-    table({"mosaic_gpu/forward/64/full/long/example": {"noise_pass": True}})
-    assert tile_choice.forward_tiles(NOISY, 64, 65536) == ForwardTiles(noise_pass=True)
-    assert not tile_choice.forward_tiles(NOISY, 64, 65536, noise_pass=False).noise_pass
+    table({"mosaic_gpu/forward/128/full/long/example": {"noise_warpgroup": False}})
+    assert tile_choice.forward_tiles(NOISY, 128, 65536) == ForwardTiles()
+    assert tile_choice.forward_tiles(NOISY, 128, 65536, noise_pass=False).noise_warpgroup
 
 
 def test_an_unknown_device_has_the_heuristic(monkeypatch):

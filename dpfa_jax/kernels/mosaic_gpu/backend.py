@@ -81,8 +81,8 @@ class MosaicGpuBackend:
 
     Attributes:
       interpret: parameters of the Mosaic GPU simulator (tests on a CPU); None on a GPU.
-      noise_pass: whether an example release's noise is made in a pass of its own (tests and
-        benchmarks); None: `tile_choice.forward_tiles` decides.
+      noise_pass: where an example release's noise is made, as `tiles.forward_tiles` (tests and
+        benchmarks); None: the tiles decide.
     """
 
     name: str = "mosaic_gpu"

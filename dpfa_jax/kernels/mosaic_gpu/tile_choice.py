@@ -54,14 +54,15 @@ def forward_tiles(
         found = tile_tables.measured(
             forward_key(spec, head_size, keys),
             lambda fields: forward_tile(fields, is_noisy=is_noisy),
-            lambda tile: fits_forward(tile, head_size) and noise_pass in (None, tile.noise_pass),
+            lambda tile: (
+                fits_forward(tile, head_size) and noise_pass in (None, not tile.noise_warpgroup)
+            ),
         )
         if found is not None:
             return found
     tile = tiles.forward_tiles(spec, head_size, keys, **sizes, noise_pass=noise_pass)
-    if tile.noise_pass:  # the kernel before it is the plain one, which may be in a table
-        plain = forward_tiles(dataclasses.replace(spec, readout=Plain()), head_size, keys, **sizes)
-        tile = dataclasses.replace(plain, noise_pass=True)
+    if is_noisy and not tile.noise_warpgroup:  # the plain kernel, which may be in a table
+        return forward_tiles(dataclasses.replace(spec, readout=Plain()), head_size, keys, **sizes)
     return tile
 
 
@@ -80,11 +81,9 @@ def backward_tiles(
 
 
 def forward_tile(fields: Fields, *, is_noisy: bool) -> ForwardTiles:
-    """Of a table's fields; without noise nothing makes any. Errors: TypeError, ValueError."""
+    """Of a table's fields; without noise no warpgroup makes any. Errors: TypeError, ValueError."""
     tile = ForwardTiles(**fields)  # type: ignore[arg-type]
-    if is_noisy:
-        return tile
-    return dataclasses.replace(tile, noise_warpgroup=False, noise_pass=False)
+    return tile if is_noisy else dataclasses.replace(tile, noise_warpgroup=False)
 
 
 def backward_tile(fields: Fields) -> BackwardTiles | FusedTiles:

@@ -203,8 +203,7 @@ def test_minus_infinity_in_a_bias_is_a_mask():
 def test_example_release(keys_only, is_after):
     """V4, V10, V12: the noise of the XLA epilogue; rows without keys are noise; vmap moves no bit.
 
-    With a full mask the epilogue makes the noise, with a mask of keys its own warpgroup does; or a
-    pass after the kernel.
+    With a mask of keys a warpgroup makes the noise or a pass does, with a full mask a pass always.
     """
     backend = dataclasses.replace(BACKEND, noise_pass=is_after)
     batch, rows, keys, heads, size = 2, 300, 390, 2, 128

@@ -127,33 +127,30 @@ def test_a_skipped_or_unmasked_step_is_caught():
 
 
 def test_where_noise_is_made():
-    """Short or wide: after the plain kernel, by the plain kernel's tile; else inside; as forced."""
+    """Beside the products where they leave room and last; else after the plain kernel, by its tile;
+    as forced, where there is room."""
     plain = AttentionSpec(1.0)
     full = dataclasses.replace(plain, readout=ExampleReadout(1.0, (1.0,), (1.0,)))
     causal = dataclasses.replace(full, is_causal=True)
     window = dataclasses.replace(full, local_window=(100, 100))
-    most = tiles.NOISE_PASS_KEYS
-    for spec, keys, is_bounded, is_after in (
-        (full, most, False, True), (full, 2 * most, False, False),
-        (full, most // 2, True, True), (full, most, True, False),
-        (causal, 2 * most, False, True), (causal, 4 * most, False, False),
-        (causal, most, True, True), (causal, 2 * most, True, False),
-        (window, 8 * most, True, True), (plain, 64, False, False),
+    most = tiles.NOISE_BESIDE_KEYS
+    for spec, size, keys, is_bounded, is_beside in (
+        (full, 128, most, False, True), (full, 128, most - 1, False, False),
+        (full, 128, most, True, True), (causal, 128, 64 * most, True, False),
+        (window, 128, 64 * most, False, False),
+        (full, 64, most, False, False), (causal, 64, most, True, True),
+        (full, 192, most, True, False), (full, 256, 64 * most, False, False),
     ):  # fmt: skip
-        for size in (64, 128, 192, 256):
-            for pair_bytes in (None, 16):
-                sizes = {"has_public_maximum": is_bounded, "pair_bytes": pair_bytes}
-                tile = tiles.forward_tiles(spec, size, keys, **sizes)
-                assert tile.noise_pass == (spec != plain and (is_after or size > 128))
-                for forced in (False, True):
-                    tile = tiles.forward_tiles(spec, size, keys, **sizes, noise_pass=forced)
-                    assert tile.noise_pass == (forced and spec != plain)
-                    if tile.noise_pass:
-                        bare = dataclasses.replace(spec, readout=plain.readout)
-                        expected = tiles.forward_tiles(bare, size, keys, **sizes)
-                        assert tile == dataclasses.replace(expected, noise_pass=True)
-    with pytest.raises(ValueError, match="made once"):
-        tiles.ForwardTiles(noise_warpgroup=True, noise_pass=True)
+        bare = dataclasses.replace(spec, readout=plain.readout)
+        for pair_bytes in (None, 16):
+            sizes = {"has_public_maximum": is_bounded, "pair_bytes": pair_bytes}
+            expected = tiles.forward_tiles(bare, size, keys, **sizes)
+            assert not expected.noise_warpgroup
+            has_room = size == 64 or (size == 128 and pair_bytes is None)
+            for forced, wants_beside in ((None, is_beside), (False, True), (True, False)):
+                tile = tiles.forward_tiles(spec, size, keys, **sizes, noise_pass=forced)
+                assert tile.noise_warpgroup == (wants_beside and has_room)
+                assert tile.noise_warpgroup or tile == expected
 
 
 def test_tiles_fit_shared_memory():
