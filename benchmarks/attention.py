@@ -11,6 +11,8 @@ SDPA backends where they are installed, and cuDNN followed by a clip and `jax.ra
 `dpfa_bound` and `dpfa_example_bound` state a bound of the logits, which spares the running maximum;
 `dpfa_example_clipped` clips query and key rows instead, in a pass of its own that is part of its
 time (a model's compiler makes one pass of it and of what makes queries and keys).
+Where asked for by name, `dpfa_example_inside` and `dpfa_example_after` (with `_bound`: a bound
+stated) make the noise of `dpfa_example` in the kernel, or in a pass after it, whatever is faster.
 `dpfa_memory` is the sum form over a private memory with 16 bits a value. `dpfa_any_order` allows
 gradients whose last bits differ between runs, as those of the peers may; `dpfa` does not. Masks
 "array" (B, 1, T, S) and "bias" (1, N, T, S) are arguments, for those that take them.

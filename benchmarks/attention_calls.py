@@ -19,10 +19,20 @@ from row_processes import Turn, stage
 from timing import in_turns
 
 from dpfa_jax import ExampleRelease, RecordRelease, dot_product_attention, dp_attention
+from dpfa_jax.attention.core import attend
+from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, ExampleReadout, NoiseInputs
+from dpfa_jax.kernels.mosaic_gpu.backend import MosaicGpuBackend
 from dpfa_jax.noise import new_noise_key
 
 INPUT_SETS = 4  # rotated, so that no call finds its inputs in the cache
 CLIP = 1.0
+# Timed where asked for by name: the noise of an example release made in the kernel or in a pass of
+# its own after it, whatever the tiles say, without and with a bound; the backward pass as well.
+PLACES = {
+    f"dpfa_example_{place}{bounded}": (place == "after", bounded != "")
+    for place in ("inside", "after")
+    for bounded in ("", "_bound")
+}
 BOUND = 12.0  # of logits, public; those of iid normal inputs have a standard deviation of 1
 
 
@@ -115,7 +125,25 @@ def implementations(
 
         return run
 
+    def placed(is_after: bool, is_bounded: bool) -> Callable[..., jax.Array]:
+        backend = MosaicGpuBackend(noise_pass=is_after)
+        readout = ExampleReadout(CLIP, release.noise_stddevs, release.grids)
+        spec = AttentionSpec(
+            size**-0.5, is_causal, largest_logit=BOUND if is_bounded else None, readout=readout
+        )
+
+        def run(query: jax.Array, key: jax.Array, value: jax.Array, noise_key: Any) -> Any:
+            batch = query.shape[0]
+            words = jnp.broadcast_to(jax.random.key_data(noise_key), (batch, 2))
+            noise = NoiseInputs(
+                words, jnp.arange(batch, dtype=jnp.uint32), jnp.zeros(batch, jnp.uint32)
+            )
+            return attend(backend, spec, AttentionInputs(query, key, value, noise=noise))[0]
+
+        return run
+
     found: dict[str, tuple[Callable[..., jax.Array], bool]] = {
+        **{name: (placed(*where), True) for name, where in PLACES.items()},
         "cudnn": (cudnn, False),
         "dpfa": (dpfa, False),
         "dpfa_any_order": (any_order, False),
@@ -218,12 +246,14 @@ def programs_of(
     with_keys = [(*x, k) for x, k in zip(sets, keys, strict=True)]
     found: dict[tuple[str, str], Any] = {}
     for name, (function, is_noisy) in implementations(shape, mask).items():
-        if chosen and name not in chosen:
+        if name not in chosen if chosen else name in PLACES:
             continue
         if name != "dpfa_any_order":  # whose forward pass is that of `dpfa`
             found["forward", name] = (function, with_keys if is_noisy else sets)
         # A private one's backward pass is the plain one after the clip's.
-        if not is_noisy and name != "cudnn_posthoc":
+        if name in PLACES:
+            found["forward_backward", name] = (forward_and_backward(function), with_keys)
+        elif not is_noisy and name != "cudnn_posthoc":
             found["forward_backward", name] = (forward_and_backward(function), sets)
     return dict(sorted(found.items(), key=lambda item: item[0][0]))  # by direction
 

@@ -112,6 +112,10 @@ def mosaic_forward(head_size: int, mask: str, length: str, readout_name: str) ->
         }
     first = tiles.forward_tiles(spec, head_size, rows)
     found = [fields_of(first)]
+    for noise_pass in (False, True) if is_noisy else ():  # the other place where noise is made
+        tile = tiles.forward_tiles(spec, head_size, rows, noise_pass=noise_pass)
+        if fields_of(tile) not in found:
+            found.append(fields_of(tile))
     choices = itertools.product((64, 128, 192, 256), (True, False), (2, 3), (True, False), (8, 16))
     for block_kv, ahead, stages, has_warpgroup, columns in choices:
         if not has_warpgroup and columns != tiles.ForwardTiles.noise_columns:

@@ -1,6 +1,7 @@
 """Medians over windows of queued calls."""
 
 import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -33,8 +34,9 @@ def in_turns[Name](
 ) -> dict[Name, list[float]]:
     """Milliseconds a call in each window, of several (call, wait), `seconds` for each in all.
 
-    Each window takes all of them, one after the other, and begins with another one: a clock that
-    falls as the device warms falls for all, and none is the one that always comes after a pause.
+    Each window takes all of them in an order of its own: a clock that falls as the device warms
+    falls for all, and none always follows a pause, or a neighbour that leaves the device hot or
+    cool (with one order, programs that were the same differed by up to 5 %).
     """
     queued = {}
     for name, (call, wait) in calls.items():
@@ -42,11 +44,10 @@ def in_turns[Name](
         start = time.perf_counter()
         wait(call())
         queued[name] = math.ceil(seconds / WINDOWS / (time.perf_counter() - start))
-    names = list(calls)
-    times: dict[Name, list[float]] = {name: [] for name in names}
-    for window in range(WINDOWS):
-        first = window * len(names) // WINDOWS
-        for name in names[first:] + names[:first]:
+    times: dict[Name, list[float]] = {name: [] for name in calls}
+    orders = random.Random(0)
+    for _ in range(WINDOWS):
+        for name in orders.sample(list(calls), len(calls)):
             call, wait = calls[name]
             start = time.perf_counter()
             for _ in range(queued[name]):

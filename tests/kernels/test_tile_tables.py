@@ -100,6 +100,24 @@ def test_a_table_decides(table):
         assert chosen == tiles.forward_tiles(spec, size, keys, pair_bytes=pairs)
 
 
+def test_a_table_says_where_noise_is_made(table):
+    """Of two entries the example's decides; without one, the plain kernel before the pass has its
+    own; what an argument forces passes over an entry that says otherwise."""
+    plain = {"mosaic_gpu/forward/64/full/short/plain": {"block_kv": 192}}
+    table(plain)
+    after = ForwardTiles(block_kv=192)
+    assert tile_choice.forward_tiles(NOISY, 64, 512) == after
+    inside = tile_choice.forward_tiles(NOISY, 64, 512, noise_pass=False)
+    assert inside == tiles.forward_tiles(NOISY, 64, 512, noise_pass=False)
+    assert inside.noise_warpgroup
+    table(plain | {"mosaic_gpu/forward/64/full/short/example": {"noise_warpgroup": True}})
+    assert tile_choice.forward_tiles(NOISY, 64, 512).noise_warpgroup
+    assert tile_choice.forward_tiles(NOISY, 64, 512, noise_pass=True) == after
+    table({"mosaic_gpu/forward/128/full/long/example": {"noise_warpgroup": False}})
+    assert tile_choice.forward_tiles(NOISY, 128, 65536) == ForwardTiles()
+    assert tile_choice.forward_tiles(NOISY, 128, 65536, noise_pass=False).noise_warpgroup
+
+
 def test_an_unknown_device_has_the_heuristic(monkeypatch):
     monkeypatch.setattr(tile_tables, "device_kind", lambda: "NVIDIA H900")
     assert tile_choice.forward_tiles(FULL, 64, 4096) == tiles.forward_tiles(FULL, 64, 4096)

@@ -81,10 +81,13 @@ class MosaicGpuBackend:
 
     Attributes:
       interpret: parameters of the Mosaic GPU simulator (tests on a CPU); None on a GPU.
+      noise_pass: where an example release's noise is made, as `tiles.forward_tiles` (tests and
+        benchmarks); None: the tiles decide.
     """
 
     name: str = "mosaic_gpu"
     interpret: Any = None
+    noise_pass: bool | None = None
 
     def cannot(self, spec: AttentionSpec, inputs: AttentionInputs, platform: str) -> str | None:
         """None if the kernels serve the call on `platform`, else why not."""
@@ -154,6 +157,7 @@ class MosaicGpuBackend:
             inputs.key.shape[1],
             has_public_maximum=is_bounded,
             pair_bytes=pair_bytes,
+            noise_pass=self.noise_pass,
         )
 
         def run(arrays: ForwardArrays) -> tuple[jax.Array, ...]:

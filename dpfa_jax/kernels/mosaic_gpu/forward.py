@@ -3,7 +3,8 @@
 A tile is `2 * block_q` query rows of one head; each program walks over some of them (`walk.py`). A
 producer warpgroup streams key and value tiles by TMA; two compute warpgroups take turns on the
 tensor cores (one multiplies while the other does its softmax); under `ExampleReadout` the epilogue
-clips, noises and snaps each row.
+clips each row, adds the noise that a fourth warpgroup made, and snaps, or a pass over the plain
+answer does all that (`release_pass.py`).
 """
 
 import dataclasses
@@ -16,8 +17,7 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from dpfa_jax.core.generators import BOX_MULLER_TAIL
-from dpfa_jax.kernels.base import AttentionSpec, ExampleReadout
+from dpfa_jax.kernels.base import AttentionSpec, ExampleReadout, Plain
 from dpfa_jax.kernels.mosaic_gpu import axes, device
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
 from dpfa_jax.kernels.mosaic_gpu import producer as loads
@@ -28,10 +28,12 @@ from dpfa_jax.kernels.mosaic_gpu.layouts import (
     tiled_shared,
     visible,
 )
-from dpfa_jax.kernels.mosaic_gpu.noise import clip_rows, snap_tile, stream_of, tile_normals
+from dpfa_jax.kernels.mosaic_gpu.noise import clip_rows, snap_noised
 from dpfa_jax.kernels.mosaic_gpu.noise_stage import NoiseStage
 from dpfa_jax.kernels.mosaic_gpu.pairs import Fixed, PairReader
 from dpfa_jax.kernels.mosaic_gpu.producer import Producer
+from dpfa_jax.kernels.mosaic_gpu.release_pass import NoiseArrays
+from dpfa_jax.kernels.mosaic_gpu.release_pass import released as release_rows
 from dpfa_jax.kernels.mosaic_gpu.softmax import PublicMaximum, RunningMaximum
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ForwardTiles
 from dpfa_jax.kernels.mosaic_gpu.walk import Lengths, Tile, Tiling, Walk, constant
@@ -93,7 +95,7 @@ def _body(
     block_q, block_kv = tile.block_q, tile.block_kv
     head_size = arrays.query.shape[-1]
     dtype = arrays.query.dtype
-    is_released = isinstance(spec.readout, ExampleReadout)
+    readout = spec.readout
     # The next tile's first logits are begun beside a tile's last weighted values.
     crosses = tile.overlaps and tile.ahead
     producer = Producer(tile, group, shared, barriers)
@@ -135,10 +137,9 @@ def _body(
             sums = softmax.start(block_q)
             acc = plgpu.layout_cast(jnp.zeros((block_q, head_size), jnp.float32), WGMMA)
             fixed = Fixed() if pairs is None else pairs.fixed(batch, head, rows)
-            # Read early: nothing waits for them at the end.
-            noise_scale = (
-                (arrays.stddevs[batch, head], arrays.grids[batch, head]) if is_released else ()
-            )
+            noise_scale: Any = None
+            if isinstance(readout, ExampleReadout):  # read early: nothing waits for it at the end
+                noise_scale = arrays.stddevs[batch, head], arrays.grids[batch, head]
             if not crosses:
                 await_query()
 
@@ -233,11 +234,11 @@ def _body(
                 out_shared[...] = acc.astype(dtype)
                 plgpu.commit_smem()
                 plgpu.copy_smem_to_gmem(out_shared, results.unclipped.at[batch, rows, head])
-            if is_released:
-                acc = _release(
-                    acc, arrays, shared, barriers, here, row_begin, noise_scale,
-                    spec=spec, tile=tile, simulate=simulate,
-                )  # fmt: skip
+            if isinstance(readout, ExampleReadout):
+                acc = clip_rows(acc, readout.l2_clip_norm)
+                plgpu.barrier_wait(barriers["noise"].at[warpgroup])
+                noise = NoiseStage(tile, head_size).noise(shared, warpgroup)
+                acc = snap_noised(readout, acc, noise, noise_scale, simulate=simulate)
                 if results.unclipped is not None:
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             out_shared[...] = acc.astype(dtype)
@@ -318,25 +319,6 @@ def _output_of(shared: dict[str, Any], tile: ForwardTiles, warpgroup: Any) -> An
     return shared["output"].at[warpgroup]
 
 
-def _release(acc, arrays, shared, barriers, here, row_begin, noise_scale, *, spec, tile, simulate):
-    """Clips each row, adds the noise, snaps."""
-    acc = clip_rows(acc, spec.readout.l2_clip_norm)
-    if tile.noise_warpgroup:
-        warpgroup = lax.axis_index(axes.WARPGROUP)
-        plgpu.barrier_wait(barriers["noise"].at[warpgroup])
-        noise = NoiseStage(tile, acc.shape[1]).noise(shared, warpgroup)
-    else:
-        stream = stream_of(arrays, here.batch, here.head)
-        noise = tile_normals(stream, row_begin, jnp.int32(0), acc.shape, simulate=simulate)
-    readout = spec.readout
-    largest = max(
-        (readout.l2_clip_norm + 2.0 * BOX_MULLER_TAIL * stddev) / grid
-        for stddev, grid in zip(readout.noise_stddevs, readout.grids, strict=True)
-    )
-    stddev, grid = noise_scale
-    return snap_tile(acc + stddev * noise, grid, largest, simulate=simulate)
-
-
 def attention_forward(
     spec: AttentionSpec,
     arrays: ForwardArrays,
@@ -361,8 +343,34 @@ def attention_forward(
       ForwardResults; `unclipped` is None under `Plain`.
     """
     shape = arrays.query.shape
+    options: dict[str, Any] = {"has_public_maximum": has_public_maximum, "interpret": interpret}
+    if isinstance(spec.readout, ExampleReadout) and not tile.noise_warpgroup:
+        noise = NoiseArrays(*(getattr(arrays, name) for name in NoiseArrays._fields))
+        plain = dataclasses.replace(spec, readout=Plain())
+        bare = arrays._replace(**dict.fromkeys(NoiseArrays._fields))
+        found = _attend(plain, bare, tile, keep_unclipped=False, **options)
+        released = release_rows(spec.readout, found.output, noise, interpret=interpret)
+        found = ForwardResults(released, found.output if keep_unclipped else None, found.lse)
+    else:
+        found = _attend(spec, arrays, tile, keep_unclipped=keep_unclipped, **options)
+    cut = tuple(slice(size) for size in shape)
+    unclipped = None if found.unclipped is None else found.unclipped[cut]
+    return ForwardResults(found.output[cut], unclipped, found.lse[..., : shape[1]])
+
+
+def _attend(
+    spec: AttentionSpec,
+    arrays: ForwardArrays,
+    tile: ForwardTiles,
+    *,
+    has_public_maximum: bool,
+    keep_unclipped: bool,
+    interpret: Any,
+) -> ForwardResults:
+    """One kernel's results as it writes them: T and H as `pad_sequence` leaves them."""
+    rows = arrays.query.shape[1]
     keys, kv_heads = arrays.key.shape[1:3]
-    pairs = pair_tiles.arranged(arrays.mask, arrays.bias, rows=shape[1])
+    pairs = pair_tiles.arranged(arrays.mask, arrays.bias, rows=rows)
     arrays = arrays._replace(
         query=pad_sequence(arrays.query),
         key=pad_sequence(arrays.key),
@@ -373,7 +381,7 @@ def attention_forward(
     batch, num_queries, heads, head_size = arrays.query.shape
     dtype = arrays.query.dtype
     keep_unclipped &= isinstance(spec.readout, ExampleReadout)
-    if keep_unclipped or (isinstance(spec.readout, ExampleReadout) and not tile.noise_warpgroup):
+    if keep_unclipped:
         tile = dataclasses.replace(tile, overlaps=False)
     tiling = Tiling(
         spec, tile, batch, heads, num_queries, keys,
@@ -441,7 +449,4 @@ def attention_forward(
         kernel_name="dpfa_attention_forward",
         interpret=interpret,
     )(constant(schedule), *(x for x in arrays if x is not None))
-    cut = tuple(slice(size) for size in shape)
-    return ForwardResults(
-        output[cut], unclipped[0][cut] if unclipped else None, lse[..., : shape[1]]
-    )
+    return ForwardResults(output, unclipped[0] if unclipped else None, lse)

@@ -1,6 +1,6 @@
 """Clip and noise of one tile, in the registers of one warpgroup."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
@@ -10,17 +10,34 @@ from jax import lax
 from jax.experimental.mosaic import gpu as mgpu
 
 from dpfa_jax.clipping.float_rows import norm_limit, unit_scale
+from dpfa_jax.core.generators import BOX_MULLER_TAIL
+from dpfa_jax.kernels.base import ExampleReadout
 from dpfa_jax.noise.grid import snap
 from dpfa_jax.noise.normals import normal_pair
 from dpfa_jax.noise.threefry import threefry2x32
 
-# One register per lane holds the pair of columns (2j, 2j + 1) of the WGMMA layout: the same tiles
-# with half the columns.
-_PAIRS = plgpu.Layout.TILED(
-    plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))),
-    warp_dims=(-7,),
-    lane_dims=(-3, -2),
-    vector_dim=-1,
+
+class PairLayout(NamedTuple):
+    """How columns lie in registers where each lane makes the pairs (2j, 2j + 1) that it holds.
+
+    Attributes:
+      whole: of an array of normals.
+      pairs: the same tiles with half the columns: of what there is one of for each pair.
+    """
+
+    whole: Any
+    pairs: Any
+
+
+# Of the tensor cores: one register per lane holds one pair.
+ACCUMULATOR = PairLayout(
+    plgpu.Layout.WGMMA,
+    plgpu.Layout.TILED(
+        plgpu.Tiling(((64, 4), (16, 4), (8, 4), (1,))),
+        warp_dims=(-7,),
+        lane_dims=(-3, -2),
+        vector_dim=-1,
+    ),
 )
 
 
@@ -59,24 +76,48 @@ def snap_tile(
     return ((x * (1.0 / grid) + shift) - shift) * grid
 
 
-def _interleave(even: jax.Array, odd: jax.Array, *, simulate: bool) -> jax.Array:
-    """(R, C / 2) twice -> (R, C): a move between names of registers, no instruction."""
-    rows, half = even.shape
+def snap_noised(
+    readout: ExampleReadout,
+    clipped: jax.Array,
+    noise: jax.Array,
+    scale: tuple[jax.Array, jax.Array],
+    *,
+    simulate: bool,
+) -> jax.Array:
+    """A tile of one head as it is released, from its clipped rows and standard normals.
+
+    `scale`: the head's standard deviation and grid, scalars in float32.
+    """
+    largest = max(
+        (readout.l2_clip_norm + 2.0 * BOX_MULLER_TAIL * stddev) / grid
+        for stddev, grid in zip(readout.noise_stddevs, readout.grids, strict=True)
+    )
+    stddev, grid = scale
+    return snap_tile(clipped + stddev * noise, grid, largest, simulate=simulate)
+
+
+def interleaved(
+    even: jax.Array, odd: jax.Array, layout: PairLayout, *, simulate: bool
+) -> jax.Array:
+    """(.., C / 2) twice -> (.., C), pairs next to each other: a move between names of registers."""
+    shape = (*even.shape[:-1], 2 * even.shape[-1])
     if simulate:
-        return jnp.stack([even, odd], axis=-1).reshape(rows, 2 * half)
+        return jnp.stack([even, odd], axis=-1).reshape(shape)
 
     @plgpu.inline_mgpu(
-        arg_types=(_PAIRS, _PAIRS),
-        return_type=plgpu.ShapeDtypeStruct(
-            (rows, 2 * half), jnp.float32, layout=plgpu.Layout.WGMMA
-        ),
+        arg_types=(layout.pairs, layout.pairs),
+        return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout.whole),
     )
     def join(_, even, odd):
         registers = np.empty(even.registers.shape, dtype=object)
         for index, first in np.ndenumerate(even.registers):
-            registers[index] = mgpu.utils.vector_concat([first, odd.registers[index]])
-        target = plgpu.Layout.WGMMA.to_mgpu()
-        registers = registers.reshape(target.registers_shape((rows, 2 * half)))
+            pair = (first, odd.registers[index])
+            (size,) = first.type.shape
+            registers[index] = mgpu.utils.vector_concat(
+                [mgpu.utils.vector_slice(x, slice(i, i + 1)) for i in range(size) for x in pair]
+            )
+        target = layout.whole.to_mgpu()
+        registers = registers.reshape(target.registers_shape(shape))
         return mgpu.FragmentedArray(_registers=registers, _layout=target, _is_signed=None)
 
     return join(even, odd)
@@ -98,7 +139,13 @@ def stream_of(arrays: Any, batch: Any, head: Any) -> Stream:
 
 
 def tile_normals(
-    stream: Stream, row_begin: Any, column_begin: Any, shape: tuple[int, int], *, simulate: bool
+    stream: Stream,
+    row_begin: Any,
+    column_begin: Any,
+    shape: tuple[int, int],
+    *,
+    simulate: bool,
+    layout: PairLayout = ACCUMULATOR,
 ) -> jax.Array:
     """Standard normals of R rows and C columns of one head; `column_begin` is even.
 
@@ -109,8 +156,8 @@ def tile_normals(
     )
     rows, columns = shape
     half = (rows, columns // 2)
-    row = row_begin + plgpu.broadcasted_iota(jnp.uint32, half, 0, layout=_PAIRS)
-    pair = (column_begin >> 1) + plgpu.broadcasted_iota(jnp.uint32, half, 1, layout=_PAIRS)
+    row = row_begin + plgpu.broadcasted_iota(jnp.uint32, half, 0, layout=layout.pairs)
+    pair = (column_begin >> 1) + plgpu.broadcasted_iota(jnp.uint32, half, 1, layout=layout.pairs)
     low = (row << 9) | pair
     key0, key1, high, one = stream
 
@@ -121,4 +168,4 @@ def tile_normals(
 
     words = threefry2x32(key0, key1, jnp.full_like(low, high), low, add=add)
     cosine, sine = normal_pair(*words)
-    return _interleave(cosine, sine, simulate=simulate)
+    return interleaved(cosine, sine, layout, simulate=simulate)

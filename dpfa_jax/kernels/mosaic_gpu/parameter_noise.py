@@ -11,12 +11,11 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
 
 from dpfa_jax.kernels import manual_axes
 from dpfa_jax.kernels.mosaic_gpu import axes
+from dpfa_jax.kernels.mosaic_gpu.noise import PairLayout, interleaved
 from dpfa_jax.noise.counters import long_radius_counter, parameter_counter
 from dpfa_jax.noise.grid import snap
 from dpfa_jax.noise.normals import normal_pair
@@ -24,33 +23,6 @@ from dpfa_jax.noise.threefry import threefry2x32
 
 VECTOR = 4  # float32 numbers of one 16-byte access
 BLOCK = 2048  # numbers of one program: four accesses a thread
-
-
-def _interleaved(even: jax.Array, odd: jax.Array, *, simulate: bool) -> jax.Array:
-    """(n,) twice -> (2 n,), pairs next to each other: a move between names of registers."""
-    size = 2 * even.shape[0]
-    if simulate:
-        return jnp.stack([even, odd], axis=-1).reshape(size)
-    half = plgpu.Layout.WG_STRIDED(even.shape, VECTOR // 2)
-    whole = plgpu.Layout.WG_STRIDED((size,), VECTOR)
-
-    @plgpu.inline_mgpu(
-        arg_types=(half, half),
-        return_type=plgpu.ShapeDtypeStruct((size,), jnp.float32, layout=whole),
-    )
-    def join(_, even, odd):
-        registers = np.empty(even.registers.shape, dtype=object)
-        for index, first in np.ndenumerate(even.registers):
-            second = odd.registers[index]
-            cut = [
-                mgpu.utils.vector_slice(x, slice(i, i + 1))
-                for i in range(VECTOR // 2)
-                for x in (first, second)
-            ]
-            registers[index] = mgpu.utils.vector_concat(cut)
-        return mgpu.FragmentedArray(_registers=registers, _layout=whole.to_mgpu(), _is_signed=None)
-
-    return join(even, odd)
 
 
 def released_mean(
@@ -84,10 +56,11 @@ def released_mean(
         begin = jnp.minimum(lax.axis_index(axes.BLOCKS) * block, size - block)
         own = pl.ds(begin, block)
         half = (block // 2,)
-        whole = plgpu.Layout.WG_STRIDED((block,), VECTOR)
-        x = plgpu.load(total_ref.at[own], layout=whole, optimized=False)
-        layout = plgpu.Layout.WG_STRIDED(half, VECTOR // 2)
-        offset = plgpu.broadcasted_iota(jnp.uint32, half, 0, layout=layout)
+        layout = PairLayout(
+            plgpu.Layout.WG_STRIDED((block,), VECTOR), plgpu.Layout.WG_STRIDED(half, VECTOR // 2)
+        )
+        x = plgpu.load(total_ref.at[own], layout=layout.whole, optimized=False)
+        offset = plgpu.broadcasted_iota(jnp.uint32, half, 0, layout=layout.pairs)
         first = lax.convert_element_type(begin >> 1, jnp.uint32) + (start_ref[0] >> jnp.uint32(1))
         pair = first + offset
         leaf = leaf_ref[0]
@@ -99,7 +72,7 @@ def released_mean(
             lambda: threefry2x32(*key, *long_radius_counter(pair))[0],
             lambda: words[0],
         )
-        noise = _interleaved(*normal_pair(*words, more), simulate=simulate)
+        noise = interleaved(*normal_pair(*words, more), layout, simulate=simulate)
         stddev, grid, divisor = (numbers_ref[i] for i in range(3))
         out_ref[own] = snap(x + stddev * noise, grid) / divisor
 

@@ -1,6 +1,7 @@
 """Tiles of a call: measured ones where this device has a table, else the heuristic of `tiles`."""
 
 import dataclasses
+from typing import Any
 
 from dpfa_jax.kernels import tile_tables
 from dpfa_jax.kernels.base import AttentionSpec, Plain
@@ -44,19 +45,25 @@ def forward_tiles(
     *,
     has_public_maximum: bool = False,
     pair_bytes: int | None = None,
+    noise_pass: bool | None = None,
 ) -> ForwardTiles:
     """As `tiles.forward_tiles`; calls with a public maximum, mask or bias are in no table."""
-    found = None
+    sizes: dict[str, Any] = {"has_public_maximum": has_public_maximum, "pair_bytes": pair_bytes}
+    is_noisy = not isinstance(spec.readout, Plain)
     if pair_bytes is None and not has_public_maximum:
-        is_noisy = not isinstance(spec.readout, Plain)
         found = tile_tables.measured(
             forward_key(spec, head_size, keys),
             lambda fields: forward_tile(fields, is_noisy=is_noisy),
-            lambda tile: fits_forward(tile, head_size),
+            lambda tile: (
+                fits_forward(tile, head_size) and noise_pass in (None, not tile.noise_warpgroup)
+            ),
         )
-    return found or tiles.forward_tiles(
-        spec, head_size, keys, has_public_maximum=has_public_maximum, pair_bytes=pair_bytes
-    )
+        if found is not None:
+            return found
+    tile = tiles.forward_tiles(spec, head_size, keys, **sizes, noise_pass=noise_pass)
+    if is_noisy and not tile.noise_warpgroup:  # the plain kernel, which may be in a table
+        return forward_tiles(dataclasses.replace(spec, readout=Plain()), head_size, keys, **sizes)
+    return tile
 
 
 def backward_tiles(

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from dpfa_jax.kernels.base import AttentionSpec, Plain
+from dpfa_jax.kernels.base import AttentionSpec, ExampleReadout
 
 Scalar = int | jax.Array
 
@@ -45,8 +45,9 @@ class ForwardTiles:
       stages: key and value tiles in flight.
       ahead: the next step's logits are begun together with a step's weighted values. Needs
         registers for the weights of one step beside the logits of the next.
-      noise_warpgroup: a spare warpgroup makes the noise during the key loop (else: the epilogue),
-      noise_columns: so many columns at a time.
+      noise_warpgroup: a spare warpgroup makes the noise of a release during the key loop,
+      noise_columns: so many columns at a time (else: no noise in this kernel; a pass over its plain
+        answer releases it).
       pair_stages: tiles of mask and bias in flight.
       overlaps: a tile's end runs under the next one's first products. Else its answer waits in the
         place of its queries, and the next tile's queries are loaded when it has left.
@@ -81,6 +82,24 @@ class ForwardTiles:
         return q + kv + noise + pairs + output + self.rows * 4
 
 
+NOISE_BESIDE_KEYS = 1024
+
+
+def makes_noise_beside(
+    spec: AttentionSpec, head_size: int, keys: int, *, has_public_maximum: bool = False
+) -> bool:
+    """Whether an example release's noise is made beside the products, or else in a pass after them.
+
+    As measured on an H200. Of the call alone, not of what a gradient needs: one noise must not hide
+    two roundings of one answer. Above head size 128 no place for it is left.
+    """
+    if not isinstance(spec.readout, ExampleReadout) or head_size > MAX_HEAD_SIZE_ONE_WARPGROUP:
+        return False
+    if head_size == 64:  # beside it the plain kernel's wide steps have no room
+        return has_public_maximum
+    return _is_dense(spec) and keys >= NOISE_BESIDE_KEYS
+
+
 def forward_tiles(
     spec: AttentionSpec,
     head_size: int,
@@ -88,18 +107,23 @@ def forward_tiles(
     *,
     has_public_maximum: bool = False,
     pair_bytes: int | None = None,
+    noise_pass: bool | None = None,
 ) -> ForwardTiles:
     """Tiles for a padded head size and a number of keys, as measured on an H100 and an H200.
 
     `pair_bytes`: shared memory that mask and bias of one key need; None without them.
+    `noise_pass`: whether a pass of its own makes the noise of an example release; False: only where
+    it has no place beside the products; None: `makes_noise_beside` decides.
     """
-    is_noisy = not isinstance(spec.readout, Plain)
-    is_dense = right_reach(spec) is None and left_reach(spec) is None
-    if head_size == 64 and keys >= 1024 and is_dense and not is_noisy and pair_bytes is None:
-        return ForwardTiles(block_kv=256, ahead=False)
-    columns = 8 if has_public_maximum and is_dense else 16
+    is_beside = isinstance(spec.readout, ExampleReadout) and not noise_pass
+    if noise_pass is None:
+        is_beside = makes_noise_beside(spec, head_size, keys, has_public_maximum=has_public_maximum)
+    columns = 8 if has_public_maximum and _is_dense(spec) else 16
+    beside = ForwardTiles(noise_warpgroup=True, noise_columns=columns)
+    is_wide = head_size == 64 and keys >= 1024 and _is_dense(spec) and pair_bytes is None
     for candidate in (
-        ForwardTiles(noise_warpgroup=is_noisy, noise_columns=columns),
+        *((beside,) if is_beside else ()),
+        *((ForwardTiles(block_kv=256, ahead=False),) if is_wide else ()),
         ForwardTiles(),
         ForwardTiles(pair_stages=1),
         ForwardTiles(block_kv=64),
@@ -197,7 +221,7 @@ def backward_tiles(
             if max(wide.shared_bytes(head_size, pair_bytes)) <= SHARED_MEMORY_BYTES:
                 return wide
         raise ValueError(f"head_size={head_size}: no tile of the backward kernels fits")
-    is_dense = right_reach(spec) is None and left_reach(spec) is None
+    is_dense = _is_dense(spec)
     if pair_bytes is None and spec.deterministic:
         # Waiting for turns costs more than two products where tiles are few or small.
         if head_size == 128 and is_dense and keys >= LONG_BACKWARD:
@@ -276,6 +300,10 @@ def right_reach(spec: AttentionSpec) -> int | None:
 def left_reach(spec: AttentionSpec) -> int | None:
     """Keys s >= t - left_reach are seen by row t; None: no bound."""
     return None if spec.local_window is None else spec.local_window[0]
+
+
+def _is_dense(spec: AttentionSpec) -> bool:
+    return right_reach(spec) is None and left_reach(spec) is None
 
 
 def key_steps(

@@ -87,7 +87,7 @@ def call_of(case):
         is_public = choice % 4 == 1
         tile = tiles.forward_tiles(
             spec, padded, (case.keys, 4096)[choice % 3 == 0],
-            has_public_maximum=is_public, pair_bytes=pair_bytes,
+            has_public_maximum=is_public, pair_bytes=pair_bytes, noise_pass=False,
         )  # fmt: skip
         if case.kind == "forward, tiles":
             tile = ForwardTiles(

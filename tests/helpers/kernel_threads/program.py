@@ -161,8 +161,6 @@ class Program:
 
     def _normals(self, _, state, rows):
         state.noise = Piece("noise", *state.stream, rows=rows)
-        if state.weights is not None:  # the warpgroup whose rows they are makes them itself
-            self._check_noise(state, state.noise)
 
     def _check_noise(self, state, noise):
         weights = state.weights

@@ -215,7 +215,7 @@ def _functions(recording):
         "RunningMaximum": softmax, "PublicMaximum": softmax,
         "begin_block": products, "begin_row_sums": products,
         "multiply": lambda acc, _, right, spare: products(_, right),
-        "clip_rows": _numbers, "snap_tile": _numbers, "logit_gradient": _numbers,
+        "clip_rows": _numbers, "snap_noised": _numbers, "logit_gradient": _numbers,
         "stream_of": stream_of, "tile_normals": tile_normals, "_unpacked": _numbers,
         "settled": _numbers, "_add_block": _numbers, "_multiples": _numbers,
         "register_zero": _numbers, "clear": _numbers, "_order_copies": _numbers,

@@ -11,15 +11,24 @@ import pytest
 from jax.sharding import Mesh, PartitionSpec
 
 from dpfa_jax.attention import core
-from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, MemoryReadout, NoiseInputs, Plain
+from dpfa_jax.kernels.base import (
+    AttentionInputs,
+    AttentionSpec,
+    ExampleReadout,
+    MemoryReadout,
+    NoiseInputs,
+    Plain,
+)
 from dpfa_jax.kernels.mosaic_gpu import axes, backend, row_clip
 
 READOUT = MemoryReadout("sum", 1.0, 1.0, 1.0, 1.0, (1.0,) * 2, (2.0**-4,) * 2)
+EXAMPLE = ExampleReadout(1.0, (1.0,) * 2, (2.0**-4,) * 2)
 CALLS = {
     "forward, two backward kernels": (64, Plain(), True),
     "fused backward": (64, Plain(), False),
     "wide backward": (256, Plain(), True),
     "memory": (64, READOUT, True),
+    "example release": (256, EXAMPLE, True),
 }
 ROWS = "row clip"
 
@@ -34,7 +43,7 @@ def asks_the_mesh(case, names):
     def call(query, key, value):
         words = jnp.zeros((2, 2), jnp.uint32)
         noise = NoiseInputs(words, jnp.arange(2, dtype=jnp.uint32), jnp.zeros(2, jnp.uint32))
-        inputs = AttentionInputs(query, key, value, noise=noise if readout == READOUT else None)
+        inputs = AttentionInputs(query, key, value, noise=None if readout == Plain() else noise)
         return core.attend(backend.BACKEND, spec, inputs)[0]
 
     def gradients(*arrays):
@@ -43,11 +52,12 @@ def asks_the_mesh(case, names):
     def clip(query, key, value):
         return row_clip.clip_rows_stored(query.reshape(-1, size), 1.0).reshape(query.shape)
 
-    run = clip if case == ROWS else call if readout == READOUT else gradients
+    run = clip if case == ROWS else gradients if readout == Plain() else call
     place = PartitionSpec(names[0])
     sharded = jax.shard_map(run, mesh=mesh, in_specs=place, out_specs=place)
     text = jax.jit(sharded).trace(*arrays).lower(lowering_platforms=("cuda",)).as_text()
     assert "custom_call @mosaic_gpu" in text
+    assert ("dpfa_example_release" in text) == (readout == EXAMPLE)
     return "nvshmem_my_pe" in text
 
 

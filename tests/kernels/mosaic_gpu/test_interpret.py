@@ -20,6 +20,11 @@ from dpfa_jax.kernels.public_maximum import has_public_maximum
 from dpfa_jax.noise import attention_noise
 
 BACKEND = backend.MosaicGpuBackend(interpret=plgpu.InterpretGPUParams())
+# Where the noise of an example release is made.
+PLACES = {
+    "inside": dataclasses.replace(BACKEND, noise_pass=False),
+    "after": dataclasses.replace(BACKEND, noise_pass=True),
+}
 
 
 def draw(*shape, seed=0, dtype=jnp.bfloat16):
@@ -144,7 +149,8 @@ def test_how_false_a_bound_may_be(logit, is_softmax):
 
 
 @pytest.mark.slow
-def test_a_false_bound_costs_no_privacy():
+@pytest.mark.parametrize("place", PLACES)
+def test_a_false_bound_costs_no_privacy(place):
     """V4, V5: rows that leave float32 inside are released as noise alone, the others as ever."""
     clip, grid = 0.5, 2.0**-4
     readout = ExampleReadout(clip, (1.0,), (grid,))
@@ -153,7 +159,7 @@ def test_a_false_bound_costs_no_privacy():
     value = draw(2, 64, 1, 64)
     noise = NoiseInputs(*(jnp.asarray(x, jnp.uint32) for x in ([[1, 2], [3, 4]], [5, 6], [0, 0])))
     inputs = AttentionInputs(query, jnp.ones_like(query), value, noise=noise)
-    outputs = BACKEND.forward(spec, inputs)
+    outputs = PLACES[place].forward(spec, inputs)
     inside = np.asarray(outputs.unclipped, np.float32)
     assert not np.any(np.isfinite(inside[0]))
     drawn = attention_noise(*noise, heads=1, row_start=0, rows=64, columns=64)
@@ -167,7 +173,8 @@ def test_a_false_bound_costs_no_privacy():
 
 
 @pytest.mark.slow
-def test_example_release_is_the_blocked_one():
+@pytest.mark.parametrize("place", PLACES)
+def test_example_release_is_the_blocked_one(place):
     """V10, V12: same words, same clip, same grid as the XLA epilogue on the kernel's own output."""
     readout = ExampleReadout(0.3, (0.5, 0.25), (2.0**-5, 2.0**-6))
     spec = AttentionSpec(0.25, readout=readout)
@@ -179,7 +186,7 @@ def test_example_release_is_the_blocked_one():
     arrays = [draw(2, n, heads, 64, seed=n) for n, heads in ((65, 2), (33, 1))]
     value = arrays[1].at[1, 0, 0, 0].set(jnp.inf)
     inputs = AttentionInputs(arrays[0], arrays[1], value, noise=noise)
-    outputs = BACKEND.forward(spec, inputs)
+    outputs = PLACES[place].forward(spec, inputs)
     released = np.asarray(outputs.output, np.float64)
     grids = np.asarray(readout.grids)[None, None, :, None]
     assert np.all(released % grids == 0)

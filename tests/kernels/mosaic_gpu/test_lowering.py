@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ from dpfa_jax.kernels.base import (
 from dpfa_jax.kernels.mosaic_gpu import backend
 
 BACKEND = backend.MosaicGpuBackend()
+# Where the noise of an example release is made.
+PLACES = {is_after: dataclasses.replace(BACKEND, noise_pass=is_after) for is_after in (False, True)}
 RELEASE = ExampleReadout(1.0, (0.5, 0.5), (2.0**-5, 2.0**-5))
 MEMORY = MemoryReadout("sum", 1.0, 1.0, 1.0, 0.1, (1.0, 1.0), (0.1, 0.1))
 
@@ -41,9 +44,9 @@ def lower(function, *arguments):
     return jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
 
 
-def loss(spec, query, inputs):
+def loss(spec, query, inputs, backend=BACKEND):
     inputs = inputs._replace(query=query)
-    return core.attend(BACKEND, spec, inputs)[0].astype(jnp.float32).sum()
+    return core.attend(backend, spec, inputs)[0].astype(jnp.float32).sum()
 
 
 @pytest.mark.parametrize(
@@ -70,28 +73,73 @@ def loss(spec, query, inputs):
     ],
 )
 def test_gradient_lowers(spec, inputs):
-    text = lower(jax.grad(functools.partial(loss, spec)), inputs.query, inputs)
+    gradient = jax.grad(functools.partial(loss, backend=PLACES[False]), argnums=1)
+    text = lower(functools.partial(gradient, spec), inputs.query, inputs)
     for kernel in ("forward", "backward_kv", "backward_q"):
         assert f"dpfa_attention_{kernel}" in text
 
 
-def test_private_program_is_one_kernel():
+def results_of_kernels(text):
+    """How many arrays each kernel writes."""
+    kernels = (line for line in text.splitlines() if "custom_call @mosaic_gpu" in line)
+    return [line.split("->")[-1].count("tensor<") for line in kernels]
+
+
+def test_gradient_after_a_pass_lowers():
+    """The answer before the pass is what the gradient needs: nothing else is stored."""
+    spec, inputs = AttentionSpec(0.1, readout=RELEASE), shapes(noise=noise_shapes())
+    gradient = jax.grad(functools.partial(loss, backend=PLACES[True]), argnums=1)
+    text = lower(functools.partial(gradient, spec), inputs.query, inputs)
+    for kernel in ("forward", "backward_kv", "backward_q"):
+        assert f"dpfa_attention_{kernel}" in text
+    first = results_of_kernels(text)[:2]
+    assert first == [2, 1]  # answer and log-sum-exp, release
+
+
+def kernels_behind_results(text):
+    """How many arrays each kernel writes that a result of `main` is made from.
+
+    Nothing is followed back through a kernel that takes key words: what it makes is released.
+    """
+    begin, *lines = text[text.index("@main") :].splitlines()
+    main = lines[: lines.index("  }")]
+    (words,) = re.findall(r"(%arg\d+): tensor<2x2xui32>", begin)
+    made = {}
+    for line in main:
+        if found := re.match(r"\s*(%\w+)(?::\d+)? = (.*?)(?: \{|$)", line):
+            types = line.split("->")[-1].count("tensor<")
+            made[found[1]] = (re.findall(r"%\w+", found[2]), "@mosaic_gpu" in line, types)
+    todo, kernels = re.findall(r"%\w+", main[-1]), []
+    while todo:
+        operands, is_kernel, types = made.get(todo.pop(), ((), False, 0))
+        if is_kernel:
+            kernels.append(types)
+        if not (is_kernel and words in operands):
+            todo += operands
+    return kernels
+
+
+@pytest.mark.parametrize("is_after", PLACES)
+def test_private_program(is_after):
     """V24: no callback, no noise but the kernel's, nothing but the answer among its results."""
     spec = AttentionSpec(0.1, readout=RELEASE)
     inputs = shapes(head_size=128, noise=noise_shapes())
 
     def release(inputs):
-        return BACKEND.forward(spec, inputs, residuals=False).output
+        return PLACES[is_after].forward(spec, inputs, residuals=False).output
 
     text = lower(release, inputs)
-    assert text.count("custom_call @mosaic_gpu") == 1
     assert "callback" not in text
     assert "stablehlo.xor" not in text  # of threefry, which would be a second draw
-    (kernel,) = (line for line in text.splitlines() if "custom_call @mosaic_gpu" in line)
-    # The released tensor and the log-sum-exp, which stays inside and which XLA drops.
-    assert kernel.split("->")[-1].count("tensor<") == 2
+    # The answer and the log-sum-exp, which stays inside and which XLA drops; the released one.
+    assert results_of_kernels(text) == ([2, 1] if is_after else [2])
     (main,) = (line for line in text.splitlines() if "@main" in line)
     assert main.split("->")[-1].count("tensor<") == 1
+    assert kernels_behind_results(text) == [1 if is_after else 2]
+
+    # Negative control: what is not released is seen to come from the kernel before the pass.
+    both = lower(lambda x: (release(x), PLACES[is_after].forward(spec, x).unclipped), inputs)
+    assert sorted(kernels_behind_results(both)) == ([1, 2] if is_after else [2, 3])
 
 
 def primitives_on(shape, jaxpr):
@@ -115,7 +163,7 @@ def test_a_stated_bound_leaves_no_maximum_and_no_clamp(readout):
 
     def comparisons(bound):
         spec = AttentionSpec(0.1, largest_logit=bound, readout=readout)
-        found = jax.make_jaxpr(functools.partial(BACKEND.forward, spec))(inputs)
+        found = jax.make_jaxpr(functools.partial(PLACES[False].forward, spec))(inputs)
         names = primitives_on((64, 128), found.jaxpr)
         assert "exp2" in names
         return names & {"max", "min", "clamp", "reduce_max", "select_n", "lt", "gt"}

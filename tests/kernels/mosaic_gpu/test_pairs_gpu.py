@@ -3,6 +3,7 @@
 python -m pytest -m gpu tests/kernels/mosaic_gpu/test_pairs_gpu.py
 """
 
+import dataclasses
 import functools
 from typing import Any, NamedTuple
 
@@ -197,12 +198,14 @@ def test_minus_infinity_in_a_bias_is_a_mask():
         assert np.linalg.norm(one - other) <= 2.0**-10 * np.linalg.norm(one)
 
 
+@pytest.mark.parametrize("is_after", [False, True])
 @pytest.mark.parametrize("keys_only", [False, True])
-def test_example_release(keys_only):
+def test_example_release(keys_only, is_after):
     """V4, V10, V12: the noise of the XLA epilogue; rows without keys are noise; vmap moves no bit.
 
-    With a full mask the epilogue makes the noise, with a mask of keys its own warpgroup does.
+    With a mask of keys a warpgroup makes the noise or a pass does, with a full mask a pass always.
     """
+    backend = dataclasses.replace(BACKEND, noise_pass=is_after)
     batch, rows, keys, heads, size = 2, 300, 390, 2, 128
     readout = ExampleReadout(0.3, (0.5, 0.25), (2.0**-5, 2.0**-6))
     spec = AttentionSpec(size**-0.5, readout=readout)
@@ -217,7 +220,7 @@ def test_example_release(keys_only):
         jnp.full(2, 3, jnp.uint32),
     )
     inputs = AttentionInputs(query, key, value, mask=jnp.asarray(mask), noise=noise)
-    outputs = jax.jit(lambda x: BACKEND.forward(spec, x))(inputs)
+    outputs = jax.jit(lambda x: backend.forward(spec, x))(inputs)
     released = np.asarray(outputs.output, np.float64)
     grids = np.asarray(readout.grids)[:, None]
     assert np.all(released % grids == 0)
@@ -228,5 +231,5 @@ def test_example_release(keys_only):
     assert is_empty.any()
     assert not np.any(np.asarray(outputs.unclipped, np.float32)[is_empty])
     single = jax.tree.map(lambda x: x[:, None], inputs)
-    mapped = jax.jit(jax.vmap(lambda x: BACKEND.forward(spec, x).output))(single)
+    mapped = jax.jit(jax.vmap(lambda x: backend.forward(spec, x).output))(single)
     assert np.array_equal(np.asarray(mapped[:, 0], np.float64), released)
