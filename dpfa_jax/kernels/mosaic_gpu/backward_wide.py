@@ -367,7 +367,7 @@ def wide_backward(
     rows = row_programs * PROGRAM_ROWS
     chunks = chunks_of(
         batch, kv_heads, tiles.cdiv(keys, BLOCK), rows=rows, group=group, block=BLOCK,
-        processors=device.processors(),
+        processors=device.processors(), is_even=tiles.is_dense(spec),
     )  # fmt: skip
     static = {"spec": spec, "tile": tile, "keys": keys, "group": group}
     like_query = jax.ShapeDtypeStruct(arrays.query.shape, dtype)

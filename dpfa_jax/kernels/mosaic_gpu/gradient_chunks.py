@@ -50,6 +50,7 @@ def chunks_of(
     group: int,
     block: int,
     processors: int,
+    is_even: bool,
 ) -> Chunks:
     """The fewest chunks whose logit gradients may lie in memory at once.
 
@@ -61,10 +62,13 @@ def chunks_of(
       group: query heads of a key head.
       block: keys of a block.
       processors: multiprocessors.
+      is_even: whether all programs take about as long, as one wave of them must: with causality the
+        short ones of a second wave go where the first wave's were short.
     """
     block_bytes = rows * group * block * ITEM_BYTES
-    # A wave of programs with one query head each; one with `group` makes as many logit gradients.
-    limit = max(LOGIT_GRADIENT_BYTES // block_bytes, math.ceil(WAVES / group) * processors, 1)
+    # A program with one query head; one with `group` makes as many logit gradients.
+    waves = math.ceil(WAVES / group) if is_even else WAVES
+    limit = max(LOGIT_GRADIENT_BYTES // block_bytes, waves * processors, 1)
     if batch * key_heads * key_blocks <= limit:
         return Chunks(batch, key_heads, key_blocks, (1, 1, 1))
     if key_heads * key_blocks <= limit:

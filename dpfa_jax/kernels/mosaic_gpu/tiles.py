@@ -97,7 +97,7 @@ def makes_noise_beside(
         return False
     if head_size == 64:  # beside it the plain kernel's wide steps have no room
         return has_public_maximum
-    return _is_dense(spec) and keys >= NOISE_BESIDE_KEYS
+    return is_dense(spec) and keys >= NOISE_BESIDE_KEYS
 
 
 def forward_tiles(
@@ -118,9 +118,9 @@ def forward_tiles(
     is_beside = isinstance(spec.readout, ExampleReadout) and not noise_pass
     if noise_pass is None:
         is_beside = makes_noise_beside(spec, head_size, keys, has_public_maximum=has_public_maximum)
-    columns = 8 if has_public_maximum and _is_dense(spec) else 16
+    columns = 8 if has_public_maximum and is_dense(spec) else 16
     beside = ForwardTiles(noise_warpgroup=True, noise_columns=columns)
-    is_wide = head_size == 64 and keys >= 1024 and _is_dense(spec) and pair_bytes is None
+    is_wide = head_size == 64 and keys >= 1024 and is_dense(spec) and pair_bytes is None
     for candidate in (
         *((beside,) if is_beside else ()),
         *((ForwardTiles(block_kv=256, ahead=False),) if is_wide else ()),
@@ -221,12 +221,11 @@ def backward_tiles(
             if max(wide.shared_bytes(head_size, pair_bytes)) <= SHARED_MEMORY_BYTES:
                 return wide
         raise ValueError(f"head_size={head_size}: no tile of the backward kernels fits")
-    is_dense = _is_dense(spec)
     if pair_bytes is None and spec.deterministic:
         # Waiting for turns costs more than two products where tiles are few or small.
-        if head_size == 128 and is_dense and keys >= LONG_BACKWARD:
+        if head_size == 128 and is_dense(spec) and keys >= LONG_BACKWARD:
             return FusedTiles(heads=8)
-    elif pair_bytes is None and (head_size == 64 or is_dense):
+    elif pair_bytes is None and (head_size == 64 or is_dense(spec)):
         return FusedTiles()
     longer = BackwardTiles(block_kv_dq=128)
     rows = COMPUTE_WARPGROUPS * longer.block_q_dq + longer.stages * longer.block_kv_dq
@@ -302,7 +301,8 @@ def left_reach(spec: AttentionSpec) -> int | None:
     return None if spec.local_window is None else spec.local_window[0]
 
 
-def _is_dense(spec: AttentionSpec) -> bool:
+def is_dense(spec: AttentionSpec) -> bool:
+    """Whether neither causality nor a window hides a key."""
     return right_reach(spec) is None and left_reach(spec) is None
 
 

@@ -117,22 +117,26 @@ def test_dq_reads_what_the_other_kernel_wrote(is_causal, window):
 @pytest.mark.parametrize("heads", [1, 6, 32])
 @pytest.mark.parametrize("group", [1, 4])
 @pytest.mark.parametrize("rows", [128, 2048, 16384, 1 << 20])
-def test_chunks_cover_the_work_in_linear_memory(batch, heads, group, rows):
-    """Each block of keys of each head in exactly one chunk, full waves where there is work."""
+@pytest.mark.parametrize("is_even", [False, True])
+def test_chunks_cover_the_work_in_linear_memory(batch, heads, group, rows, is_even):
+    """Each block of keys of each head in exactly one chunk; more than a wave of uneven programs."""
     blocks, processors = rows // 64, 132
     chunks = chunks_of(
-        batch, heads, blocks, rows=rows, group=group, block=64, processors=processors
-    )
+        batch, heads, blocks, rows=rows, group=group, block=64, processors=processors,
+        is_even=is_even,
+    )  # fmt: skip
     seen = np.zeros((batch, heads, blocks + chunks.key_blocks), int)
     sizes = (chunks.batch, chunks.heads, chunks.key_blocks)
     for index in itertools.product(*(range(count) for count in chunks.counts)):
         seen[tuple(slice(i * n, (i + 1) * n) for i, n in zip(index, sizes, strict=True))] += 1
     assert np.all(seen[..., :blocks] == 1)
     programs = chunks.batch * chunks.heads * chunks.key_blocks
+    waves = 2 if group == 1 or not is_even else 1
     assert 2 * programs * rows * group * 64 <= max(
-        gradient_chunks.LOGIT_GRADIENT_BYTES, 2 * processors * max(2, group) * rows * 64
+        gradient_chunks.LOGIT_GRADIENT_BYTES, 2 * waves * processors * group * rows * 64
     )
     if chunks.total > 1:
+        assert is_even or programs > processors
         assert chunks.cuts_keys == (blocks > programs)
 
 
