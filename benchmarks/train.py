@@ -18,6 +18,7 @@ besides, is said in its file (`torch_opacus`, `torch_fastdp`).
 
 import argparse
 import functools
+import itertools
 import json
 import math
 import os
@@ -185,10 +186,11 @@ def time_cases(arguments: argparse.Namespace, results: Results, limits: Limits) 
     # Rows of one run share compiled programs and, on a GPU, what tuning found.
     with tempfile.TemporaryDirectory() as cache:
 
-        def work(gpu: str, case: tuple[str, int, int]) -> None:
+        def work(gpu: str, cases: Sequence[tuple[str, int, int]]) -> None:
             lock = os.path.join(cache, f"tuning-{gpu}")
             commands: dict[Any, list[str]] = {
                 row: _command({"row": row, "seconds": arguments.seconds, "lock": lock})
+                for case in cases
                 for row in rows_of(case, arguments.methods, arguments.micro_batches)
             }
             in_turn(
@@ -196,7 +198,8 @@ def time_cases(arguments: argparse.Namespace, results: Results, limits: Limits) 
                 lambda row, found, why: results.add(row, gpu, found, why),
             )  # fmt: skip
 
-        over_gpus(_gpus(arguments.gpus), arguments.cases, work)
+        groups = itertools.batched(arguments.cases, arguments.cases_at_once)
+        over_gpus(_gpus(arguments.gpus), list(groups), work)
 
 
 def find_all_largest(arguments: argparse.Namespace, results: Results, limits: Limits) -> None:
@@ -262,10 +265,13 @@ def main() -> None:
         help="sizes of the parts that jax_privacy takes a batch in; the best one is the row",
     )  # fmt: skip
     parser.add_argument("--gpus", type=int, default=1, help="to spread the cases over")
+    parser.add_argument(
+        "--cases-at-once", type=int, default=1, help="that set up at once on a GPU; timed in turn"
+    )
     parser.add_argument("--seconds", type=float, default=3.0, help="of timing, for each process")
     for name, default, what in (
         ("--limit-seconds", math.inf, "of the whole run"),
-        ("--row-limit-seconds", math.inf, "to set up the rows of a case"),
+        ("--row-limit-seconds", math.inf, "to set up the rows of the cases at once"),
         ("--timing-limit-seconds", 120.0, "to time one row"),
     ):
         parser.add_argument(name, type=float, default=default, help=what)

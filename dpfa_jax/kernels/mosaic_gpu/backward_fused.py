@@ -40,6 +40,7 @@ from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     BackwardArrays,
     Ring,
     key_length_of,
+    late_zeros,
     launch,
     load_queries,
     multiply,
@@ -343,9 +344,9 @@ def fused_backward(
         dk_ref[...], dv_ref[...] = dk, dv
 
     def gradients(*operands: jax.Array) -> tuple[jax.Array, ...]:
-        dq = jnp.zeros((*own_sums, *arrays.query.shape), jnp.float32)
-        like = jnp.zeros(like_key.shape, dtype)
         given = dict(zip(names, operands, strict=True))
+        sums = jax.ShapeDtypeStruct((*own_sums, *arrays.query.shape), jnp.float32)
+        given["cotangent"], (dq, like) = late_zeros(given["cotangent"], sums, like_key)
         # A state that begins and ends here: `jax.new_ref` has an effect that the partitioner
         # refuses.
         return pl.run_state(functools.partial(run, given))((dq, like, like))

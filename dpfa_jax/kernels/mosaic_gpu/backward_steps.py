@@ -57,6 +57,17 @@ def key_length_of(arrays: BackwardArrays, batch: Any, keys: int) -> Any:
     return jnp.clip(arrays.key_lengths[batch], 0, keys)
 
 
+def late_zeros(
+    cotangent: jax.Array, *like: jax.ShapeDtypeStruct
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    """The cotangent, and zeros that nothing can fill before it is there.
+
+    Constants would be: those of all layers of a model first, which then hold them all.
+    """
+    cotangent, zero = lax.optimization_barrier((cotangent, jnp.float32(0.0)))
+    return cotangent, tuple(jnp.full(x.shape, zero, x.dtype) for x in like)
+
+
 def multiply(acc: Any, lhs: jax.Array, rhs: Any, spare: Any) -> None:
     """acc += lhs @ rhs, begun and not awaited; lhs from registers, or from `spare` if simulated."""
     if spare is None:

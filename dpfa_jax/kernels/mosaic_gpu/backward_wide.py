@@ -21,6 +21,7 @@ from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     BackwardArrays,
     Ring,
     key_length_of,
+    late_zeros,
     launch,
     load_queries,
     logit_gradient,
@@ -491,8 +492,11 @@ def _in_chunks(
 
     dq_like = (batch, rows if chunks.cuts_keys else num_queries, heads, head_size)
     dq_dtype = jnp.float32 if chunks.cuts_keys else dtype
-    like_key = jnp.zeros(arrays.key.shape, dtype)
-    dq, dk, dv = pl.run_state(run)((jnp.zeros(dq_like, dq_dtype), like_key, like_key))
+    like_query = jax.ShapeDtypeStruct(dq_like, dq_dtype)
+    like_key = jax.ShapeDtypeStruct(arrays.key.shape, dtype)
+    cotangent, zeros = late_zeros(arrays.cotangent, like_query, like_key, like_key)
+    arrays = arrays._replace(cotangent=cotangent)
+    dq, dk, dv = pl.run_state(run)(zeros)
     if chunks.cuts_keys:
         dq = (dq[:, :num_queries] * spec.scale).astype(dtype)
     return dq, dk, dv

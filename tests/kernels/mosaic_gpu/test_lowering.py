@@ -20,7 +20,7 @@ from dpfa_jax.kernels.base import (
     NoiseInputs,
     Plain,
 )
-from dpfa_jax.kernels.mosaic_gpu import backend
+from dpfa_jax.kernels.mosaic_gpu import backend, gradient_chunks
 
 BACKEND = backend.MosaicGpuBackend()
 # Where the noise of an example release is made.
@@ -94,6 +94,22 @@ def test_gradient_after_a_pass_lowers():
         assert f"dpfa_attention_{kernel}" in text
     first = results_of_kernels(text)[:2]
     assert first == [2, 1]  # answer and log-sum-exp, release
+
+
+@pytest.mark.parametrize(("head_size", "is_any_order"), [(128, True), (256, False)])
+def test_sums_are_not_filled_before_the_cotangent_is_there(head_size, is_any_order, monkeypatch):
+    """Constants would be, for all layers of a model at once."""
+    monkeypatch.setattr(gradient_chunks, "WAVES", 0)  # several launches, which share their sums
+    monkeypatch.setattr(gradient_chunks, "LOGIT_GRADIENT_BYTES", 1)
+    inputs = shapes(rows=104, head_size=head_size)
+    spec = AttentionSpec(0.1, deterministic=not is_any_order)
+    several = dataclasses.replace(BACKEND, name="mosaic_gpu, several launches")
+    gradient = jax.grad(functools.partial(loss, backend=several), argnums=1)
+    text = lower(functools.partial(gradient, spec), inputs.query, inputs)
+    like = rf"tensor<2x104x2x{head_size}xbf16>"
+    (barrier,) = re.findall(rf"(%\d+):2 = stablehlo.optimization_barrier \S+ \S+ : {like}", text)
+    filled = re.findall(r"broadcast_in_dim (\S+), .* -> tensor<2x\d+x2x\d+xf32>", text)
+    assert f"{barrier}#1" in filled
 
 
 def kernels_behind_results(text):
