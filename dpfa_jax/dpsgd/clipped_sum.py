@@ -20,6 +20,7 @@ from jaxtyping import Array, Bool, Float, Float32, PyTree
 
 from dpfa_jax.clipping import trees
 from dpfa_jax.core import ArgumentError
+from dpfa_jax.dpsgd.coupling import check_uncoupled
 from dpfa_jax.dpsgd.deferral import defer
 from dpfa_jax.dpsgd.late_gradients import (
     ClipNorm,
@@ -81,7 +82,8 @@ def clipped_sum(
     Returns: the sums. An example whose loss is not finite counts as zero, and so does one in each
     group where its gradient is not.
     Errors: ArgumentError for a loss that is not one number an example, for axes that disagree, and
-    for gradients that cannot be kept within `per_example_bytes`, by name.
+    for gradients that cannot be kept within `per_example_bytes`, by name; CoverageError for a loss
+    that couples examples (`coupling.check_uncoupled`).
     """
     _check_batch(batch, is_real.shape[0], micro_batch_size)
     params = _local(params, (batch, is_real))
@@ -297,7 +299,9 @@ def _splitter(loss_fn: PerExampleLoss, params: PyTree, example: PyTree) -> Calla
         return [loss, *jax.tree.leaves(gradient)]
 
     varies = [False] * len(leaves) + [True] * len(example)
-    return functools.partial(defer, jax.make_jaxpr(program)(*leaves, *example), varies)
+    traced = jax.make_jaxpr(program)(*leaves, *example)
+    check_uncoupled(traced.jaxpr, example)
+    return functools.partial(defer, traced, varies)
 
 
 def _loss_of_one(params: PyTree, example: PyTree, loss_fn: PerExampleLoss) -> Float[Array, ""]:

@@ -1,0 +1,67 @@
+"""What in the program of one example could reach another example, refused by name."""
+
+from collections.abc import Iterable, Set
+from typing import Any
+
+import jax
+from jax.extend import core as jex
+from jaxtyping import Array, PyTree
+
+from dpfa_jax.core import CoverageError
+from dpfa_jax.kernels.manual_axes import varying_axes
+
+# They name an axis and pass no value along it. (Kernels name the axes of their own grid.)
+_HARMLESS = ("axis_index", "pbroadcast", "pcast", "pvary")
+_KERNELS = ("core_map", "pallas_call")
+# How a callback under vmap is given one example at a time.
+_ONE_AT_A_TIME = ("sequential", "sequential_unrolled")
+
+
+def check_uncoupled(jaxpr: jex.Jaxpr, batch: PyTree[Array]) -> None:
+    """Refuses collectives over axes along which examples differ, and callbacks that see several.
+
+    Elsewhere each example goes through the program alone, with a batch of one. Along a mesh axis
+    of `jax.shard_map` over which the batch is replicated collectives may run (tensor parallelism);
+    where types do not tell (`check_vma=False`), along none.
+
+    Errors: CoverageError, with the primitive and the axis.
+    """
+    arrays = (x for x in jax.tree.leaves(batch) if not isinstance(x, jax.ShapeDtypeStruct))
+    shards = varying_axes(*arrays)
+    manual = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+    _check(jaxpr, manual - shards if shards else frozenset())
+
+
+def _check(jaxpr: jex.Jaxpr, harmless_axes: Set[str]) -> None:
+    for eqn in jaxpr.eqns:
+        name, inside = eqn.primitive.name, harmless_axes
+        if name in _KERNELS:
+            continue
+        if name == "shard_map":  # axes of its own: all of them hold the same example
+            inside = inside | frozenset(eqn.params["mesh"].axis_names)
+        elif name not in _HARMLESS:
+            coupled = _axes_of(eqn.params) - inside
+            if coupled:
+                raise CoverageError(
+                    f"loss_fn: {name!r} over the axis {min(coupled)!r} makes an example's gradient "
+                    "depend on examples of other devices. Compute the loss of each example from "
+                    "that example alone (normalisation layers: without axis_name)."
+                )
+        if name == "io_callback" or (
+            name == "pure_callback" and eqn.params.get("vmap_method") not in _ONE_AT_A_TIME
+        ):
+            raise CoverageError(
+                f"loss_fn: {name!r} could see several examples at once. Use a pure_callback with "
+                "vmap_method='sequential'."
+            )
+        for inner in jex.jaxprs_in_params(eqn.params):
+            _check(inner, inside)
+
+
+def _axes_of(params: dict[str, Any]) -> frozenset[str]:
+    """Names of mesh and vmap axes among an equation's parameters; array axes are integers."""
+    found: list[Any] = []
+    for key in ("axes", "axis_name"):
+        value = params.get(key, ())
+        found += value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+    return frozenset(name for name in found if isinstance(name, str))
