@@ -52,9 +52,9 @@ def noisy_sum(plan: DPSGDPlan) -> optax.GradientTransformationExtraArgs:
     noise, and its next state holds the next clip norms; the sum must have been clipped to those of
     the state given. A plan with correlated noise keeps past noise in its state.
 
-    A noise key may serve several steps of one run as long as the step numbers differ. A state
-    restored from before a release, with the key of that release, would repeat its noise: charge
-    again and take the new key.
+    A noise key serves one step, the one that was charged for it: a second step with it is refused
+    where both are seen (outside jit, or in one traced program). A state restored from before a
+    release takes a new key, charged again.
 
     Errors: ArgumentError for a key of the wrong kind, a wrong number of parameters, or counts that
     are missing; CoverageError for a parameter under no clip group; KeyReuseError as `noise.guard`.
@@ -104,7 +104,7 @@ def noisy_sum(plan: DPSGDPlan) -> optax.GradientTransformationExtraArgs:
             noise_key,
             *witnesses,
             centred_counts,
-            uses=(state.step, TRAINING_LAYER),
+            uses=(TRAINING_LAYER,),
             promise=plan.release.record(),
         )
         step_key = _bound_to(noise_key, state.step)

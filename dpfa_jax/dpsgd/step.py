@@ -84,8 +84,8 @@ def make_dp_step(
     the new state and nothing else: no loss, norm, clip fraction or batch size, which are private.
     It never skips: an empty batch gives pure noise, a NaN example counts as zero. Parameters that
     one leaf shares between layers (tied embeddings) are clipped and noised once, as that leaf;
-    frozen ones stay out of `params`. Called outside jit, it refuses a noise key
-    that has served the same step number, and steps beyond the plan.
+    frozen ones stay out of `params`. Called outside jit, it refuses a noise key that has served a
+    step, since one charge pays for one step, and steps beyond the plan.
 
     Errors: ArgumentError for params, batch, mask or key that do not fit the plan; CoverageError for
     a parameter under no clip group; KeyReuseError; BudgetExceededError after `plan.steps` steps.
@@ -166,8 +166,9 @@ def make_dp_step(
                     "released. Plan, and charge, more steps."
                 )
         if not jax.config.jax_disable_jit:  # else noisy_sum's own guard already sees the key
-            uses = (step_number, TRAINING_LAYER)
-            noise_key = hazards.guard(noise_key, step_number, uses=uses, promise=promise)
+            noise_key = hazards.guard(
+                noise_key, step_number, uses=(TRAINING_LAYER,), promise=promise
+            )
         after = jitted(step_number, *state[1:], batch, is_real, noise_key, held)
         following = step_number + 1
         if not isinstance(following, jax.core.Tracer):
