@@ -136,7 +136,7 @@ class Tiling:
 
     def schedule(self, processors: int) -> Any:
         """`schedule.balanced` of these tiles; one row a processor, none without a tile."""
-        costs: list[float] = []
+        costs: list[Any] = []
         for block in range(self.blocks):
             begin, _, _, end = self.steps(block, self.keys, None)
             costs += [(end - begin) * self.turns + _TILE_COST] * self.parts
@@ -161,7 +161,8 @@ class Tiling:
         """The tile of a number."""
         tiles_of_pair = self.blocks * self.parts
         pair = lax.div(number, jnp.int32(tiles_of_pair))
-        block, part = number - pair * tiles_of_pair, 0
+        block: Any = number - pair * tiles_of_pair
+        part: Any = 0
         if self.parts > 1:
             part = lax.rem(block, jnp.int32(self.parts))
             block = lax.div(block, jnp.int32(self.parts))
