@@ -16,6 +16,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, MemoryReadout, NoiseInputs
 from dpfa_jax.kernels.mosaic_gpu import device, memory_call
 
+COLUMNS = 128  # of the values, most of one tile
 READOUT = MemoryReadout("sum", 1.0, 1.0, 0.75, 1.0, (4.0, 2.0), (2.0**-2, 2.0**-3))
 
 
@@ -38,7 +39,8 @@ class Case:
     lengths: tuple[int, int] | None = None
 
 
-# Tiles are 128 rows of a head, steps 128 keys; two steps lie in shared memory.
+# Tiles are 128 rows of a head, steps 128 keys, of which two lie in shared memory. Above head size
+# 128 there is a tile for each 128 columns of the values, and steps are 64 keys.
 CASES = {
     # One program, two tiles of one step: each step is a tile's first and last.
     "a step": Case(
@@ -53,16 +55,26 @@ CASES = {
         136, 260, 64, AttentionSpec(0.2, local_window=(60, 20), readout=READOUT),
         processors=9, lengths=(130, 259),
     ),
+    # Three programs with 2, 1 and 1 tiles of three steps: both parts of either head.
+    "two parts": Case(70, 150, 256, AttentionSpec(0.1, is_causal=True, readout=READOUT), 3),
+    # Eight tiles, of one step or two; the second part's columns run past the end of the values.
+    "a short part": Case(
+        136, 100, 141, AttentionSpec(0.1, local_window=(60, 20), readout=READOUT),
+        processors=2, lengths=(130, 99),
+    ),
 }  # fmt: skip
 
 
 def inputs(case: Case) -> AttentionInputs:
-    """Ragged sizes and lengths, some slots masked."""
+    """Ragged sizes and lengths, some slots masked; columns past 128: the first ones, reversed."""
     rng = np.random.default_rng(0)
     query, key, value = (
         jnp.asarray(rng.standard_normal((1, n, heads, case.size)), jnp.bfloat16)
         for n, heads in ((case.rows, 2), (case.keys, 1), (case.keys, 1))
     )
+    more = case.size - COLUMNS
+    if more > 0:
+        value = value.at[..., COLUMNS:].set(value[..., :more][..., ::-1])
     query_lengths, key_lengths = (
         None if case.lengths is None else jnp.asarray([case.lengths[i]], jnp.int32)
         for i in range(2)

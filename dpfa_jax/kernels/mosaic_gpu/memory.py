@@ -1,10 +1,12 @@
 """Memory readout, sum form: (N, Z) under a public maximum on Hopper, noised, snapped and divided.
 
-Schedule and walk are the forward kernel's. There is no running maximum: a step of `SUM_BLOCK` keys
-makes the weights e = round(min(exp(s - B), 1)), their products with the values start at zero, and
-the finished block is rounded once to a whole multiple of a public unit and added to a 32-bit
-integer. Sums, logits, weights and half a block fit the registers: the other half of the columns is
-begun behind the next logits, when the first half is summed.
+Schedule and walk are the forward kernel's. Above head size 128 a tile owns a part of the values'
+columns: each tile of a row makes the same weights and normaliser from whole queries and keys.
+There is no running maximum: a step, one block of at most `SUM_BLOCK` keys, makes the weights
+e = round(min(exp(s - B), 1)), their products with the values start at zero, and the finished block
+is rounded once to a whole multiple of a public unit and added to a 32-bit integer. Sums, logits,
+weights and half a block fit the registers: the other half of the columns is begun behind the next
+logits, when the first half is summed.
 Integers add exactly in any order, so replacing one key changes its own block's number and no other:
 `memory_numbers` has the bound. Hidden keys have zero value rows and weight no normaliser either.
 """
@@ -99,7 +101,7 @@ def _body(
 ) -> None:
     warpgroup = lax.axis_index(axes.WARPGROUP)
     block_q, block_kv = tile.block_q, tile.block_kv
-    head_size, dtype = arrays.query.shape[-1], arrays.query.dtype
+    dtype = arrays.query.dtype
     producer = Producer(tile, group, shared, barriers)
     slot_of = producer.slot
 
@@ -143,7 +145,7 @@ def _body(
             rows = pl.ds(row_begin, block_q)
             numerator: Any = tuple(  # columns by the part
                 plgpu.layout_cast(jnp.zeros((block_q, PART), jnp.int32), WGMMA)
-                for _ in range(head_size // PART)
+                for _ in range(stage.columns // PART)
             )
             normaliser: Any = plgpu.layout_cast(jnp.zeros((block_q, 8), jnp.int32), WGMMA)
 
@@ -219,13 +221,14 @@ def _body(
 
             if arrays.query_lengths is not None:
                 query_length = arrays.query_lengths[batch]
-                shape = (block_q, head_size)
+                shape = (block_q, stage.columns)
                 row = row_begin + plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=WGMMA)
                 numerator = jnp.where(row < query_length, numerator, 0)
                 row = row_begin + plgpu.broadcasted_iota(jnp.int32, (block_q,), 0, layout=ROW)
                 normaliser = jnp.where(row < query_length, normaliser, 0)
             if results.numerators is not None:
-                results.numerators.at[batch, rows, head][...] = numerator
+                columns = here.value_columns(stage.columns)
+                results.numerators.at[batch, rows, head, columns][...] = numerator
                 results.normalisers.at[batch, head, rows][...] = normaliser
             plgpu.barrier_wait(barriers["noise"].at[warpgroup])
             total_noise = plgpu.load(shared["normaliser_noise"].at[warpgroup], layout=ROW)
@@ -253,7 +256,8 @@ def _body(
             plgpu.set_max_registers(24, action="decrease")
 
         def load_values(here: Tile, step, count):
-            slot = producer.load("value", arrays.value, here, step, count)
+            columns = here.value_columns(stage.columns)
+            slot = producer.load("value", arrays.value, here, step, count, columns)
             some = arrays.normaliser.at[here.batch, producer.keys(step)]
             plgpu.copy_gmem_to_smem(some, shared["normaliser"].at[slot], barriers["value"].at[slot])
 
@@ -325,7 +329,6 @@ def _multiples(sums: jax.Array, noise: jax.Array, scales: _Scales, numbers: Numb
 def memory_forward(
     spec: AttentionSpec,
     arrays: MemoryArrays,
-    tile: ForwardTiles,
     numbers: Numbers,
     *,
     keep_sums: bool = False,
@@ -336,16 +339,11 @@ def memory_forward(
     Args:
       spec: `readout` is a `MemoryReadout` of the sum form.
       arrays: query (B, T, N, H), key and value (B, S, K, H), bfloat16 or float16.
-      tile: `block_kv` is `SUM_BLOCK`, with a noise warpgroup.
       numbers: what `memory_numbers` derives of the readout.
       keep_sums: also return the un-noised sums; private, for tests.
       interpret: parameters of the Mosaic GPU simulator, None on a GPU.
     """
     assert isinstance(spec.readout, MemoryReadout)
-    assert tile.block_kv == SUM_BLOCK
-    assert tile.noise_warpgroup
-    assert tile.ahead
-    assert tile.overlaps
     shape = arrays.query.shape
     arrays = arrays._replace(
         query=pad_sequence(arrays.query),
@@ -356,24 +354,29 @@ def memory_forward(
     batch, num_queries, heads, head_size = arrays.query.shape
     dtype = arrays.query.dtype
     kv_heads = arrays.key.shape[2]
+    tile = tiles.memory_tiles(head_size)
+    assert tile.block_kv <= SUM_BLOCK
     # Keys past the end are zero rows, and every key is visited, hidden or not: which keys are
     # hidden is private, the order of the sums is not.
     keys = tiles.cdiv(arrays.key.shape[1], tile.block_kv) * tile.block_kv
+    columns = tiles.value_columns(head_size)
+    parts = tiles.cdiv(head_size, columns)
     tiling = Tiling(
         spec, tile, batch, heads, num_queries, keys,
         head_bytes=4 * keys * head_size * kv_heads // heads, heads_first=False, has_lengths=False,
+        parts=parts,
     )  # fmt: skip
     schedule = tiling.schedule(device.processors())
     struct = jax.ShapeDtypeStruct
     out_type = [struct(arrays.query.shape, dtype)]
     if keep_sums:
         padded = tiling.blocks * tile.rows
-        out_type.append(struct((batch, padded, heads, head_size), jnp.int32))
+        out_type.append(struct((batch, padded, heads, parts * columns), jnp.int32))
         out_type.append(struct((batch, heads, padded), jnp.int32))
-    stage = NoiseStage(tile, head_size)
+    stage = NoiseStage(tile, columns)
     noise_then_output, noise_barriers = stage.scratch(dtype)
     # A step's values come with its part of `normaliser`.
-    shared, barriers = loads.scratch(tile, head_size, dtype, value_copies=2)
+    shared, barriers = loads.scratch(tile, head_size, dtype, columns=columns, value_copies=2)
     shared |= {
         "normaliser": plgpu.SMEM((tile.stages, tile.block_kv), dtype),
         "noise_then_output": noise_then_output,

@@ -12,18 +12,16 @@ from dpfa_jax.core import ArgumentError
 from dpfa_jax.kernels.base import AttentionInputs, AttentionOutputs, AttentionSpec, MemoryReadout
 from dpfa_jax.kernels.mosaic_gpu.memory import MemoryArrays, MemoryResults, memory_forward
 from dpfa_jax.kernels.mosaic_gpu.memory_numbers import Numbers, memory_numbers
-from dpfa_jax.kernels.mosaic_gpu.tiles import ForwardTiles
 from dpfa_jax.kernels.pieces import over_pieces
 from dpfa_jax.kernels.row_clip import clip_rows_stored
 from dpfa_jax.noise import check_attention_ranges
 
-MAX_HEAD_SIZE = 128
+MAX_HEAD_SIZE = 256
 MAX_BATCH = 65535
 # Dimensions of the kernel's operands, as `over_pieces` reads them.
 _AXES = MemoryArrays(
     "btnh", "bskh", "bskh", "bs", "bw", "b", "bn", "b", "bn", "bn", "bn", "bn", "b"
 )
-TILE = ForwardTiles(noise_warpgroup=True, noise_columns=8)
 
 
 def cannot(spec: AttentionSpec, inputs: AttentionInputs) -> str | None:
@@ -58,7 +56,6 @@ def answer(
     spec: AttentionSpec,
     inputs: AttentionInputs,
     *,
-    tile: ForwardTiles = TILE,
     keep_sums: bool = False,
     interpret: Any = None,
 ) -> MemoryResults:
@@ -74,9 +71,7 @@ def answer(
 
     def run(arrays: MemoryArrays) -> tuple[jax.Array, ...]:
         arrays = arrays._replace(head_start=arrays.head_start[:, 0])
-        results = memory_forward(
-            spec, arrays, tile, numbers, keep_sums=keep_sums, interpret=interpret
-        )
+        results = memory_forward(spec, arrays, numbers, keep_sums=keep_sums, interpret=interpret)
         return tuple(x for x in results if x is not None)
 
     made = ["btnh", *(["btnh", "bnt"] if keep_sums else [])]

@@ -1,7 +1,7 @@
 """The public numbers of the memory kernel: unit of its sums, margins, shifts. Host arithmetic.
 
-Bound (docs/decisions/0005). One key belongs to one block of b = `SUM_BLOCK` keys; all other blocks
-and all integer additions are the same in two neighbours. Within the block:
+Bound (docs/decisions/0005). One key belongs to one block of at most b = `SUM_BLOCK` keys; all other
+blocks and all integer additions are the same in two neighbours. Within the block:
 
 - The tensor core adds 16 products and the accumulator at a time. PTX promises at least single
   precision and neither order nor rounding: each of the 17 numbers may lose one unit in the last
@@ -27,7 +27,7 @@ from dpfa_jax.kernels.base import MemoryReadout
 ACCUMULATION_SLACK = 1e-3
 
 SUM_BLOCK = 128
-# 512 blocks of sums below 2^22 units each stay inside 32 bits.
+# 512 blocks of sums below 2^22 units each stay inside 32 bits; as do 1024 of half the keys.
 MAX_KEYS = 512 * SUM_BLOCK
 # x + 1.5 2^23 has x, rounded to whole, in its last bits, for |x| <= 2^22.
 MAGIC = 1.5 * 2.0**23

@@ -22,23 +22,23 @@ class NoiseStage:
 
     Attributes:
       tile: sizes, with a noise warpgroup.
-      head_size: padded.
+      columns: of a tile.
     """
 
     tile: ForwardTiles
-    head_size: int
+    columns: int
 
     @property
     def _chunks(self) -> int:
         """Arrays of so many columns that make one warpgroup's noise."""
-        return self.head_size // self.tile.noise_columns
+        return self.columns // self.tile.noise_columns
 
     def scratch(self, dtype: Any) -> tuple[Any, dict[str, Any]]:
         """Shared memory, for `split`, and barriers; `dtype`: of the answer."""
         tile = self.tile
         chunks = COMPUTE_WARPGROUPS * self._chunks
         noise = tiled_shared((chunks, tile.block_q, tile.noise_columns), jnp.float32)
-        place = (2 * COMPUTE_WARPGROUPS, tile.block_q, self.head_size)
+        place = (2 * COMPUTE_WARPGROUPS, tile.block_q, self.columns)
         both = plgpu.RefUnion(noise, tiled_shared(place, dtype)) if tile.overlaps else noise
         return both, {
             name: plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS) for name in ("noise", "noise_used")
@@ -87,38 +87,38 @@ class NoiseStage:
         """
         tile, chunks, columns = self.tile, self._chunks, self.tile.noise_columns
 
-        def fill(here: Tile, part: Any) -> None:
+        def fill(here: Tile, warpgroup: Any) -> None:
             stream = stream_of(arrays, here.batch, here.head)
+            first = here.part * self.columns
 
             # Few columns at a time: this warpgroup owns few registers.
             @pl.loop(0, chunks)
             def _(chunk):
-                shared["noise"].at[part * chunks + chunk][...] = tile_normals(
-                    stream, here.row_begin + part * tile.block_q, chunk * columns,
+                shared["noise"].at[warpgroup * chunks + chunk][...] = tile_normals(
+                    stream, here.row_begin + warpgroup * tile.block_q, first + chunk * columns,
                     (tile.block_q, columns), simulate=simulate,
                 )  # fmt: skip
 
             if beside is not None:
-                beside(stream, here.row_begin + part * tile.block_q, part)
+                beside(stream, here.row_begin + warpgroup * tile.block_q, warpgroup)
             plgpu.commit_smem()
-            plgpu.barrier_arrive(barriers["noise"].at[part])
+            plgpu.barrier_arrive(barriers["noise"].at[warpgroup])
 
-        def store(here: Tile, part: Any) -> None:
+        def store(here: Tile, warpgroup: Any) -> None:
             """Sends one warpgroup's answer off, and waits until its place is free."""
-            rows = pl.ds(here.row_begin + part * tile.block_q, tile.block_q)
-            plgpu.copy_smem_to_gmem(
-                self.output(shared, part), output.at[here.batch, rows, here.head]
-            )
+            rows = pl.ds(here.row_begin + warpgroup * tile.block_q, tile.block_q)
+            target = output.at[here.batch, rows, here.head, here.value_columns(self.columns)]
+            plgpu.copy_smem_to_gmem(self.output(shared, warpgroup), target)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
         # Loops, not copies for each warpgroup: a generator takes a second to lower.
         def tile_body(here: Tile, following: Callable[[], Tile], has_next: Any, carry: Any) -> Any:
             @pl.loop(0, COMPUTE_WARPGROUPS)
-            def _(part):
-                plgpu.barrier_wait(barriers["noise_used"].at[part])
+            def _(warpgroup):
+                plgpu.barrier_wait(barriers["noise_used"].at[warpgroup])
                 if tile.overlaps:
-                    store(here, part)
-                pl.when(has_next)(functools.partial(fill, following(), part))
+                    store(here, warpgroup)
+                pl.when(has_next)(functools.partial(fill, following(), warpgroup))
 
             return carry
 

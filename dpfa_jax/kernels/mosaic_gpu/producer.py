@@ -14,17 +14,25 @@ from dpfa_jax.kernels.mosaic_gpu.walk import Tile
 
 
 def scratch(
-    tile: ForwardTiles, head_size: int, dtype: Any, *, value_copies: int = 1
+    tile: ForwardTiles,
+    head_size: int,
+    dtype: Any,
+    *,
+    columns: int | None = None,
+    value_copies: int = 1,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Shared memory of queries and of the rings of keys and values, and barriers.
 
+    `columns`: of a tile's part of the values; None: all.
     `value_copies`: arrivals that make a slot of the values whole.
     """
     rows, stages = COMPUTE_WARPGROUPS, tile.stages
-    ring = tiled_shared((stages, tile.block_kv, head_size), dtype)
+    ring = (stages, tile.block_kv)
     shared = {
-        "query": tiled_shared((rows, tile.block_q, head_size), dtype), "key": ring, "value": ring,
-    }  # fmt: skip
+        "query": tiled_shared((rows, tile.block_q, head_size), dtype),
+        "key": tiled_shared((*ring, head_size), dtype),
+        "value": tiled_shared((*ring, columns or head_size), dtype),
+    }
     barriers = {
         "query": plgpu.Barrier(num_barriers=rows),
         "query_free": plgpu.Barrier(num_barriers=rows),
@@ -68,11 +76,16 @@ class Producer:
 
         return slot
 
-    def load(self, name: str, array: Any, here: Tile, step: Any, count: Any) -> Any:
-        """The rows of one step of a (B, S, K, H) array, into the slot of its ring returned."""
+    def load(
+        self, name: str, array: Any, here: Tile, step: Any, count: Any, columns: Any = slice(None)
+    ) -> Any:
+        """The rows of one step of a (B, S, K, H) array, into the slot of its ring returned.
+
+        `columns`: those that the ring takes; zeros where they run past the end.
+        """
         slot = self.free_slot(name, count)
         kv_head = lax.div(here.head, jnp.int32(self.group))
-        source = array.at[here.batch, self.keys(step), kv_head]
+        source = array.at[here.batch, self.keys(step), kv_head, columns]
         plgpu.copy_gmem_to_smem(source, self.shared[name].at[slot], self.barriers[name].at[slot])
         return slot
 

@@ -71,14 +71,18 @@ class ForwardTiles:
         """Query rows of one program."""
         return COMPUTE_WARPGROUPS * self.block_q
 
-    def shared_bytes(self, head_size: int, pair_bytes: int = 0) -> int:
-        """Shared memory of one program, for 16-bit inputs; `pair_bytes`: mask and bias of a key."""
+    def shared_bytes(self, head_size: int, pair_bytes: int = 0, *, columns: int = 0) -> int:
+        """Shared memory of one program, for 16-bit inputs.
+
+        `pair_bytes`: mask and bias of a key. `columns`: a tile's part of the values; 0: all.
+        """
+        columns = columns or head_size
         q = self.rows * head_size * 2
-        kv = self.stages * self.block_kv * head_size * 4
-        noise = self.rows * head_size * 4 if self.noise_warpgroup else 0
+        kv = self.stages * self.block_kv * (head_size + columns) * 2
+        noise = self.rows * columns * 4 if self.noise_warpgroup else 0
         pairs = self.pair_stages * self.block_kv * pair_bytes
         # With a noise warpgroup the answer takes the noise's place.
-        output = q if self.overlaps and not self.noise_warpgroup else 0
+        output = self.rows * columns * 2 if self.overlaps and not self.noise_warpgroup else 0
         return q + kv + noise + pairs + output + self.rows * 4
 
 
@@ -134,6 +138,24 @@ def forward_tiles(
             if found.shared_bytes(head_size, pair_bytes or 0) <= SHARED_MEMORY_BYTES:
                 return found
     raise ValueError(f"head_size={head_size}: no tile of the forward kernel fits")
+
+
+def value_columns(head_size: int) -> int:
+    """Columns of the values that one tile of the memory kernel sums, of a padded head size.
+
+    Its sums, one block of products and 128 keys of logits fill the registers of 64 rows.
+    """
+    return min(head_size, 128)
+
+
+def memory_tiles(head_size: int) -> ForwardTiles:
+    """Tiles of the memory kernel for a padded head size."""
+    for block_kv in (128, 64):
+        tile = ForwardTiles(block_kv=block_kv, noise_warpgroup=True, noise_columns=8)
+        bytes_used = tile.shared_bytes(head_size, columns=value_columns(head_size))
+        if bytes_used <= SHARED_MEMORY_BYTES:
+            return tile
+    raise ValueError(f"head_size={head_size}: no tile of the memory kernel fits")
 
 
 @dataclasses.dataclass(frozen=True)

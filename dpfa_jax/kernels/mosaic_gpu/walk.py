@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.experimental.pallas as pl
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -45,6 +46,7 @@ class Tile:
 
     `count`: steps of the tiles that the program did before, which says where its rings stand.
     `turns`: query heads of a key head, along each of which its keys step in turn.
+    `part`: which of the tiles that share all this it is: each has a part of the values' columns.
     """
 
     batch: Any
@@ -56,6 +58,11 @@ class Tile:
     query_length: Any
     count: Any
     turns: int = 1
+    part: Any = 0
+
+    def value_columns(self, count: int) -> Any:
+        """Its part of the values' columns, and of the results': so many of them."""
+        return pl.ds(self.part * count, count)
 
     def before(self, step: Any, turn: Any = 0) -> Any:
         """Steps of the program before `step` of this tile, of its `turn`-th turn."""
@@ -85,6 +92,7 @@ class Tiling:
       heads_first: number the tiles of one head in all batch rows together.
       has_lengths: whether query or key lengths cut steps off.
       turns: as `Tile`.
+      parts: tiles of the same rows of a head, one for each part of the values' columns.
     """
 
     spec: AttentionSpec
@@ -97,6 +105,7 @@ class Tiling:
     heads_first: bool
     has_lengths: bool
     turns: int = 1
+    parts: int = 1
 
     @property
     def _rows_and_columns(self) -> tuple[int, int]:
@@ -111,7 +120,7 @@ class Tiling:
 
     @property
     def blocks(self) -> int:
-        """Tiles of one head."""
+        """Blocks of rows of one head, each of `parts` tiles."""
         return tiles.cdiv(self._rows_and_columns[0], self.tile.rows)
 
     @property
@@ -127,13 +136,13 @@ class Tiling:
 
     def schedule(self, processors: int) -> Any:
         """`schedule.balanced` of these tiles; one row a processor, none without a tile."""
-        costs = []
+        costs: list[Any] = []
         for block in range(self.blocks):
             begin, _, _, end = self.steps(block, self.keys, None)
-            costs.append((end - begin) * self.turns + _TILE_COST)
+            costs += [(end - begin) * self.turns + _TILE_COST] * self.parts
         pairs = self.batch * self.heads
         together = max(1, _CACHE_BYTES // max(1, self.head_bytes))
-        programs = min(processors, pairs * self.blocks)
+        programs = min(processors, pairs * len(costs))
         return balanced(tuple(costs), pairs, programs, together)
 
     def before_last(self, here: Tile, body: Callable[..., Any], carry: Any) -> Any:
@@ -150,8 +159,13 @@ class Tiling:
 
     def at(self, lengths: Lengths, number: Any, count: Any) -> Tile:
         """The tile of a number."""
-        pair = lax.div(number, jnp.int32(self.blocks))
-        block = number - pair * self.blocks
+        tiles_of_pair = self.blocks * self.parts
+        pair = lax.div(number, jnp.int32(tiles_of_pair))
+        block: Any = number - pair * tiles_of_pair
+        part: Any = 0
+        if self.parts > 1:
+            part = lax.rem(block, jnp.int32(self.parts))
+            block = lax.div(block, jnp.int32(self.parts))
         inner = self.batch if self.heads_first else self.heads
         outer = lax.div(pair, jnp.int32(inner))
         batch, head = outer, pair - outer * inner
@@ -164,7 +178,7 @@ class Tiling:
         steps = self.steps(block, key_length, query_length)
         rows = block * self.tile.rows
         return Tile(
-            batch, head, block, rows, steps, key_length, query_length, count, self.turns
+            batch, head, block, rows, steps, key_length, query_length, count, self.turns, part
         )  # fmt: skip
 
     def steps(self, block: Any, key_length: Scalar, query_length: Any) -> StepRange:

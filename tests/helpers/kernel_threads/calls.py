@@ -63,7 +63,7 @@ def call_of(case):
         "bias": case.bias and struct(*case.bias, dtype=dtype),
     }
     pair_bytes = pairs.bytes_per_column(**given)
-    if case.kind == "memory":
+    if case.kind.startswith("memory"):
         stddevs = (4.0,) * heads
         spec = dataclasses.replace(
             spec, readout=MemoryReadout("sum", 1.0, 1.0, 0.75, 1.0, stddevs, stddevs)

@@ -5,7 +5,7 @@ import random
 
 KINDS = (
     "forward", "forward, noise", "forward, pairs", "forward, tiles", "two", "two, pairs", "fused",
-    "wide", "wide, pairs", "wide, chunks", "memory", "bias",
+    "wide", "wide, pairs", "wide, chunks", "memory", "memory, parts", "bias",
 )  # fmt: skip
 
 
@@ -70,13 +70,14 @@ def random_case(kind, seed):
     def shape():
         return tuple(rng.choice((1, x)) for x in (batch, key_heads * group, rows, keys))
 
+    is_wide = kind.startswith("wide") or kind == "memory, parts"
     found = Case(
         kind, rows, keys, batch, key_heads, group,
-        size=rng.choice((192, 256, 200) if kind.startswith("wide") else (64, 128, 40)),
+        size=rng.choice((192, 256, 200) if is_wide else (64, 128, 40)),
         is_causal=rng.random() < 0.4,
         window=window(),
         query_lengths=lengths(rows) if kind.startswith(("forward", "memory")) else None,
-        key_lengths=None if kind == "memory" else lengths(keys),
+        key_lengths=None if kind.startswith("memory") else lengths(keys),
         processors=rng.choice((1, 1, 2, 3, 132)),
         choice=rng.randrange(12),
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """Calls replayed: each weight counts once where a row sees a key, and nowhere else."""
 
+import collections
 import random
 from unittest import mock
 
@@ -9,7 +10,7 @@ from helpers.kernel_threads.pieces import BLOCK, require
 from helpers.kernel_threads.recording import Recording
 from helpers.kernel_threads.replay import Replay
 
-from dpfa_jax.kernels.mosaic_gpu import backward_wide, device, gradient_chunks, memory
+from dpfa_jax.kernels.mosaic_gpu import backward_wide, device, gradient_chunks, memory, tiles
 
 # What weights, or logit gradients, are multiplied by.
 FACTORS = {
@@ -69,7 +70,7 @@ def replay(case, seed):
     for name, done in replays.items():
         size = next(shape for x, shape in launches[0].operands if x == "query")[-1]
         _check_visits(case, spec, done, size)
-        _check_results(case, done, chunks[0].counts[2] if chunks else 1)
+        _check_results(case, done, size, chunks[0].counts[2] if chunks else 1)
         for added in done.additions.values():
             require(len(set(added)) == len(added), name, added)
             require(added == sorted(added) or not spec.deterministic, name, added)
@@ -93,35 +94,49 @@ def _seen(spec, rows, keys, key_length, query_length):
 def _check_visits(case, spec, done, size):
     """Each pair that is seen has met each factor once, and no other has."""
     for factor in FACTORS[done.kernel]:
-        times = 1
+        found = collections.defaultdict(list)
+        for *place, columns in done.visits[factor]:
+            found[columns].append(place)
+        times, parts = 1, [None]
         if done.kernel == "wide_kv":  # each warpgroup has a half of the columns
             times = 2
-        elif (done.kernel, factor) == ("memory", "value"):  # by parts of the columns
-            times = size // memory.PART
-        shape = (case.batch, case.heads, case.rows + 256, case.keys + 512)
-        count = np.zeros(shape, np.int8)
-        for batch, head, rows, keys, mask in done.visits[factor]:
-            place = (batch, head, slice(rows.start, rows.stop), slice(keys.start, keys.stop))
-            if mask == "memory":  # hidden by the kernel that wrote them
-                length = case.key_lengths[batch] if case.key_lengths else case.keys
-                count[place] += _seen(spec, rows, keys, min(length, case.keys), None)
-            else:
-                count[place] += 1 if mask is None else _seen(spec, rows, keys, *mask[2:])
-        is_forward = done.kernel == "forward"
-        for batch in range(case.batch):
-            key_lengths = case.key_lengths or [case.keys] * case.batch
-            query_lengths = case.query_lengths if is_forward else None
-            query_length = query_lengths[batch] if query_lengths else None
-            keys = range(count.shape[3])
-            expected = _seen(spec, range(case.rows), keys, key_lengths[batch], query_length)
-            found = count[batch, :, : case.rows]
-            if done.kernel not in ("forward", "q"):  # zero keys, or results that are cut off
-                found, expected = found[..., : case.keys], expected[:, : case.keys]
-            wrong = np.argwhere(found != times * expected)
-            require(not len(wrong), done.kernel, factor, "batch, head, row, key", batch, wrong[:1])
+        elif done.kernel == "memory":
+            columns = tiles.value_columns(size)
+            begins = range(0, size, columns)
+            times = len(begins)
+            if factor == "value":
+                times, parts = columns // memory.PART, [range(x, x + columns) for x in begins]
+        require(set(found) <= set(parts), done.kernel, factor, found.keys(), parts)
+        for part in parts:
+            _check_part(case, spec, done.kernel, factor, found[part], times)
 
 
-def _check_results(case, done, chunks):
+def _check_part(case, spec, kernel, factor, visits, times):
+    """`_check_visits`, of one part of the columns: so many times."""
+    shape = (case.batch, case.heads, case.rows + 256, case.keys + 512)
+    count = np.zeros(shape, np.int8)
+    for batch, head, rows, keys, mask in visits:
+        place = (batch, head, slice(rows.start, rows.stop), slice(keys.start, keys.stop))
+        if mask == "memory":  # hidden by the kernel that wrote them
+            length = case.key_lengths[batch] if case.key_lengths else case.keys
+            count[place] += _seen(spec, rows, keys, min(length, case.keys), None)
+        else:
+            count[place] += 1 if mask is None else _seen(spec, rows, keys, *mask[2:])
+    is_forward = kernel == "forward"
+    for batch in range(case.batch):
+        key_lengths = case.key_lengths or [case.keys] * case.batch
+        query_lengths = case.query_lengths if is_forward else None
+        query_length = query_lengths[batch] if query_lengths else None
+        keys = range(count.shape[3])
+        expected = _seen(spec, range(case.rows), keys, key_lengths[batch], query_length)
+        found = count[batch, :, : case.rows]
+        if kernel not in ("forward", "q"):  # zero keys, or results that are cut off
+            found, expected = found[..., : case.keys], expected[:, : case.keys]
+        wrong = np.argwhere(found != times * expected)
+        require(not len(wrong), kernel, factor, "batch, head, row, key", batch, wrong[:1])
+
+
+def _check_results(case, done, size, chunks):
     """Each tile of each result is stored once; of dQ once for each of the chunks of its keys."""
     of_keys = [(name, case.keys, case.key_heads) for name in ("dk", "dv")]
     of_rows = {"forward": "output", "memory": "output", "q": "dq", "wide_q": "dq"}
@@ -131,7 +146,9 @@ def _check_results(case, done, chunks):
     elif done.kernel == "bias":
         results = []
     times = {"wide_kv": 2, "wide_q": chunks}.get(done.kernel, 1)
+    begins = range(0, size, tiles.value_columns(size)) if done.kernel == "memory" else (0,)
     for name, rows, heads in results:
         for batch, block, head in np.ndindex(case.batch, -(-rows // BLOCK), heads):
-            found = done.stores[(name, batch, block * BLOCK, head)]
-            require(found == times, done.kernel, name, batch, block, head, found)
+            for column in begins:
+                found = done.stores[(name, batch, block * BLOCK, head, column)]
+                require(found == times, done.kernel, name, batch, block, head, column, found)

@@ -12,7 +12,11 @@ class Fault(AssertionError):
 
 
 class Piece(NamedTuple):
-    """What lies in a slot. `mask`: of weights: None or what hid some of them."""
+    """What lies in a slot.
+
+    `mask`: of weights: None or what hid some of them.
+    `columns`: of the values, or of what was multiplied with them; None: all.
+    """
 
     name: str
     batch: int | None = None
@@ -21,6 +25,7 @@ class Piece(NamedTuple):
     rows: range | None = None
     keys: range | None = None
     mask: Any = None
+    columns: range | None = None
 
     @property
     def of_row(self):

@@ -115,6 +115,8 @@ class Program:
             state.read[name] = piece
             if piece.name == "noise":
                 self._check_noise(state, piece)
+                if name == "noise":
+                    require(inside(piece.columns, state.made["value"][-1].columns), piece)
             if name in ("mask", "bias"):
                 products, varies = state.products, self.replay.varies[name]
                 require(inside(products.rows, piece.rows), products, piece)
@@ -159,8 +161,8 @@ class Program:
     def _stream(self, _, state, batch, head):
         state.stream = (batch, head)
 
-    def _normals(self, _, state, rows):
-        state.noise = Piece("noise", *state.stream, rows=rows)
+    def _normals(self, _, state, rows, columns):
+        state.noise = Piece("noise", *state.stream, rows=rows, columns=columns)
 
     def _check_noise(self, state, noise):
         weights = state.weights
@@ -208,7 +210,7 @@ class Program:
             for piece in weights:
                 if piece.name != "zero":
                     check_fit(piece, found[source])
-                    self._visit(state, piece, source)
+                    self._visit(state, piece._replace(columns=found[source].columns), source)
 
     def _visit(self, state, piece, source):
         if piece.mask == "memory":
@@ -216,7 +218,7 @@ class Program:
                 for row in range(piece.rows.start, piece.rows.stop, HALF):
                     there = (*piece.of_row, key, row) in self.replay.written
                     require(there or row >= self.replay.padded, piece, "was never written")
-        self.replay.visits[source].append((*piece.of_row, piece.rows, piece.keys, piece.mask))
+        self.replay.visits[source].append((*piece.of_row, *piece[4:]))
         if source in state.kept:
             state.kept.discard(source)
             state.made[source].clear()

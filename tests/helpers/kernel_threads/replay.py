@@ -8,6 +8,7 @@ import collections
 
 from helpers.kernel_threads.pieces import BLOCK, Piece, require, times
 from helpers.kernel_threads.program import Program
+from helpers.kernel_threads.references import Dims
 
 from dpfa_jax.kernels.mosaic_gpu import axes
 
@@ -16,8 +17,8 @@ class Replay:
     """What all programs of the launches of one kernel did.
 
     Attributes:
-      visits: {operand: [(batch, head, rows, keys, mask)]}.
-      stores: {(output, batch, first row, head): times}.
+      visits: {operand: [(batch, head, rows, keys, mask, columns)]}.
+      stores: {(output, batch, first row, head, first column): times}.
       additions: {(output, batch, first row, head): programs in their order}.
       chunk, written, padded: of a launch: where its chunk begins, tiles of logit gradients in
         memory, rows with padding.
@@ -61,7 +62,7 @@ class Replay:
             return Piece(name, batch, head, head // self.group, index[1].range)
         if name in ("key", "value"):
             head = int(index[2])
-            return Piece(name, batch, None, head, None, index[1].range)
+            return Piece(name, batch, None, head, None, index[1].range, columns=_columns(index))
         if name == "normaliser":
             return Piece(name, batch, keys=index[1].range)
         head, rest = int(index[1]), [x.range for x in index[2:]]
@@ -95,12 +96,20 @@ class Replay:
             return
         rows, head = index[1].range, int(index[2])
         target = (name.removesuffix("_sum"), int(index[0]), rows.start, head)
+        all_made = piece.mask if isinstance(piece, Piece) else ()
         if how == "add":
             self.additions[target].append(place[axes.KEYS])
         else:
-            self.stores[target] += 1
-        for made in piece.mask if isinstance(piece, Piece) else ():
+            columns = all_made[-1].columns if all_made else None
+            self.stores[(*target, columns.start if columns else 0)] += 1
+        for made in all_made:
+            require(made.columns in (None, _columns(index)), made, target)
             by_key = (made.batch, made.key_head, made.keys)
             by_row = (*made.of_row, made.rows)
             found = by_key if name[:2] in ("dk", "dv") else by_row
             require(found == (target[1], head, rows), made, target)
+
+
+def _columns(index):
+    """Of an index of an array whose fourth axis is the columns; None: all."""
+    return index[3].range if len(index) > 3 and isinstance(index[3], Dims) else None

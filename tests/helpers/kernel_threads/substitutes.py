@@ -203,8 +203,10 @@ def _functions(recording):
         recording.op("stream", int(batch), int(head))
         return Numbers()
 
-    def tile_normals(_, row_begin, __, shape, **___):
-        recording.op("normals", range(int(row_begin), int(row_begin) + shape[0]))
+    def tile_normals(_, *begins_and_shape, **__):
+        *begins, shape = begins_and_shape
+        begins = (int(x) for x in begins)
+        recording.op("normals", *(range(x, x + n) for x, n in zip(begins, shape, strict=True)))
         return Numbers(shape)
 
     def softmax(*_):

@@ -10,7 +10,7 @@ import pytest
 
 from dpfa_jax.kernels import dispatch
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, MemoryReadout, NoiseInputs
-from dpfa_jax.kernels.mosaic_gpu import backend, memory, memory_call, memory_numbers
+from dpfa_jax.kernels.mosaic_gpu import backend, memory, memory_call, memory_numbers, tiles
 from dpfa_jax.kernels.mosaic_gpu.memory_numbers import MAX_KEYS, SUM_BLOCK
 from dpfa_jax.release import sensitivity
 
@@ -33,7 +33,7 @@ def structs(rows=100, keys=93, head_size=64, dtype=jnp.bfloat16, **more):
 
 @pytest.mark.parametrize("clip", [1.0, 1.001, 1.999, 0.3, 1e-4, 1e4])
 @pytest.mark.parametrize("ratio", [1.0, 0.01, 1.7, 5.0])
-@pytest.mark.parametrize("head_size", [1, 64, 128])
+@pytest.mark.parametrize("head_size", [1, 64, 128, 256])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_the_bound_holds_for_the_numbers(clip, ratio, head_size, dtype):
     """V3 on paper: own change, additions and rounding stay within (1 + eta) Delta; no overflow."""
@@ -58,11 +58,23 @@ def test_the_bound_holds_for_the_numbers(clip, ratio, head_size, dtype):
     ):
         delta = sensitivity.memory_sum(clip, kappa, 1, 1, relation)
         assert change + additions + rounding <= (1 + ETA) * delta * (1 + 1e-12)
-    # A block's sum, its errors included, keeps its last bit at one unit; 512 of them fit 32 bits.
-    most = SUM_BLOCK * max(n.value_clip_norm, n.weight_scale)
-    most *= 1 + memory_numbers.product_slack() / 2  # of one neighbour
-    assert most <= 2**22 * n.unit
-    assert (most / n.unit + 1) * (MAX_KEYS // SUM_BLOCK) < 2**31
+    # A block's sum, its errors included, keeps its last bit at one unit; all blocks fit 32 bits.
+    for block in (SUM_BLOCK, SUM_BLOCK // 2):
+        assert memory_numbers.product_slack(block) <= memory_numbers.product_slack()
+        most = block * max(n.value_clip_norm, n.weight_scale)
+        most *= 1 + memory_numbers.product_slack(block) / 2  # of one neighbour
+        assert most <= 2**22 * n.unit
+        assert (most / n.unit + 1) * (MAX_KEYS // block) < 2**31
+
+
+@pytest.mark.parametrize("head_size", [64, 128, 192, 256])
+def test_tiles_fit_and_their_steps_are_blocks_of_the_bound(head_size):
+    tile, columns = tiles.memory_tiles(head_size), tiles.value_columns(head_size)
+    # Normalisers of a step and noise of Z begin at an alignment of their own.
+    more = 2 * tiles.SHARED_MEMORY_ALIGNMENT - tile.rows * 4
+    assert tile.shared_bytes(head_size, columns=columns) + more <= tiles.SHARED_MEMORY_BYTES
+    assert tile.block_kv == (SUM_BLOCK if head_size <= 128 else SUM_BLOCK // 2)
+    assert columns == min(head_size, 128)
 
 
 def test_the_additions_bound_by_hand():
@@ -155,6 +167,14 @@ def test_released_multiples_are_those_of_integers(shift):
     ("spec", "options"),
     [
         (AttentionSpec(0.1, readout=READOUT), {"head_size": 128}),
+        pytest.param(
+            AttentionSpec(0.1, readout=READOUT), {"head_size": 256}, marks=pytest.mark.slow
+        ),
+        pytest.param(
+            AttentionSpec(0.1, local_window=(40, 20), readout=READOUT),
+            {"head_size": 192, "dtype": jnp.float16},
+            marks=pytest.mark.slow,
+        ),
         (
             AttentionSpec(0.1, is_causal=True, logits_soft_cap=5.0, readout=READOUT),
             {
@@ -184,7 +204,7 @@ def test_private_program_is_one_kernel(spec, options):
 @pytest.mark.parametrize(
     ("spec", "inputs", "words"),
     [
-        (AttentionSpec(1.0, readout=READOUT), structs(head_size=136), "head size 136"),
+        (AttentionSpec(1.0, readout=READOUT), structs(head_size=257), "head size 257"),
         (AttentionSpec(1.0, readout=READOUT), structs(keys=MAX_KEYS + 1), "keys"),
         (AttentionSpec(math.nan, readout=READOUT), structs(), "scale"),
         (AttentionSpec(1.0, readout=READOUT), structs(bias=jnp.zeros((1, 1, 1, 1))), "bias"),

@@ -13,9 +13,9 @@ import pytest
 
 from dpfa_jax.kernels import memory_loop
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, MemoryReadout, NoiseInputs
-from dpfa_jax.kernels.mosaic_gpu import memory_call
+from dpfa_jax.kernels.mosaic_gpu import memory_call, tiles
 from dpfa_jax.kernels.mosaic_gpu.backend import MosaicGpuBackend
-from dpfa_jax.kernels.mosaic_gpu.memory_numbers import SUM_BLOCK, product_slack
+from dpfa_jax.kernels.mosaic_gpu.memory_numbers import product_slack
 from dpfa_jax.noise.fields import attention_noise
 from dpfa_jax.release import sensitivity
 
@@ -81,7 +81,7 @@ def draw(rng, shape, dtype=jnp.bfloat16, scale=1.0):
     return jnp.asarray(scale * rng.standard_normal(shape), dtype)
 
 
-@pytest.mark.parametrize("size", [64, 128, 40])
+@pytest.mark.parametrize("size", [64, 128, 40, 192, 256, 141])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize(("rows", "keys"), [(1, 1), (130, 127), (333, 1000)])
 def test_sums_are_those_of_float64(size, dtype, rows, keys):
@@ -104,6 +104,11 @@ def test_sums_are_those_of_float64(size, dtype, rows, keys):
         assert np.abs(found - exact).max() <= 2.0**-8 * (np.sqrt(keys) + 1)
 
 
+def block_of(size):
+    """Keys of one block."""
+    return tiles.memory_tiles(-(-size // 64) * 64).block_kv
+
+
 def worst_records(rng, n, size, kind):
     """Values that make float32 sums lose as much as they can."""
     value = rng.standard_normal((n, size)) * 0.02 + 1.0
@@ -114,7 +119,8 @@ def worst_records(rng, n, size, kind):
     if kind == "alternating":
         value *= np.where(np.arange(n) % 2, -1.0, 1.0)[:, None]
     elif kind == "large then small":
-        small = np.arange(n) % SUM_BLOCK >= SUM_BLOCK // 2
+        block = block_of(size)
+        small = np.arange(n) % block >= block // 2
         value *= np.where(small, 2.0**-14, 1.0)[:, None]
         return value / np.sqrt(size)
     return value / np.linalg.norm(value, axis=1, keepdims=True)
@@ -123,11 +129,16 @@ def worst_records(rng, n, size, kind):
 KINDS = ("aligned", "one column", "alternating", "large then small")
 
 
-@pytest.mark.parametrize("n", [512, 4096, 65536])
-@pytest.mark.parametrize("bound", [0.3, 0.5, 1.0, 2.0])
-def test_sensitivity_of_the_kernels_own_output(n, bound):
+NEIGHBOURS = [
+    *((64, n, bound) for n in (512, 4096, 65536) for bound in (0.3, 0.5, 1.0, 2.0)),
+    *((256, n, bound) for n, bound in ((512, 1.0), (4096, 0.3), (65536, 0.5))),
+]
+
+
+@pytest.mark.parametrize(("size", "n", "bound"), NEIGHBOURS)
+def test_sensitivity_of_the_kernels_own_output(size, n, bound):
     """V3: neighbours built to move the maximum; the change is within (1 + eta) Delta."""
-    size, rng = 64, np.random.default_rng(n)
+    rng = np.random.default_rng(n)
     bound = float(jnp.bfloat16(bound))
     spec = AttentionSpec(1.0, readout=readout(bound=bound))
     query = np.zeros((1, 8, 1, size))
@@ -158,14 +169,16 @@ def test_sensitivity_of_the_kernels_own_output(n, bound):
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_refute_the_additions_bound(kind, dtype):
+@pytest.mark.parametrize("size", [128, 256])
+def test_refute_the_additions_bound(kind, dtype, size):
     """The tensor core's additions: many blocks of adversarial records, each neighbour in one key.
 
     All weights are 1, so that sums in float64 are exact; what the kernel's sums are away from them
     is the additions' error and the rounding to the unit. Half of `product_slack` bounds one
     neighbour; the device should stay at a quarter of that, or its additions are not understood.
     """
-    size, n, batch = 128, SUM_BLOCK, 64
+    n, batch = block_of(size), 64
+    slack = product_slack(n)
     rng = np.random.default_rng([7, KINDS.index(kind)])
     spec = AttentionSpec(1.0, readout=readout(bound=0.5))
     numbers = memory_call._numbers(
@@ -184,24 +197,25 @@ def test_refute_the_additions_bound(kind, dtype):
         error = np.linalg.norm(found - exact, axis=-1).max()
         rounding = 0.5 * numbers.unit * np.sqrt(size + 1)
         worst = max(worst, error - rounding)
-    print(kind, dtype.__name__, "error", worst, "bound", product_slack() / 2)
-    assert worst <= product_slack() / 2 / 4
+    print(kind, dtype.__name__, "error", worst, "bound", slack / 2)
+    assert worst <= slack / 2 / 4
     if kind != "alternating":  # whose sums are small
         # Negative control: sums rounded to the 16 bits of their inputs break the bound.
         coarse = np.asarray(jnp.asarray(exact, dtype).astype(jnp.float32), np.float64)
-        assert np.linalg.norm(coarse - exact, axis=-1).max() > product_slack()
+        assert np.linalg.norm(coarse - exact, axis=-1).max() > slack
 
 
-def test_blocks_do_not_touch_each_other():
+@pytest.mark.parametrize("size", [128, 256])
+def test_blocks_do_not_touch_each_other(size):
     """The sum of many blocks is, unit for unit, that of each block alone."""
     rng = np.random.default_rng(11)
-    size, blocks = 128, 40
-    query, key = draw(rng, (1, 64, 2, size)), draw(rng, (1, blocks * SUM_BLOCK, 1, size))
+    blocks, block = 40, block_of(size)
+    query, key = draw(rng, (1, 64, 2, size)), draw(rng, (1, blocks * block, 1, size))
     value = draw(rng, key.shape)
     spec = AttentionSpec(size**-0.5, readout=readout(2))
     whole = inputs_of(query, key, value)
     total = sums_of(spec, whole)
-    column = np.arange(blocks * SUM_BLOCK) // SUM_BLOCK
+    column = np.arange(blocks * block) // block
     parts = sum(
         sums_of(spec, whole._replace(mask=jnp.asarray(column == b)[None, None, None]))
         for b in range(blocks)
@@ -209,11 +223,25 @@ def test_blocks_do_not_touch_each_other():
     assert np.array_equal(total, parts)
 
 
-def test_hidden_slots_hold_any_bytes():
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_parts_of_the_columns_have_the_same_weights(is_causal):
+    """V3: equal columns have equal sums, unit for unit, whichever tile makes them."""
+    rng = np.random.default_rng(12)
+    query, key = draw(rng, (2, 1500, 8, 256)), draw(rng, (2, 1100, 4, 256))
+    value = draw(rng, (2, 1100, 4, 128))
+    value = jnp.concatenate([value, value[..., ::-1]], axis=-1)
+    spec = AttentionSpec(256**-0.5, is_causal=is_causal, readout=readout(8))
+    first, second = np.split(sums_of(spec, inputs_of(query, key, value))[..., :-1], 2, axis=-1)
+    assert np.array_equal(first, second[..., ::-1])
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize("size", [128, 256])
+def test_hidden_slots_hold_any_bytes(size):
     """V6: sums and answer are bit-identical whatever a masked slot holds, NaN included."""
     rng = np.random.default_rng(2)
-    shape = (2, 700, 2, 128)
-    query, key, value = draw(rng, (2, 200, 4, 128)), draw(rng, shape), draw(rng, shape)
+    shape = (2, 700, 2, size)
+    query, key, value = draw(rng, (2, 200, 4, size)), draw(rng, shape), draw(rng, shape)
     hidden = jnp.asarray(rng.random((2, 700)) < 0.3)
     spec = AttentionSpec(0.1, readout=readout(4))
     base = inputs_of(query, key, value, mask=~hidden[:, None, None])
@@ -228,20 +256,21 @@ def test_hidden_slots_hold_any_bytes():
         )
 
 
+@pytest.mark.parametrize("size", [64, 256])
 @pytest.mark.parametrize("odd", [1e4, -1e4, np.inf, -np.inf, np.nan])
-def test_odd_logits_are_clamped(odd):
+def test_odd_logits_are_clamped(size, odd):
     """V5: a weight stays in [0, 1] whatever its logit; NaN counts as the smallest."""
-    n, size = 300, 64
+    n = 300
     query = jnp.zeros((1, 8, 1, size), jnp.bfloat16).at[..., 0].set(1.0)
     key = jnp.zeros((1, n, 1, size), jnp.bfloat16).at[..., 0].set(odd)
-    value = jnp.full((1, n, 1, size), 0.125, jnp.bfloat16)
+    value = jnp.full((1, n, 1, size), 0.0625, jnp.bfloat16)
     spec = AttentionSpec(1.0, readout=readout())
     kappa = memory_call._numbers(spec.readout, inputs_of(query, key, value)).weight_scale
     weight = sums_of(spec, inputs_of(query, key, value))[..., -1] / kappa / n
     np.testing.assert_allclose(weight, 1.0 if odd > 0 else 0.0, atol=1e-4)
 
 
-@pytest.mark.parametrize("size", [64, 128, 41])
+@pytest.mark.parametrize("size", [64, 128, 41, 256, 141])
 def test_noise_is_the_field(size):
     """V10, V12: the released answer is N / max(Z / kappa, floor) of snapped sums, XLA's noise."""
     batch, rows, heads = 2, 300, 4
@@ -268,15 +297,16 @@ def test_noise_is_the_field(size):
     assert np.all(error[~is_tie] <= np.abs(expected[~is_tie]) * 2.0**-8 + 1e-6)
 
 
-def test_same_answer_as_the_blocked_backend():
+@pytest.mark.parametrize("size", [128, 256])
+def test_same_answer_as_the_blocked_backend(size):
     """V10: the answer of another backend, within bfloat16's rounding and a step of the grid."""
     from dpfa_jax.kernels.blocked import BACKEND as BLOCKED
 
     rng = np.random.default_rng(4)
     query, key, value = (
-        draw(rng, (2, n, heads, 128)) for n, heads in ((200, 4), (900, 2), (900, 2))
+        draw(rng, (2, n, heads, size)) for n, heads in ((200, 4), (900, 2), (900, 2))
     )
-    spec = AttentionSpec(128**-0.5, readout=readout(4, stddev=2.0, grid=2.0**-3))
+    spec = AttentionSpec(size**-0.5, readout=readout(4, stddev=2.0, grid=2.0**-3))
     inputs = inputs_of(query, key, value)
     mine, theirs = (
         np.asarray(jax.jit(lambda x, b=b: b.forward(spec, x).output)(inputs), np.float64)
@@ -287,10 +317,11 @@ def test_same_answer_as_the_blocked_backend():
     assert np.all(np.abs(mine - theirs) <= 3 * slack)
 
 
-def test_same_bits_each_time_and_under_vmap():
+@pytest.mark.parametrize("size", [128, 256])
+def test_same_bits_each_time_and_under_vmap(size):
     """V6, V10: no atomics; example i is bitwise unchanged when j changes; vmap folds."""
     rng = np.random.default_rng(5)
-    query, key, value = (draw(rng, (4, n, 2, 128)) for n in (200, 600, 600))
+    query, key, value = (draw(rng, (4, n, 2, size)) for n in (200, 600, 600))
     spec = AttentionSpec(0.1, readout=readout(2))
     inputs = inputs_of(query, key, value)
     run = jax.jit(lambda x: BACKEND.forward(spec, x).output.astype(jnp.float32))

@@ -29,7 +29,8 @@ def run(request, tmp_path_factory):
     }
     program = [sys.executable, str(Path(memory_kernel.__file__)), request.param, str(path)]
     subprocess.run(program, env=environment, check=True, timeout=600)
-    return memory_kernel.CASES[request.param], np.load(path)
+    with np.load(path) as saved:
+        return memory_kernel.CASES[request.param], dict(saved)
 
 
 def numbers(case):
@@ -78,6 +79,18 @@ def test_sums_are_those_of_float64(run):
     assert np.linalg.norm(found - expected) <= 3e-4 * np.linalg.norm(expected)
     if case.lengths is not None:
         assert not np.any(found[:, case.lengths[0] :])
+
+
+def test_parts_of_the_columns_have_the_same_weights(run):
+    """V3: equal columns have equal sums, unit for unit, whichever tile makes them."""
+    case, saved = run
+    if case.size <= memory_kernel.COLUMNS:
+        pytest.skip("one part")
+    numerators = saved["numerators"]
+    more = case.size - memory_kernel.COLUMNS
+    assert np.array_equal(
+        numerators[..., memory_kernel.COLUMNS :], numerators[..., :more][..., ::-1]
+    )
 
 
 def test_hidden_slots_hold_any_bytes(run):

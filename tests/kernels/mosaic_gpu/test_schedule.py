@@ -1,12 +1,16 @@
 """Which tiles each program walks over: every tile once, equal shares, neighbours together."""
 
+import dataclasses
+import itertools
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from dpfa_jax.kernels.base import AttentionSpec
 from dpfa_jax.kernels.mosaic_gpu.schedule import balanced
 from dpfa_jax.kernels.mosaic_gpu.tiles import ForwardTiles, StepRange, at_least_one
-from dpfa_jax.kernels.mosaic_gpu.walk import Tiling
+from dpfa_jax.kernels.mosaic_gpu.walk import Lengths, Tiling
 
 
 def shares(table):
@@ -57,6 +61,19 @@ def test_heads_that_start_together_fit_the_cache():
 
 def test_no_more_programs_than_tiles():
     assert len(tiling(1, 2, 300).schedule(132)) == 2 * 3
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_each_part_of_each_block_has_a_tile(parts):
+    call = dataclasses.replace(tiling(2, 3, 300, is_causal=True), parts=parts)
+    numbers = sorted(x for share in shares(call.schedule(5)) for x in share)
+    found = [call.at(Lengths(), jnp.int32(number), jnp.int32(0)) for number in numbers]
+    places = [tuple(int(x) for x in (t.batch, t.head, t.row_begin, t.part)) for t in found]
+    # In this order: those of a block side by side.
+    expected = itertools.product(range(2), range(3), range(0, 300, 128), range(parts))
+    assert places == list(expected)
+    starts = [int(found[-1].value_columns(128).start), int(found[0].value_columns(128).start)]
+    assert starts == [128 * (parts - 1), 0]
 
 
 def test_keys_of_no_size_worth_counting():

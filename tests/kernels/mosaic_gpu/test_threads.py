@@ -7,12 +7,13 @@ import pytest
 from helpers.kernel_threads.cases import KINDS, Case, random_case
 from helpers.kernel_threads.checks import replay
 from helpers.kernel_threads.pieces import Fault
+from helpers.kernel_threads.references import Dims
 
 from dpfa_jax.kernels.mosaic_gpu import backward_wide, tiles
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import Ring
 from dpfa_jax.kernels.mosaic_gpu.pairs import PairReader
 from dpfa_jax.kernels.mosaic_gpu.producer import Producer
-from dpfa_jax.kernels.mosaic_gpu.walk import Tiling, Walk
+from dpfa_jax.kernels.mosaic_gpu.walk import Tile, Tiling, Walk
 
 # Rows whose window lies behind the last key that exists, beside rows with keys.
 BEHIND = Case("wide", 256, 256, size=192, window=(5, 3), key_lengths=(60,))
@@ -75,6 +76,10 @@ FAULTS = {
     "a step left out": (
         (tiles, "left_reach", lambda spec: spec.local_window[0] - 140),
         Case("memory", 300, 300, window=(140, 10)), "memory.*value.*row, key",
+    ),
+    "the same part of the columns twice": (
+        (Tile, "value_columns", lambda _, count: Dims(0, count)),
+        Case("memory, parts", 200, 300, size=256), "noise.*columns=range.128, 136",
     ),
 }  # fmt: skip
 
