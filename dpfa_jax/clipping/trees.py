@@ -77,7 +77,7 @@ def table_rows(
 
 
 def squared_norms(
-    gradient: PerExample, l2_clip_norm: float | Float32[Array, ""]
+    gradient: PerExample, l2_clip_norm: float | Float32[Array, ""] | Float32[Array, "batch 1"]
 ) -> Float32[Array, " batch"]:
     """Squared norms in units of the clip norm, so that no bound makes them over- or underflow."""
     if isinstance(gradient, Measured):
@@ -88,32 +88,39 @@ def squared_norms(
 
 
 def clip_scales(
-    squares: list[Float32[Array, " batch"]], is_real: Bool[Array, " batch"]
-) -> Float32[Array, " batch"]:
-    """What each example's gradient is multiplied by; zero leaves the example out.
+    squares: Float32[Array, "batch groups parts"], is_real: Bool[Array, " batch"]
+) -> Float32[Array, "batch groups"]:
+    """What each example's gradient is multiplied by, by group; zero leaves the example out of it.
 
     Args:
-      squares: squared norms of the parts of one clip group, in units of its clip norm.
+      squares: squared norms of the parts of each clip group, in units of its clip norm.
       is_real: False for padding.
     """
-    norms = jnp.sqrt(_sum_in_runs(jnp.stack(squares, axis=1)))
+    batch, groups, parts = squares.shape
+    norms = jnp.sqrt(_sum_in_runs(squares.reshape(batch * groups, parts))).reshape(batch, groups)
     scales = jnp.minimum(1.0, (1.0 - CLIP_MARGIN) / jnp.maximum(norms, 0.5))
-    return jnp.where(is_real & jnp.isfinite(norms), scales, 0.0)
+    return jnp.where(is_real[:, None] & jnp.isfinite(norms), scales, 0.0)
 
 
-def centred_count(scales: Float32[Array, " batch"]) -> Float32[Array, ""]:
+def centred_count(scales: Float32[Array, "batch groups"]) -> Float32[Array, " groups"]:
     """+1/2 for each example that `clip_scales` leaves as it is, -1/2 for each that it clips.
 
     Zero for an example that it leaves out. Exact for up to 2^24 examples. It is NOT private.
     """
     halves = jnp.where(scales < 1.0, -0.5, 0.5)
-    return jnp.sum(jnp.where(scales > 0.0, halves, 0.0), dtype=jnp.float32)
+    return jnp.sum(jnp.where(scales > 0.0, halves, 0.0), axis=0, dtype=jnp.float32)
 
 
-def weighted_sum(gradient: PerExample, scales: Float32[Array, " batch"]) -> Float32[Array, "..."]:
-    """Sum over the batch, float32. An example of scale zero is not touched: 0 * NaN is NaN."""
+def weighted_sum(
+    gradient: PerExample, scales: Float32[Array, " batch"] | Float32[Array, "batch slices"]
+) -> Float32[Array, "..."]:
+    """Sum over the batch, float32. What has the scale zero is not touched: 0 * NaN is NaN.
+
+    Args:
+      scales: of each example, or of each slice of its gradient along the leading axis.
+    """
     values = gradient.values if isinstance(gradient, (TableRows, Measured)) else gradient
-    weights = scales.reshape(-1, *[1] * (values.ndim - 1))
+    weights = scales.reshape(*scales.shape, *[1] * (values.ndim - scales.ndim))
     scaled = jnp.where(weights > 0.0, values.astype(jnp.float32), 0.0) * weights
     if not isinstance(gradient, TableRows):
         return jnp.sum(scaled, axis=0)
@@ -130,7 +137,7 @@ def clipped_rows_sum(
     Returns: float32 sums without the leading axis. They are NOT private: noise is due.
     """
     squares = [squared_norms(leaf, l2_clip_norm) for leaf in jax.tree.leaves(gradients)]
-    scales = clip_scales(squares, is_real)
+    scales = clip_scales(jnp.stack(squares, axis=1)[:, None], is_real)[:, 0]
     return jax.tree.map(lambda leaf: weighted_sum(leaf, scales), gradients)
 
 

@@ -15,12 +15,12 @@ declared by layers.
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import jax
 from jax.extend import core as jex
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from dpfa_jax.clipping import trees
 from dpfa_jax.dpsgd.equations import (
@@ -37,7 +37,7 @@ from dpfa_jax.dpsgd.equations import (
 )
 from dpfa_jax.dpsgd.forms import Product, Rows, form_of, stacked, with_rows
 from dpfa_jax.dpsgd.narrowing import narrowed
-from dpfa_jax.dpsgd.split import Split, Tail
+from dpfa_jax.dpsgd.split import Finish, Loop, Split, Tail
 
 # A gradient stays in the head where its cut would be this many times larger than itself: biases,
 # norm scales and low-rank factors are small, the inputs they come from are not.
@@ -79,8 +79,15 @@ _UNORDERED = {"scatter-add", "conv_general_dilated"}
 Make = Callable[[dict[jex.Var, Array]], Array]
 
 
-def defer(program: jex.ClosedJaxpr, varies: Sequence[bool], *, recompute: bool = False) -> Split:
-    """Splits `program`, whose outputs are gradients of one example.
+def defer(
+    program: jex.ClosedJaxpr,
+    varies: Sequence[bool],
+    *,
+    recompute: bool = False,
+    columns: Sequence[Sequence[int]] = (),
+    divided: Set[int] = frozenset(),
+) -> Split:
+    """Splits `program`, whose outputs are the loss and the gradients of one example.
 
     Args:
       program: as `jax.make_jaxpr` gives it.
@@ -88,23 +95,28 @@ def defer(program: jex.ClosedJaxpr, varies: Sequence[bool], *, recompute: bool =
       recompute: whether the tails may make an operand anew (normalised inputs), elementwise, from
         what the backward pass keeps in any case, rather than keep it too. Its bits may then depend
         on where it is compiled: not for gradients that are made twice.
+      columns: sets of outputs to be finished in the loop that makes a slice of each a round. Where
+        no one loop does, they get tails.
+      divided: outputs that are measured slice by slice: their tails make them whole.
     """
     jaxpr = inlined(program.jaxpr)
     scope = _Scope(jaxpr, program.consts, varies, has_loss=True, recompute=recompute)
-    outs, finishes = zip(*(narrowed(scope.maker, out) for out in jaxpr.outvars), strict=True)
-    deferred = [scope.cheapest(out, product_allowed=True) for out in outs]
-    cut: dict[jex.Var, int] = {}
-    for item in deferred:
-        for var in item.cut:
-            cut.setdefault(var, len(cut))
+    for column in columns:
+        scope.finish_in_loop(column)
+    finished = {place for body in scope.finishing for place in body.finished}
+    late = tuple(place for place in range(len(jaxpr.outvars)) if place not in finished)
+    cut, tails = scope.tails_of({place: jaxpr.outvars[place] for place in late}, divided)
+    wanted = list(cut)
+    loops = []
+    for body in scope.finishing:
+        results = tuple(range(len(wanted), len(wanted) + len(body.results)))
+        wanted += body.results
+        loops.append(Loop(tuple(body.finished), body.tails, results))
 
-    def head(*inputs: Array) -> list[Array]:
-        return scope.values(inputs, list(cut))
+    def head(inputs: Sequence[Array], work: Sequence[tuple[Finish, PyTree]]) -> list[Array]:
+        return scope.values(inputs, wanted, work)
 
-    at = {out: place for place, eqn in enumerate(jaxpr.eqns) for out in scope.made_by(eqn)}
-    ready = [max((at.get(var, 0) for var in item.cut), default=0) for item in deferred]
-    tails = tuple(_tail(*each, cut) for each in zip(outs, deferred, finishes, ready, strict=True))
-    return Split(head, tuple(scope.varies(var) for var in cut), tails)
+    return Split(head, tuple(scope.varies(var) for var in wanted), late, tails, tuple(loops))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,9 +162,44 @@ class _Scope:
         self._varying = varying_vars(jaxpr, varies)
         self._known: dict[tuple[jex.Var, bool], _Deferred] = {}
         self._bodies: dict[int, _Body] = {}
+        self.finishing: list[_Body] = []
 
     def varies(self, var: jex.Var) -> bool:
         return var in self._varying
+
+    def tails_of(
+        self, outs: Mapping[int, jex.Var | jex.Literal], divided: Set[int] = frozenset()
+    ) -> tuple[list[jex.Var], tuple[Tail, ...]]:
+        """(what the tails need, a tail for each of `outs`, by their places)."""
+        cut: dict[jex.Var, int] = {}
+        found = []
+        for place, out in outs.items():
+            whole = place in divided
+            narrow, finish = narrowed(self.maker, out, pads=not whole)
+            item = self.cheapest(narrow, product_allowed=True)
+            item = dataclasses.replace(item, form=None) if whole else item
+            for var in item.cut:
+                cut.setdefault(var, len(cut))
+            found.append((narrow, item, finish))
+        at = {out: i for i, eqn in enumerate(self.jaxpr.eqns) for out in self.made_by(eqn)}
+        ready = [max((at.get(var, 0) for var in item.cut), default=0) for _, item, _ in found]
+        tails = (_tail(*each, order, cut) for each, order in zip(found, ready, strict=True))
+        return list(cut), tuple(tails)
+
+    def finish_in_loop(self, column: Sequence[int]) -> None:
+        """Has these outputs finished in the loop that makes a slice of each a round, if one does."""
+        made = [narrowed(self.maker, self.jaxpr.outvars[i], pads=False)[0] for i in column]
+        eqns = [self.maker.get(out) if isinstance(out, jex.Var) else None for out in made]
+        eqn = eqns[0]
+        if eqn is None or eqn.primitive.name != "scan" or any(each is not eqn for each in eqns):
+            return
+        body = self._bodies.setdefault(id(eqn), _Body(self, eqn))
+        places = [eqn.outvars.index(out) for out in made]
+        if min(places) < body.carries:
+            return
+        if body not in self.finishing:
+            self.finishing.append(body)
+        body.finish(dict(zip(column, places, strict=True)))
 
     def cheapest(self, atom: jex.Var | jex.Literal, *, product_allowed: bool) -> _Deferred:
         if isinstance(atom, jex.Literal):
@@ -286,15 +333,26 @@ class _Scope:
         if varies:
             self._varying.add(var)
 
-    def values(self, inputs: Sequence[Array], wanted: Sequence[jex.Var | jex.Literal]) -> list:
-        """`wanted` at `inputs`; loops and blocks also return what was cut inside them."""
+    def values(
+        self,
+        inputs: Sequence[Array],
+        wanted: Sequence[jex.Var | jex.Literal],
+        work: Sequence[tuple[Finish, PyTree]] = (),
+    ) -> list[Array]:
+        """`wanted` at `inputs`; loops and blocks also return what was cut or finished inside."""
         env = dict(zip(self.jaxpr.constvars, self.consts, strict=True))
         env.update(zip(self.jaxpr.invars, inputs, strict=True))
         shared = self._cotangents & {atom for atom in wanted if isinstance(atom, jex.Var)}
-        for eqn in self._needed(wanted):
+        needed = [*wanted, *(self.jaxpr.outvars[:1] if self.finishing else ())]
+        for eqn in self._needed(needed):
             body = self._bodies.get(id(eqn))
-            if body is not None and body.emitted:
-                env.update(body.run([value_of(env, atom) for atom in eqn.invars]))
+            operands = [value_of(env, atom) for atom in eqn.invars]
+            if body is not None and body in self.finishing:
+                finish, slices = work[self.finishing.index(body)]
+                finish = functools.partial(finish, value_of(env, self.jaxpr.outvars[0]))
+                env.update(body.run(operands, finish, slices))
+            elif body is not None and body.emitted:
+                env.update(body.run(operands))
             else:
                 made = apply(eqn, env)
                 # A cotangent in a new order, which a tail reads as well: written once, for both.
@@ -304,9 +362,9 @@ class _Scope:
         return [value_of(env, atom) for atom in wanted]
 
     def made_by(self, eqn: jex.JaxprEqn) -> list[jex.Var]:
-        """Its outputs, and what it returns beside them of what was cut inside."""
+        """Its outputs, and what it returns beside them of what was cut or finished inside."""
         body = self._bodies.get(id(eqn))
-        return [*eqn.outvars, *(body.emitted.values() if body is not None else ())]
+        return [*eqn.outvars, *(body.beside() if body is not None else ())]
 
     def _needed(self, wanted: Sequence[jex.Var | jex.Literal]) -> list[jex.JaxprEqn]:
         used = {atom for atom in wanted if isinstance(atom, jex.Var)}
@@ -341,6 +399,11 @@ class _Body:
             varies = loop_varies(self.jaxpr, varies, self.consts, self.carries)
         self.scope = _Scope(self.jaxpr, getattr(inner, "consts", ()), varies)
         self.emitted: dict[jex.Var, jex.Var] = {}
+        # Outputs of the whole program that are finished here, and the loop's outputs that they are.
+        self.finished: dict[int, int] = {}
+        self.cut: list[jex.Var] = []
+        self.tails: tuple[Tail, ...] = ()
+        self.results: list[jex.Var] = []
 
     def outside(self, var: jex.Var) -> tuple[jex.Var, bool]:
         """The variable around the body that holds `var`, and whether the loop stacks it."""
@@ -357,9 +420,27 @@ class _Body:
             self.parent.add_variable(self.emitted[var], self.scope.varies(var))
         return self.emitted[var], self.loops
 
-    def run(self, inputs: list[Array]) -> dict[jex.Var, Array]:
+    def finish(self, outputs: Mapping[int, int]) -> None:
+        """Has more outputs finished in each round: {place in the program: place in the loop}."""
+        self.finished.update(outputs)
+        inner = {place: self.jaxpr.outvars[own] for place, own in self.finished.items()}
+        self.cut, self.tails = self.scope.tails_of(inner)
+        shapes = [self.eqn.outvars[own].aval for own in self.finished.values()]
+        self.results = [jex.Var(shape) for shape in [*shapes, jax.core.ShapedArray((), "float32")]]
+
+    def beside(self) -> list[jex.Var]:
+        """What `run` returns beside the outputs of the loop or block."""
+        return [*self.emitted.values(), *self.results]
+
+    def run(
+        self,
+        inputs: list[Array],
+        finish: Callable[[PyTree, list[Array]], list[Array]] | None = None,
+        given: PyTree = None,
+    ) -> dict[jex.Var, Array]:
+        """Its outputs and what is `beside`; each round calls `finish` with its slice of `given`."""
         wanted = [*self.jaxpr.outvars, *self.emitted]
-        names = [*self.eqn.outvars, *self.emitted.values()]
+        names = [*self.eqn.outvars, *self.beside()]
         if not self.loops:
             inner = jax.make_jaxpr(lambda *values: self.scope.values(values, wanted))(*inputs)
             params = self.eqn.params | {"jaxpr": inner}
@@ -367,12 +448,18 @@ class _Body:
         first = self.consts + self.carries
         consts, carry, slices = inputs[: self.consts], inputs[self.consts : first], inputs[first:]
 
-        def body(carry: list[Array], slices: list[Array]) -> tuple[list[Array], list[Array]]:
-            found = self.scope.values([*consts, *carry, *slices], wanted)
-            return found[: self.carries], found[self.carries :]
+        def body(
+            carry: list[Array], xs: tuple[list[Array], PyTree]
+        ) -> tuple[list[Array], list[Array]]:
+            slices, given = xs
+            found = self.scope.values([*consts, *carry, *slices], [*wanted, *self.cut])
+            stacked = found[self.carries : len(wanted)]
+            if finish is not None:
+                stacked += finish(given, found[len(wanted) :])
+            return found[: self.carries], stacked
 
         params = {name: self.eqn.params[name] for name in ("length", "reverse", "unroll")}
-        carry, stacked = jax.lax.scan(body, carry, slices, **params)
+        carry, stacked = jax.lax.scan(body, carry, (slices, given), **params)
         return dict(zip(names, [*carry, *stacked], strict=True))
 
 
@@ -381,7 +468,7 @@ def _tail(
     item: _Deferred,
     finish: Callable[[Array], Array],
     ready: int,
-    order: dict[jex.Var, int],
+    order: Mapping[jex.Var, int],
 ) -> Tail:
     def of_values(function: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *values: function(dict(zip(item.cut, values, strict=True)))

@@ -1,7 +1,7 @@
 """Per-example gradients that are not made yet: what they will be made from, and how."""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, Float32, PyTree
 
 from dpfa_jax.clipping import trees
 from dpfa_jax.dpsgd.forms import Product, Rows
-from dpfa_jax.dpsgd.split import Split, Tail
+from dpfa_jax.dpsgd.split import Tail
 from dpfa_jax.kernels import gradient_products
 
 # A clip norm: the plan's, or one that follows what was released.
@@ -48,7 +48,7 @@ class LateGradient:
         chosen = tuple(next(new) if mapped else value for value, mapped in held)
         return dataclasses.replace(self, values=chosen, rows=rows)
 
-    def made(self, l2_clip_norm: ClipNorm) -> trees.PerExample:
+    def made(self, l2_clip_norm: ClipNorm | None) -> trees.PerExample:
         """The gradients. The barrier keeps what is measured the same numbers as what is added."""
         operands = self._operands(l2_clip_norm)
         if operands is not None:
@@ -64,7 +64,9 @@ class LateGradient:
         return trees.TableRows(places, jax.lax.optimization_barrier(values), size)
 
     def summed(
-        self, made: trees.PerExample, scales: Float32[Array, " rows"]
+        self,
+        made: trees.PerExample,
+        scales: Float32[Array, " rows"] | Float32[Array, "rows slices"],
     ) -> Float32[Array, "..."]:
         """Weighted sum of what was made, in the parameter's shape."""
         total = trees.weighted_sum(made, scales)
@@ -73,7 +75,7 @@ class LateGradient:
             total = self.tail.form.finish(total)
         return self.tail.finish(total)
 
-    def _operands(self, l2_clip_norm: ClipNorm) -> tuple[Array, Array] | None:
+    def _operands(self, l2_clip_norm: ClipNorm | None) -> tuple[Array, Array] | None:
         """Operands of the matrix product that this gradient is, where a kernel makes it."""
         # The kernel squares in units of a number that is known to the compiler.
         if not isinstance(self.tail.form, Product) or not isinstance(l2_clip_norm, float):
@@ -82,8 +84,8 @@ class LateGradient:
         one = left.reshape(-1, *left.shape[2:]), right.reshape(-1, *right.shape[2:])
         return (left, right) if gradient_products.chosen(*one) else None
 
-    def losses(self) -> Float[Array, " rows"]:
-        """Of the program's first output: one number an example."""
+    def unclipped(self) -> Array:
+        """What `tail` makes, as it is."""
         return self._mapped(self.tail.make)
 
     def _mapped(self, make: Callable[..., Any]) -> Any:
@@ -95,23 +97,28 @@ class LateGradient:
 
 
 def late_gradients(
-    split: Split, leaves: list[Array], examples: PyTree, rows: int, paths: tuple[str, ...]
-) -> tuple[Float[Array, " micro"], list[LateGradient]]:
-    """Runs the head for all examples: (losses, gradients to be made)."""
+    tails: Sequence[Tail],
+    values: Sequence[Array],
+    mapped: Sequence[bool],
+    rows: int,
+    paths: Sequence[str],
+    parameters: Sequence[Array],
+) -> list[LateGradient]:
+    """What each of `tails` makes, of the parameters with these paths, of `rows` examples.
 
-    def head(example: PyTree) -> list[Array]:
-        return split.head(*leaves, *jax.tree.leaves(example))
-
-    values = jax.vmap(head, out_axes=[0 if mapped else None for mapped in split.mapped])(examples)
-
-    def gradient(path: str, tail: Tail, leaf: Array) -> LateGradient:
-        picked = tuple(values[i] for i in tail.cut)
-        mapped = tuple(split.mapped[i] for i in tail.cut)
-        return LateGradient(path, tail, picked, mapped, rows, leaf)
-
-    loss = gradient("loss", split.tails[0], leaves[0]).losses()
-    found = [gradient(*each) for each in zip(paths, split.tails[1:], leaves, strict=True)]
-    return loss, found
+    `values`: what the head or the round made, with an axis of examples where `mapped`.
+    """
+    return [
+        LateGradient(
+            path,
+            tail,
+            tuple(values[i] for i in tail.cut),
+            tuple(mapped[i] for i in tail.cut),
+            rows,
+            parameter,
+        )
+        for tail, path, parameter in zip(tails, paths, parameters, strict=True)
+    ]
 
 
 def after(first: list[Array], parts: list[LateGradient]) -> list[LateGradient]:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float32, Int, Key, PyTree, UInt32
 from dpfa_jax.core import ArgumentError
 from dpfa_jax.dpsgd import adaptive_clipping
 from dpfa_jax.dpsgd.correlated_noise import correlated, empty_memory
-from dpfa_jax.dpsgd.parameters import check_parameters, check_untied, leaf_groups
+from dpfa_jax.dpsgd.parameters import Owner, check_parameters, check_untied, leaf_groups
 from dpfa_jax.dpsgd.plan import DPSGDPlan
 from dpfa_jax.kernels import parameter_noise
 from dpfa_jax.noise import counters, fields, grid, hazards, keys
@@ -21,8 +21,9 @@ from dpfa_jax.noise import counters, fields, grid, hazards, keys
 TRAINING_LAYER = 2**32 - 1
 
 
-# A standard deviation or grid: the release's, or that of the clip norms at hand.
-_Number = float | Float32[Array, ""]
+# A standard deviation or grid: the release's, or that of the clip norms at hand; of a leaf, or of
+# each of its slices, (slices, 1, ..).
+_Number = float | Float32[Array, "..."]
 
 
 class NoisySumState(NamedTuple):
@@ -109,18 +110,20 @@ def noisy_sum(plan: DPSGDPlan) -> optax.GradientTransformationExtraArgs:
         )
         step_key = _bound_to(noise_key, state.step)
         stddevs, grids = _noise_of(plan, state)
-        owners = leaf_groups(updates, plan.groups)
+        scales = [
+            (_of_leaf(stddevs, owner, leaf.ndim), _of_leaf(grids, owner, leaf.ndim))
+            for owner, leaf in zip(leaf_groups(updates, plan.groups), leaves, strict=True)
+        ]
         if is_correlated:
             means, memory = [], []
             past = jax.tree.leaves(state.noise_memory)
-            for index, (leaf, group) in enumerate(zip(leaves, owners, strict=True)):
-                noise = stddevs[group] * fields.parameter_noise(step_key, index, leaf.shape)
+            for index, (leaf, (stddev, cell)) in enumerate(zip(leaves, scales, strict=True)):
+                noise = stddev * fields.parameter_noise(step_key, index, leaf.shape)
                 noise, kept = correlated(noise, past[index], state.step, release.noise_strategy)
-                released = grid.snap(leaf.astype(jnp.float32) + noise, grids[group])
+                released = grid.snap(leaf.astype(jnp.float32) + noise, cell)
                 means.append(released / release.expected_batch_size)
                 memory.append(kept)
         else:
-            scales = [(stddevs[group], grids[group]) for group in owners]
             means = _each(mean_of, leaves, step_key, scales)
         following = NoisySumState(state.step + 1)
         if is_correlated:
@@ -149,7 +152,7 @@ def _each(
     leaf_keys = counters.bind_parameter(keys.key_words(step_key), indices)
     alike: dict[object, list[int]] = {}
     for index, leaf in enumerate(leaves):
-        alone = leaf.size >= parameter_noise.FEWEST
+        alone = leaf.size >= parameter_noise.FEWEST or np.ndim(scales[index][0]) > 0
         alike.setdefault(index if alone else jax.typeof(leaf), []).append(index)
     means: dict[int, Array] = {}
     for members in alike.values():
@@ -166,6 +169,16 @@ def _each(
             )
             means.update(zip(members, found, strict=True))
     return [means[index] for index in range(len(leaves))]
+
+
+def _of_leaf(numbers: Sequence[_Number], owner: Owner, ndim: int) -> _Number:
+    """What the clip groups of a leaf have: one number, where all of its slices have the same."""
+    if isinstance(owner, int):
+        return numbers[owner]
+    own = [numbers[group] for group in owner]
+    if isinstance(own[0], float) and own.count(own[0]) == len(own):
+        return own[0]
+    return jnp.asarray(own, jnp.float32).reshape(-1, *[1] * (ndim - 1))
 
 
 def first_state(plan: DPSGDPlan, params: PyTree) -> NoisySumState:

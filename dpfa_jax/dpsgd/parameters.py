@@ -12,6 +12,9 @@ from dpfa_jax.core import ArgumentError, CoverageError, checks
 # A clip group is a tuple of path prefixes: ("encoder/0", "embedding").
 Groups = tuple[tuple[str, ...], ...]
 
+# The clip group of a leaf; or that of each slice along its leading axis.
+Owner = int | tuple[int, ...]
+
 
 def leaf_paths(params: PyTree) -> tuple[str, ...]:
     """Path of each leaf, in `jax.tree.leaves` order: "encoder/0/kernel"."""
@@ -39,6 +42,7 @@ def per_layer_groups(
     *,
     depth: int | None = None,
     weights: Literal["equal", "size"] = "equal",
+    stacked: tuple[str, ...] = (),
 ) -> ClipGroups:
     """Groups for per-layer clipping whose norms together allow an example as much as one flat C.
 
@@ -48,46 +52,61 @@ def per_layer_groups(
       depth: names of a path that make a layer: 2 puts "encoder/0/kernel" and "encoder/0/bias" into
         "encoder/0". None: each parameter is a group of its own.
       weights: "equal": C_l = C / sqrt(L). "size": C_l = C sqrt(d_l / d), d_l the group's numbers.
+      stacked: path prefixes of parameters that hold all layers, one a slice of their leading axis,
+        as `jax.lax.scan` takes them: each slice is then a layer (or, by depth, slice i of all
+        parameters of one name), "blocks/kernel/3".
 
-    A leaf is never divided: where the parameters of all layers are stacked into one for `scan`, it
-    is one group, clipped over all its layers together. Unstack it for one norm a layer.
-
-    Errors: ArgumentError for a clip norm, depth or weights out of range.
+    Errors: ArgumentError for a clip norm, depth or weights out of range, and for a prefix of
+    `stacked` that covers nothing, or a parameter without a leading axis.
     Source: McMahan et al., "Learning differentially private recurrent language models" (2018), for
     both ways to divide C.
     """
     checks.magnitude("l2_clip_norm", l2_clip_norm)
     checks.choice("weights", weights, ("equal", "size"))
     names = None if depth is None else checks.count("depth", depth)
-    sizes: dict[str, int] = {}
-    for path, leaf in zip(leaf_paths(params), jax.tree.leaves(params), strict=True):
-        layer = "/".join(path.split("/")[:names])
-        sizes[layer] = sizes.get(layer, 0) + math.prod(leaf.shape)
+    paths = leaf_paths(params)
+    _check_stacked(stacked, paths)
+    prefixes: dict[tuple[str, str], list[str]] = {}
+    sizes: dict[tuple[str, str], int] = {}
+    for path, leaf in zip(paths, jax.tree.leaves(params), strict=True):
+        name, slices = "/".join(path.split("/")[:names]), [""]
+        if any(_covers(prefix, path) for prefix in stacked):
+            slices = [f"/{index}" for index in range(_layers_of(path, leaf.shape))]
+        for index in slices:
+            layer = (name, index)
+            # The layer's name covers all of it, where no part of it may be of another layer.
+            prefixes.setdefault(layer, []).append(path + index if stacked else name)
+            sizes[layer] = sizes.get(layer, 0) + math.prod(leaf.shape) // len(slices)
     if not sizes:
         raise ArgumentError("params", params, "holds no parameter", "Pass the model's parameters.")
     shares = [1.0 if weights == "equal" else float(max(size, 1)) for size in sizes.values()]
     norms = tuple(l2_clip_norm * math.sqrt(share / math.fsum(shares)) for share in shares)
-    return ClipGroups(tuple((layer,) for layer in sizes), norms)
+    return ClipGroups(tuple(tuple(dict.fromkeys(each)) for each in prefixes.values()), norms)
 
 
-def leaf_groups(params: PyTree, groups: Groups | None) -> tuple[int, ...]:
-    """The clip group of each leaf; group 0 for all where `groups` is None.
+def leaf_groups(params: PyTree, groups: Groups | None) -> tuple[Owner, ...]:
+    """The clip group of each leaf, or those of its slices; group 0 for all where `groups` is None.
 
-    A prefix covers a path that equals it or continues it after a "/". "" covers everything.
+    A prefix covers a path that equals it or continues it after a "/". "" covers everything. Slice i
+    of a leaf along its leading axis has the leaf's path and then "/i".
 
-    Errors: CoverageError naming a parameter under no group; ArgumentError for one under two, and
-    for a prefix that covers nothing.
+    Errors: CoverageError naming a parameter, or a slice of one, under no group; ArgumentError for
+    one under two, and for a prefix that covers nothing.
     """
     paths = leaf_paths(params)
     if groups is None:
         return (0,) * len(paths)
-    owners = []
-    for path in paths:
-        found = [
-            index
+    every = [prefix for prefixes in groups for prefix in prefixes]
+    used: set[str] = set()
+
+    def owner_of(path: str) -> int:
+        found = {
+            index: prefix
             for index, prefixes in enumerate(groups)
-            if any(_covers(prefix, path) for prefix in prefixes)
-        ]
+            for prefix in prefixes
+            if _covers(prefix, path)
+        }
+        used.update(prefix for prefix in every if _covers(prefix, path))
         if not found:
             raise CoverageError(
                 f"parameter {path!r} is under no clip group; it would leave unprotected. Add a "
@@ -98,17 +117,46 @@ def leaf_groups(params: PyTree, groups: Groups | None) -> tuple[int, ...]:
             raise ArgumentError(
                 "groups",
                 groups,
-                f"parameter {path!r} is under groups {found}",
+                f"parameter {path!r} is under groups {[*found]}",
                 "Make the prefixes disjoint: each parameter belongs to exactly one group.",
             )
-        owners.append(found[0])
-    for prefixes in groups:
-        for prefix in prefixes:
-            if not any(_covers(prefix, path) for path in paths):
-                raise ArgumentError(
-                    "groups", prefix, f"covers none of the parameters {paths}", "Remove or fix it."
-                )
+        return next(iter(found))
+
+    owners: list[Owner] = []
+    for path, leaf in zip(paths, jax.tree.leaves(params), strict=True):
+        divided = any(prefix.startswith(path + "/") for prefix in every)
+        slices = range(leaf.shape[0] if divided and leaf.shape else 0)
+        found = tuple(owner_of(f"{path}/{index}") for index in slices)
+        owners.append(found if len(set(found)) > 1 else found[0] if found else owner_of(path))
+    for prefix in every:
+        if prefix not in used:
+            raise ArgumentError(
+                "groups", prefix, f"covers none of the parameters {paths}", "Remove or fix it."
+            )
     return tuple(owners)
+
+
+def _check_stacked(stacked: tuple[str, ...], paths: tuple[str, ...]) -> None:
+    if not isinstance(stacked, tuple) or not all(isinstance(prefix, str) for prefix in stacked):
+        raise ArgumentError(
+            "stacked", stacked, "not a tuple of path prefixes", 'Write ("blocks",).'
+        )
+    for prefix in stacked:
+        if not any(_covers(prefix, path) for path in paths):
+            raise ArgumentError(
+                "stacked", prefix, f"covers none of the parameters {paths}", "Remove or fix it."
+            )
+
+
+def _layers_of(path: str, shape: tuple[int, ...]) -> int:
+    if not shape or shape[0] == 0:
+        raise ArgumentError(
+            "stacked",
+            path,
+            f"a parameter of shape {shape} has no leading axis of layers",
+            "Name only parameters that hold one layer a slice.",
+        )
+    return shape[0]
 
 
 def check_parameters(params: PyTree, num_parameters: int) -> None:

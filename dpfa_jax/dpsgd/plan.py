@@ -29,7 +29,8 @@ class DPSGDPlan:
       delta: the delta at which `epsilon` is stated, below 1/n.
       micro_batch_size: examples that go forward and backward at a time; divides the capacity.
       groups: clip groups, one for each of `release.l2_clip_norms`, each a tuple of path prefixes
-        ("encoder/0", "embedding"). Every parameter must be in exactly one. None: one flat group.
+        ("encoder/0", "embedding"); "/i" after a parameter's path is slice i of its leading axis.
+        Every parameter must be in exactly one. None: one flat group.
       per_example_bytes: the most memory for per-example gradients held at a time; a speed setting
         only. None: as `clipped_sum` chooses, without holding more than what they are made from.
 
@@ -84,6 +85,7 @@ class DPSGDPlan:
         num_parameters: int | None = None,
         params: PyTree | None = None,
         clipping: Literal["flat", "per_layer"] = "flat",
+        stacked: tuple[str, ...] = (),
         micro_batch_size: int = DEFAULT_MICRO_BATCH_SIZE,
         truncated_batch_size: int | None = None,
         groups: Groups | None = None,
@@ -104,6 +106,9 @@ class DPSGDPlan:
           clipping: "flat": an example's whole gradient is clipped to `l2_clip_norm`, or that of
             each of `groups`. "per_layer": each parameter's is clipped, all together to
             `l2_clip_norm` (`per_layer_groups` gives other divisions, to be passed as `groups`).
+          stacked: for per-layer clipping: path prefixes of parameters that hold all layers, one a
+            slice of their leading axis, as `jax.lax.scan` takes them. Each slice is then clipped on
+            its own, inside the loop's backward pass, and nothing of a layer is kept beyond it.
           noise_bands: over how many steps noise is correlated (`banded_strategy`); 1: independent.
 
         The other arguments are those of the plan and of `TrainingRelease`.
@@ -119,7 +124,11 @@ class DPSGDPlan:
         if num_parameters is None:
             num_parameters = _number_of(params)
         if clipping == "per_layer":
-            groups, l2_clip_norm = _per_layer(params, l2_clip_norm, groups)
+            groups, l2_clip_norm = _per_layer(params, l2_clip_norm, groups, stacked)
+        elif stacked:
+            raise ArgumentError(
+                "stacked", stacked, "only per-layer clipping has layers", 'Pass clipping="per_layer".'
+            )
         release = TrainingRelease(
             l2_clip_norm=l2_clip_norm,
             noise_multiplier=1.0,
@@ -233,7 +242,10 @@ def _number_of(params: PyTree | None) -> int:
 
 
 def _per_layer(
-    params: PyTree | None, l2_clip_norm: float | tuple[float, ...], groups: Groups | None
+    params: PyTree | None,
+    l2_clip_norm: float | tuple[float, ...],
+    groups: Groups | None,
+    stacked: tuple[str, ...],
 ) -> tuple[Groups, tuple[float, ...]]:
     if params is None:
         raise ArgumentError(
@@ -246,4 +258,4 @@ def _per_layer(
             "groups or several clip norms are given too",
             'Pass one l2_clip_norm and no groups, or groups and clipping="flat".',
         )
-    return per_layer_groups(params, l2_clip_norm)
+    return per_layer_groups(params, l2_clip_norm, stacked=stacked)

@@ -1,10 +1,14 @@
-"""A program in two parts: a head that runs for a whole batch, and tails that make its outputs."""
+"""A program in two parts: a head that runs for a whole batch, and tails that make its outputs.
+
+What a loop of the head makes a slice a round can be finished there: the loop then gives what its
+rounds need to a function of the caller, and stacks what that returns.
+"""
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
-from jaxtyping import Array
+from jaxtyping import Array, PyTree
 
 from dpfa_jax.dpsgd.forms import Product, Rows
 
@@ -44,15 +48,42 @@ class Tail:
 
 
 @dataclasses.dataclass(frozen=True)
+class Loop:
+    """Outputs of the program that one loop makes, a slice a round, and that are finished there.
+
+    Attributes:
+      outputs: their places.
+      tails: make the slice of one round from values of that round.
+      results: where the head has what its `Finish` returned: an array for each output, one more.
+    """
+
+    outputs: tuple[int, ...]
+    tails: tuple[Tail, ...]
+    results: tuple[int, ...]
+
+
+# (the program's first output, slices of what is given with this function, the values that the
+# loop's tails need in this round) -> an array for each of the loop's outputs and one more, none of
+# which differs from example to example.
+Finish = Callable[[Array, PyTree, list[Array]], list[Array]]
+
+
+@dataclasses.dataclass(frozen=True)
 class Split:
     """A program in two parts.
 
     Attributes:
-      head: the program's inputs -> values that the tails need, a list.
+      head: (the program's inputs; for each of `loops` what finishes a round, and arrays of which
+        each round takes a slice along the leading axis) -> values that the tails need, results of
+        the loops.
       mapped: for each of these values, whether it can differ from example to example.
-      tails: one for each output of the program.
+      outputs: the places of the outputs that tails make; the first one's is 0.
+      tails: one for each of them.
+      loops: what makes the other outputs.
     """
 
-    head: Callable[..., list[Array]]
+    head: Callable[[Sequence[Array], Sequence[tuple[Finish, PyTree]]], list[Array]]
     mapped: tuple[bool, ...]
+    outputs: tuple[int, ...]
     tails: tuple[Tail, ...]
+    loops: tuple[Loop, ...]

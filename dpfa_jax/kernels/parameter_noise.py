@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, Key, UInt32
 
 from dpfa_jax.kernels import implementations, manual_axes
@@ -22,7 +23,7 @@ MOST = 2**31 - 2**16  # numbers that the kernel's int32 positions reach
 FEWEST = 2**14  # below, a launch costs what the pass does, and XLA can fuse it with others
 
 
-Number = float | Float32[Array, ""]
+Number = float | Float32[Array, "..."]
 
 
 def released_mean(
@@ -42,7 +43,8 @@ def released_mean(
       total: sum of clipped gradients.
       noise_key: of this step; element e of leaf `leaf_index` takes the standard normal that
         `noise.parameter_noise` gives it, on whatever device.
-      stddev, grid: in the units of `total`; `grid` a power of two.
+      stddev, grid: in the units of `total`, for all of it or broadcast against it; `grid` powers of
+        two.
       divisor: the expected batch size.
       leaf_keys: `counters.bind_parameter` of this key for leaves 0, 1, ..: derived here where None.
         Each time they are derived is a kernel to compile.
@@ -55,17 +57,19 @@ def released_mean(
     Source: Abadi et al. (2016), algorithm 1; Box and Muller (1958).
     """
     total = jnp.asarray(total).astype(jnp.float32)
-    if not implementations.uses_kernel(implementation, lambda: cannot(total)):
+    if not implementations.uses_kernel(implementation, lambda: cannot(total, stddev)):
         return _by_xla(total, noise_key, leaf_index, stddev, grid, divisor)
     numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in (stddev, grid, divisor)])
     return _by_kernel(total, noise_key, jnp.uint32(leaf_index), numbers, leaf_keys)
 
 
-def cannot(total: Float[Array, "..."]) -> str | None:
+def cannot(total: Float[Array, "..."], stddev: Number = 1.0) -> str | None:
     """None if the Hopper kernel serves this leaf, else why not, in one sentence."""
     reason = device.cannot_pieces(total)
     if reason is not None:
         return reason
+    if np.ndim(stddev):
+        return "its parts have standard deviations of their own"
     if total.size < FEWEST or total.size > MOST or total.size % 4:
         return f"{total.size} numbers are fewer than {FEWEST}, more than {MOST} or no multiple of 4"
     return None

@@ -47,7 +47,7 @@ def test_an_example_that_is_not_finite_is_left_out():
     """Its scale is zero, and a scale of zero keeps its numbers out, whatever they are."""
     gradient = jnp.array([[3.0, 4.0], [jnp.nan, 0.0], [jnp.inf, 1.0], [3.0, 4.0], [0.3, 0.4]])
     real = jnp.array([True, True, True, False, True])
-    scales = trees.clip_scales([trees.squared_norms(gradient, 1.0)], real)
+    scales = trees.clip_scales(trees.squared_norms(gradient, 1.0)[:, None, None], real)[:, 0]
     np.testing.assert_allclose(scales, [0.2 * (1 - CLIP_MARGIN), 0, 0, 0, 1], rtol=1e-6)
     total = trees.weighted_sum(gradient, scales)
     np.testing.assert_allclose(total, [0.9, 1.2], rtol=1e-4)

@@ -346,7 +346,7 @@ def test_a_plan_that_says_nothing_holds_no_more_than_it_must(monkeypatch):
     """All examples at once where their gradients need less than what they are made from."""
     width, rows = 64, 8
     one = 2 * 4 * width * width
-    monkeypatch.setattr("dpfa_jax.dpsgd.clipped_sum.DEFAULT_PER_EXAMPLE_BYTES", one)
+    monkeypatch.setattr("dpfa_jax.dpsgd.clip_groups.DEFAULT_PER_EXAMPLE_BYTES", one)
 
     def loss(params, batch):
         hidden = jnp.tanh(batch["x"] @ params["a"])

@@ -144,7 +144,7 @@ def test_the_oracle_sees_what_is_not_clipped(monkeypatch):
     batch = {"x": np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)}
     loss_fn = private.loss(lambda model, batch: jnp.sum(jnp.exp(model(batch["x"])), axis=1))
     check_clipped_sum(loss_fn, private.params, batch, micro_batch_size=4)
-    monkeypatch.setattr(trees, "clip_scales", lambda squares, real: real.astype(jnp.float32))
+    monkeypatch.setattr(trees, "clip_scales", lambda squares, real: jnp.ones(squares.shape[:2]) * real[:, None])
     with pytest.raises(AssertionError):
         check_clipped_sum(loss_fn, private.params, batch, micro_batch_size=4)
 
