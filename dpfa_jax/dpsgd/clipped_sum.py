@@ -92,7 +92,7 @@ def clipped_sum(
     rounds = []
     for loop in split.loops:
         members = tuple(place - 1 for place in loop.outputs)
-        owners = tuple(leaf_groups[i] for i in members)
+        owners = tuple(groups_of(leaf_groups[i]) for i in members)
         rounds.append(Rounds(loop, members, owners, tuple(paths[i] for i in members)))
 
     def sum_of(examples: PyTree, real: Bool[Array, " micro"]) -> list[Float32[Array, "..."]]:

@@ -187,11 +187,11 @@ class _Scope:
         return list(cut), tuple(tails)
 
     def finish_in_loop(self, column: Sequence[int]) -> None:
-        """Has these outputs finished in the loop that makes a slice of each a round, if one does."""
-        made = [narrowed(self.maker, self.jaxpr.outvars[i], pads=False)[0] for i in column]
-        eqns = [self.maker.get(out) if isinstance(out, jex.Var) else None for out in made]
-        eqn = eqns[0]
-        if eqn is None or eqn.primitive.name != "scan" or any(each is not eqn for each in eqns):
+        """Has these outputs finished in the loop that makes a slice of each a round, if any."""
+        outs = [narrowed(self.maker, self.jaxpr.outvars[i], pads=False)[0] for i in column]
+        made = [out for out in outs if isinstance(out, jex.Var)]
+        eqn = self.maker.get(made[0]) if made else None
+        if eqn is None or eqn.primitive.name != "scan" or not set(outs) <= set(eqn.outvars):
             return
         body = self._bodies.setdefault(id(eqn), _Body(self, eqn))
         places = [eqn.outvars.index(out) for out in made]

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float, Float32, PyTree
+from jaxtyping import Array, Float32
 
 from dpfa_jax.clipping import trees
 from dpfa_jax.dpsgd.forms import Product, Rows

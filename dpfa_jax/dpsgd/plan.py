@@ -127,7 +127,10 @@ class DPSGDPlan:
             groups, l2_clip_norm = _per_layer(params, l2_clip_norm, groups, stacked)
         elif stacked:
             raise ArgumentError(
-                "stacked", stacked, "only per-layer clipping has layers", 'Pass clipping="per_layer".'
+                "stacked",
+                stacked,
+                "only per-layer clipping has layers",
+                'Pass clipping="per_layer".',
             )
         release = TrainingRelease(
             l2_clip_norm=l2_clip_norm,
