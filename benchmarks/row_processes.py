@@ -44,21 +44,25 @@ class RowProcess:
 
     def ready(self, deadline: float) -> str:
         """ "" once the child has set up, or why it has not."""
-        return self._until(lambda: READY in self._lines(), deadline)
+        why = self._until(lambda: READY in self._lines(), deadline)
+        if why:
+            self.end()
+        return why
 
     def timed(self, deadline: float) -> tuple[dict[str, Any] | None, str]:
-        """Lets the child go on: (its row, "") or (None, why not)."""
+        """Lets the child go on: (its row, "") or (None, why not).
+
+        A child may print its row and go on for more: where that fails, (its row, why).
+        """
         with contextlib.suppress(BrokenPipeError):  # gone meanwhile: its end says why
             assert self._child.stdin is not None
             self._child.stdin.write("go\n")
             self._child.stdin.flush()
         why = self._until(lambda: False, deadline)
-        if why:
-            return None, why
-        try:
-            return json.loads(self._lines()[-1]), ""
-        except (IndexError, json.JSONDecodeError):
-            return None, "ended without a row"
+        rows = [line for line in self._lines() if line.startswith("{")]
+        with contextlib.suppress(IndexError, json.JSONDecodeError):
+            return json.loads(rows[-1]), why
+        return None, why or "ended without a row"
 
     def end(self) -> None:
         if self._out.closed:
@@ -79,9 +83,7 @@ class RowProcess:
             if code is not None:
                 return "" if code == 0 else self._error(code)
             if time.monotonic() >= deadline:
-                why = self._too_long()
-                self.end()
-                return why
+                return self._too_long()
             time.sleep(POLL)
         return ""
 

@@ -1,22 +1,27 @@
 """DP-SGD steps, private and not, against peers: whole steps, one process a row, one GPU a case.
 
     python benchmarks/train.py --gpus 4 --output benchmarks/results/<device>/<date>-train.json
+    python benchmarks/train.py --add-to <that file>      what it lacks, after a run that was cut off
     python benchmarks/train.py --largest-of <that file>
 
 A step is forward, backward, clipping, noise and AdamW. Times are medians over windows of queued
 steps, in milliseconds; compare times of one case only: the methods of a case are timed in turn on
-one GPU (`gpu`), where nothing else runs meanwhile, while cases are spread over the GPUs. A peer
-that works through a batch in parts is timed with each size of part: `tried` has the milliseconds of
-each, the row is of the best, `micro_batch`. `peak_bytes` is the allocator's peak over the run,
-model and optimizer included. `largest_batch` (with --largest-of) is the largest batch of one pass,
-without micro-batches, whose step fits the device: in JAX read from the compiler's memory figures,
-in torch from steps that are run. `left_out` names what is missing and why: a row beyond a limit,
-one that does not fit, a peer that is not installed or that a model does not run with. Parameters
-are float32 and products bfloat16 for all; how each peer in torch comes to that, and what it rounds
-besides, is said in its file (`torch_opacus`, `torch_fastdp`).
+one GPU (`gpu`), where nothing else runs meanwhile, while cases are spread over the GPUs. `run`, if
+any, tells which of `runs` a row is of, if not of the first; runs may have had different GPUs of one
+kind. A peer that works through a batch in parts is timed with each size of part, but for sizes
+beyond one that is slower than the best by a fifth: `tried` has the milliseconds of each, the row is
+of the best, `micro_batch`. `peak_bytes` is the allocator's peak over the run, model and optimizer
+included. `largest_batch` (with --largest or --largest-of) is the largest batch of one pass, without
+micro-batches, whose step fits the device: in JAX read from the compiler's memory figures
+(compilations, which run beside the timing and leave the GPU alone), in torch from steps that are
+run. `left_out` names what is missing and why: a row beyond a limit, one that does not fit, a peer
+that is not installed or that a model does not run with. Parameters are float32 and products
+bfloat16 for all; how each peer in torch comes to that, and what it rounds besides, is said in its
+file (`torch_opacus`, `torch_fastdp`).
 """
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
@@ -24,13 +29,14 @@ import math
 import os
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
+from largest_batch import GRANULE
 from row_processes import Limits, Turn, in_turn, over_gpus, stage, tuning
-from stored_runs import begun, child_environment, write
+from stored_runs import begun, child_environment
+from train_results import Results, Row, added_to
 
 FASTDP = (
     "git+https://github.com/awslabs/fast-differential-privacy"
@@ -51,19 +57,10 @@ CASES = (
     ("llama-1b-lora", 1024, 8),
     ("llama-1b", 1024, 8),
     ("gpt2-small", 512, 64),
+    ("gpt2-small", 2048, 16),
     ("gpt2-small", 4096, 8),
 )
-PEER_MICRO_BATCHES = (2, 4, 8)
-
-
-class Row(NamedTuple):
-    """One process: a method, and the size of the parts that it takes the batch in, if any."""
-
-    model: str
-    T: int
-    batch: int
-    method: str
-    micro_batch: int | None = None
+PEER_MICRO_BATCHES = (4, 8, 2, 16)  # the likeliest first
 
 
 def rows_of(
@@ -80,8 +77,14 @@ def rows_of(
     return rows
 
 
-def time_row(row: Row, seconds: float, lock: str | None) -> dict[str, Any]:
-    """In a process of its own: sets up, waits for its turn, and is timed."""
+def time_row(
+    row: Row, seconds: float, lock: str | None, largest_seconds: float, memory_bytes: int | None
+) -> dict[str, Any]:
+    """In a process of its own: sets up, waits for its turn, and is timed.
+
+    Largest batches in torch are of steps that run: where they are to be found, that is in the turn
+    too, after the row has been printed, which stays whatever comes of the search.
+    """
     turn = Turn()
     if row.method in IN_TORCH:
         import torch
@@ -90,7 +93,12 @@ def time_row(row: Row, seconds: float, lock: str | None) -> dict[str, Any]:
         train_torch.peer_of(row.method)
         turn.wait()
         device = "cuda" if torch.cuda.is_available() else "cpu"
-        return train_torch.timed(row.method, *row[:3], seconds, device)
+        found = train_torch.timed(row.method, *row[:3], seconds, device)
+        if largest_seconds:
+            print(json.dumps(found), flush=True)
+            stage("searching")
+            found |= find_largest(row, memory_bytes, largest_seconds)
+        return found
     import train_steps
 
     stage("tracing")
@@ -99,127 +107,123 @@ def time_row(row: Row, seconds: float, lock: str | None) -> dict[str, Any]:
     return timed(seconds)
 
 
-def find_largest(row: Row, memory_bytes: int | None) -> dict[str, Any]:
-    Turn().wait()
+def find_largest(row: Row, memory_bytes: int | None, seconds: float) -> dict[str, Any]:
     if row.method in IN_TORCH:
         import torch
         import train_torch
 
         limit = memory_bytes or int(0.93 * torch.cuda.mem_get_info()[1])
-        return {"largest_batch": train_torch.largest_batch(row.method, *row[:3], limit)}
-    import train_steps
+        found = train_torch.largest_batch(row.method, *row[:3], limit, seconds)
+    else:
+        import train_steps
 
-    return {"largest_batch": train_steps.largest_batch(*row[:4], memory_bytes)}
-
-
-class Results:
-    """What is stored, written whenever something is added."""
-
-    def __init__(self, path: str | None, result: dict[str, Any]) -> None:
-        self.path, self.result, self._lock = path, result, threading.Lock()
-
-    def add(self, row: Row, gpu: str, found: dict[str, Any] | None, why: str) -> None:
-        with self._lock:
-            if found is None:
-                self._leave_out(row, "row", why)
-            else:
-                self._take(row, gpu, found)
-            write(self.result, self.path)
-
-    def add_largest(self, row: Row, found: dict[str, Any] | None, why: str) -> None:
-        with self._lock:
-            if found is None:
-                self._leave_out(row, "largest", why)
-            else:
-                self._find(row)["largest_batch"] = found["largest_batch"]
-                print(*row[:4], found, flush=True)
-            write(self.result, self.path)
-
-    def _find(self, row: Row) -> dict[str, Any]:
-        for known in self.result["rows"]:
-            if all(
-                known[name] == value
-                for name, value in row._asdict().items()
-                if name != "micro_batch"
-            ):
-                return known
-        return {}
-
-    def _take(self, row: Row, gpu: str, found: dict[str, Any]) -> None:
-        print(*row, f"GPU {gpu}", found, flush=True)
-        known = self._find(row)
-        tried = dict(known.get("tried", {}))
-        if row.micro_batch is not None:
-            tried[str(row.micro_batch)] = found["milliseconds"]
-            found = found | {"micro_batch": row.micro_batch, "tried": tried}
-        if known and known["milliseconds"] <= found["milliseconds"]:
-            known["tried"] = tried
-            return
-        tokens = round(row.batch * row.T / found["milliseconds"] * 1e3)
-        names = {name: value for name, value in row._asdict().items() if name != "micro_batch"}
-        new = names | found | {"tokens_per_second": tokens, "largest_batch": None, "gpu": gpu}
-        if known:
-            known.clear()
-            known.update(new)
-        else:
-            self.result["rows"].append(new)
-
-    def _leave_out(self, row: Row, what: str, why: str) -> None:
-        names = {name: value for name, value in row._asdict().items() if value is not None}
-        self.result["left_out"].append(names | {"what": what, "why": why})
-        print(f"left out: {self.result['left_out'][-1]}", flush=True)
+        found = train_steps.largest_batch(*row[:4], memory_bytes)
+    if found is None:
+        raise MemoryError(f"no batch of {GRANULE} fits")
+    return {"largest_batch": found}
 
 
 def _command(words: dict[str, Any]) -> list[str]:
     return [sys.executable, __file__, "--child", json.dumps(words)]
 
 
-def _environment(cache: str, gpu: str | None) -> dict[str, str]:
-    environment = {"JAX_COMPILATION_CACHE_DIR": cache} | child_environment()
+def _environment(cache: str | None, gpu: str | None) -> dict[str, str]:
+    environment = child_environment()
+    if cache is not None:
+        environment["JAX_COMPILATION_CACHE_DIR"] = cache
     environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = "0.93"
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     return environment
 
 
-def time_cases(arguments: argparse.Namespace, results: Results, limits: Limits) -> None:
+def time_cases(arguments: argparse.Namespace, results: Results, limits: Limits, cache: str) -> None:
     # Rows of one run share compiled programs and, on a GPU, what tuning found.
-    with tempfile.TemporaryDirectory() as cache:
+    more = {"memory_bytes": arguments.memory_bytes, "seconds": arguments.seconds}
+    more["largest_seconds"] = arguments.largest_seconds if arguments.largest else 0.0
 
-        def work(gpu: str, cases: Sequence[tuple[str, int, int]]) -> None:
-            lock = os.path.join(cache, f"tuning-{gpu}")
+    def work(gpu: str, cases: Sequence[tuple[str, int, int]]) -> None:
+        lock = os.path.join(cache, f"tuning-{gpu}")
+        rows = [
+            row
+            for case in cases
+            for row in rows_of(case, arguments.methods, arguments.micro_batches)
+        ]
+        # In torch last, when those in JAX hold no memory any more; one size of part a round.
+        rows.sort(key=lambda row: row.method in IN_TORCH)
+        sizes = [
+            size for size in arguments.micro_batches if any(r.micro_batch == size for r in rows)
+        ]
+        for turn, size in enumerate(sizes or [None]):
+            due = [
+                row for row in rows
+                if row.micro_batch == size or (turn == 0 and row.micro_batch is None)
+            ]  # fmt: skip
             commands: dict[Any, list[str]] = {
-                row: _command({"row": row, "seconds": arguments.seconds, "lock": lock})
-                for case in cases
-                for row in rows_of(case, arguments.methods, arguments.micro_batches)
-            }
+                row: _command(more | {"row": row, "lock": lock})
+                for row in due if results.is_wanted(row)
+            }  # fmt: skip
             in_turn(
                 commands, _environment(cache, gpu), limits,
                 lambda row, found, why: results.add(row, gpu, found, why),
             )  # fmt: skip
 
-        groups = itertools.batched(arguments.cases, arguments.cases_at_once)
-        over_gpus(_gpus(arguments.gpus), list(groups), work)
+    groups = itertools.batched(arguments.cases, arguments.cases_at_once)
+    over_gpus(_gpus(arguments.gpus), list(groups), work)
 
 
-def find_all_largest(arguments: argparse.Namespace, results: Results, limits: Limits) -> None:
-    """Compilations, `--at-once` at a time, and for torch short runs; nothing is timed."""
-    rows = [Row(*(row[name] for name in Row._fields[:4])) for row in results.result["rows"]]
+def find_all_largest(
+    rows: Sequence[Row], arguments: argparse.Namespace, results: Results, limits: Limits
+) -> None:
+    """Compilations, `--at-once` at a time, and for torch short runs; nothing is timed.
+
+    Compilations run no kernel, and give way to whatever else the host has to do.
+    """
     gpus = _gpus(arguments.gpus)
+    rows = [row for row in rows if results.is_largest_wanted(row)]
     # Compilations are no work for a GPU; torch's steps are, and fill it: one a GPU.
-    slots = gpus + [gpus[i % len(gpus)] for i in range(arguments.at_once - len(gpus))]
-    torch_rows = [row for row in rows if row.method in IN_TORCH]
-    with tempfile.TemporaryDirectory() as cache:
+    slots = [gpus[index % len(gpus)] for index in range(arguments.at_once)]
 
-        def work(gpu: str, row: Row) -> None:
-            words = {"row": row, "memory_bytes": arguments.memory_bytes}
-            in_turn(
-                {row: _command(words)}, _environment(cache, gpu), limits,
-                results.add_largest,
-            )  # fmt: skip
+    def work(gpu: str, row: Row) -> None:
+        words = {"row": row, "memory_bytes": arguments.memory_bytes}
+        command = _command(words | {"largest_seconds": arguments.largest_seconds})
+        in_turn(
+            {row: ["nice", "-n", "19", *command]}, _environment(None, gpu), limits,
+            results.add_largest,
+        )  # fmt: skip
 
-        over_gpus(slots, [row for row in rows if row.method not in IN_TORCH], work)
-        over_gpus(gpus, torch_rows, work)
+    over_gpus(slots, [row for row in rows if row.method not in IN_TORCH], work)
+    over_gpus(gpus, [row for row in rows if row.method in IN_TORCH], work)
+
+
+def run(arguments: argparse.Namespace, results: Results, limits: Limits) -> None:
+    # A search compiles several steps, and gives way: it has all the time that there is.
+    searching = limits._replace(timing=math.inf)
+    with contextlib.ExitStack() as stack:
+        cache = arguments.cache or stack.enter_context(tempfile.TemporaryDirectory())
+        os.makedirs(cache, exist_ok=True)
+        if arguments.largest_of:
+            rows = [
+                Row(row["model"], row["T"], row["batch"], row["method"])
+                for row in results.result["rows"]
+            ]
+            find_all_largest(rows, arguments, results, searching)
+            return
+        searches: list[tuple[str, list[Row]]] = []
+        if arguments.largest:
+            rows = [
+                Row(name, length, batch, method) for name, length, batch in arguments.cases
+                for method in arguments.methods if method not in IN_TORCH
+            ]  # fmt: skip
+            searches = [("searches", rows)]
+        # Beside the timing, in a thread of its own; over_gpus raises what fails in either.
+        over_gpus(
+            ["times", "searches"], [("times", []), *searches],
+            lambda _, what: (
+                time_cases(arguments, results, limits, cache) if what[0] == "times"
+                else find_all_largest(what[1], arguments, results, searching)
+            ),
+        )  # fmt: skip
 
 
 def _gpus(count: int) -> list[str]:
@@ -237,8 +241,9 @@ def child(words: Mapping[str, Any]) -> dict[str, Any]:
     row = Row(*words["row"])
     try:
         if "seconds" in words:
-            return time_row(row, words["seconds"], words["lock"])
-        return find_largest(row, words["memory_bytes"])
+            return time_row(row, **{name: words[name] for name in words if name != "row"})
+        Turn().wait()
+        return find_largest(row, words["memory_bytes"], words["largest_seconds"])
     except ModuleNotFoundError as error:
         if row.method not in PEERS:
             raise
@@ -252,6 +257,17 @@ def main() -> None:
     began = time.monotonic()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", help="JSON file to write, after each row")
+    parser.add_argument(
+        "--add-to", metavar="FILE",
+        help="a stored run of this device and these versions, whose rows are kept, not timed again",
+    )  # fmt: skip
+    parser.add_argument("--cache", metavar="FOLDER", help="keeps compiled programs for a later run")
+    parser.add_argument(
+        "--largest", action="store_true", help="find largest batches too, beside the timing"
+    )
+    parser.add_argument(
+        "--largest-seconds", type=float, default=30.0, help="of a search that runs steps (torch)"
+    )
     parser.add_argument(
         "--largest-of", metavar="FILE", help="add the largest batch to the rows of a stored run"
     )
@@ -276,10 +292,15 @@ def main() -> None:
     ):
         parser.add_argument(name, type=float, default=default, help=what)
     parser.add_argument(
-        "--at-once", type=int, default=4, help="processes, for --largest-of, which only compile"
+        "--at-once",
+        type=int,
+        default=4,
+        help="processes that find largest batches and only compile",
     )
     parser.add_argument(
-        "--memory-bytes", type=int, help="for --largest-of; what the device tells if none"
+        "--memory-bytes",
+        type=int,
+        help="that a largest batch is to fit; what the device tells if none",
     )
     arguments = parser.parse_args()
     limits = Limits(
@@ -289,12 +310,14 @@ def main() -> None:
     )
     if arguments.largest_of:
         with open(arguments.largest_of) as file:
-            results = Results(arguments.largest_of, json.load(file))
-        # A search is one go: it has the time of a row's setting up.
-        find_all_largest(arguments, results, limits._replace(timing=limits.setup))
+            run(arguments, Results(arguments.largest_of, json.load(file)), limits)
         return
+    if arguments.output and (arguments.add_to or os.path.exists(arguments.output)):
+        parser.error(f"{arguments.output} would be written anew: --add-to FILE keeps its rows")
     result = begun("benchmarks/train.py", ("jax", "jax-privacy", "torch", "opacus", "fastDP"))
-    time_cases(arguments, Results(arguments.output, result), limits)
+    if arguments.add_to:
+        result = added_to(arguments.add_to, result)
+    run(arguments, Results(arguments.add_to or arguments.output, result), limits)
 
 
 if __name__ == "__main__":

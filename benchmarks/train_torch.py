@@ -2,6 +2,7 @@
 
 import gc
 import importlib
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -81,18 +82,23 @@ def _measured_afresh(
     return row | {"peak_bytes": peak}
 
 
-def largest_batch(method: str, name: str, length: int, batch: int, limit: int) -> int | None:
-    """The largest batch of one pass whose step stays within the limit, by running steps."""
+def largest_batch(
+    method: str, name: str, length: int, batch: int, limit: int, seconds: float
+) -> int | None:
+    """The largest batch of one pass whose step stays within the limit, by running steps.
 
-    def needed(size: int) -> int:
+    TimeoutError where it takes more than `seconds`.
+    """
+
+    def needed(size: int) -> float:
         _forget("cuda")
         try:
             _step_afresh(method, name, length, size, size, "cuda")()
         except torch.OutOfMemoryError:
-            return 2 * limit
+            return math.inf
         return torch.cuda.max_memory_allocated()
 
-    return largest(needed, batch, limit)
+    return largest(needed, batch, limit, seconds=seconds)
 
 
 def _step_afresh(

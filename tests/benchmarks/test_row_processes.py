@@ -24,6 +24,9 @@ if what == "silent": os._exit(0)
 if what == "nest": subprocess.Popen(["sleep", "600"]); time.sleep(600)
 turn.wait()
 if what == "hang timed": time.sleep(600)
+if what == "search fails":
+    print(json.dumps({{"milliseconds": 1.0, "of": what}}), flush=True); stage("searching")
+    sys.exit("no time left")
 if what == "crash timed": sys.exit("out of memory")
 if what == "loud": sys.stderr.write("x" * 1_000_000); sys.stderr.flush()
 began = time.monotonic()
@@ -65,6 +68,12 @@ def test_a_row_that_crashes_is_left_out_with_its_last_word(rows, tmp_path):
     assert found["crash"] == (None, "setting up: no such kernel")
     assert found["crash timed"] == (None, "out of memory")
     assert found["silent"][0] is None and "without a row" in found["silent"][1]
+
+
+def test_a_row_that_was_printed_stays_whatever_comes_after(rows, tmp_path):
+    found, _ = _run(rows, tmp_path, ["search fails", "a"])
+    row, why = found["search fails"]
+    assert row["of"] == "search fails" and why == "no time left"
 
 
 @pytest.mark.slow

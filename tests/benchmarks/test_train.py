@@ -99,7 +99,7 @@ def test_a_sweep_keeps_the_best_and_tells_the_others(bench, tmp_path):
     for row in rows:
         time = times.get(row.micro_batch, 3.0)
         found = None if row.micro_batch == 4 else {"milliseconds": time, "peak_bytes": 1}
-        results.add(row, "0", found, "out of memory")
+        results.add(row, "0", found, "" if found else "out of memory")
     stored = json.loads((tmp_path / "out.json").read_text())
     flat, peer = stored["rows"]
     assert flat["milliseconds"] == 3.0 and "micro_batch" not in flat
@@ -108,6 +108,60 @@ def test_a_sweep_keeps_the_best_and_tells_the_others(bench, tmp_path):
     assert peer["tokens_per_second"] == 16_000
     (missing,) = stored["left_out"]
     assert missing["micro_batch"] == 4 and missing["why"] == "out of memory"
+
+
+def test_sizes_beyond_a_slow_one_are_not_tried(bench):
+    """Beyond as seen from the best: a slow size of 8 says nothing of 2."""
+    results = bench.Results(None, {"rows": [], "left_out": []})
+    sizes = {size: bench.Row("gpt2-tiny", 8, 16, "jax_privacy", size) for size in (2, 4, 8, 16)}
+    assert all(results.is_wanted(row) for row in sizes.values())
+    results.add(sizes[4], "0", {"milliseconds": 10.0}, "")
+    assert [size for size in sizes if results.is_wanted(sizes[size])] == [2, 8, 16]
+    results.add(sizes[8], "0", {"milliseconds": 12.1}, "")
+    assert [size for size in sizes if results.is_wanted(sizes[size])] == [2]
+    results.add(sizes[2], "0", None, "out of memory")
+    assert results.result["left_out"][0]["micro_batch"] == 2
+
+
+def test_a_row_stays_where_its_largest_batch_is_not_found_and_keeps_one_found_early(bench):
+    results = bench.Results(None, {"rows": [], "left_out": []})
+    torch_row = bench.Row("gpt2-tiny", 8, 16, "fastdp")
+    peer = bench.Row("gpt2-tiny", 8, 16, "jax_privacy")
+    results.add(torch_row, "0", {"milliseconds": 10.0}, "30 seconds were over")
+    results.add_largest(peer, {"largest_batch": 64}, "")
+    for size, time in ((4, 3.0), (2, 2.0)):
+        results.add(peer._replace(micro_batch=size), "0", {"milliseconds": time}, "")
+    first, second = results.result["rows"]
+    assert first["largest_batch"] is None and results.is_largest_wanted(torch_row)
+    assert second["largest_batch"] == 64 and second["micro_batch"] == 2
+    (missing,) = results.result["left_out"]
+    assert missing["what"] == "largest" and missing["why"] == "30 seconds were over"
+    results.add_largest(torch_row, {"largest_batch": 32}, "")
+    assert first["largest_batch"] == 32 and results.result["left_out"] == []
+
+
+def test_a_run_is_added_to_a_stored_one_of_its_device_alone(bench, tmp_path):
+    path = tmp_path / "out.json"
+    head = {"device": "some GPU", "date": "2026-01-02", "versions": {"jax": "1"}}
+    row = {"model": "gpt2-tiny", "T": 8, "batch": 8, "method": "flat", "milliseconds": 1.0}
+    path.write_text(json.dumps(head | {"command": "one", "rows": [row], "left_out": []}))
+    again = head | {"command": "two", "date": "2026-01-03", "rows": [], "left_out": []}
+    result = bench.added_to(str(path), again)
+    assert [run["command"] for run in result["runs"]] == ["one", "two"]
+    assert [run["date"] for run in result["runs"]] == ["2026-01-02", "2026-01-03"]
+    assert result["command"] == "one; two" and result["rows"] == [row]
+    results = bench.Results(None, result)
+    flat, plain = (bench.Row("gpt2-tiny", 8, 8, method) for method in ("flat", "nonprivate"))
+    assert not results.is_wanted(flat) and results.is_wanted(plain)
+    results.add(plain, "0", {"milliseconds": 2.0}, "")
+    assert "run" not in result["rows"][0] and result["rows"][1]["run"] == 1
+    with pytest.raises(ValueError, match="other GPU"):
+        bench.added_to(str(path), again | {"device": "other GPU"})
+
+
+def test_a_search_says_what_it_knows_when_its_time_is_over(steps):
+    with pytest.raises(TimeoutError, match="32 fits"):
+        steps.largest(lambda batch: 7 * batch, 32, 5000, seconds=0.0)
 
 
 def _words(monkeypatch, tmp_path, *more):
