@@ -59,6 +59,7 @@ CASES = (
     ("gpt2-small", 512, 64),
     ("gpt2-small", 2048, 16),
     ("gpt2-small", 4096, 8),
+    ("gpt2-medium-stacked", 1024, 32),
 )
 PEER_MICRO_BATCHES = (4, 8, 2, 16)  # the likeliest first
 

@@ -20,11 +20,15 @@ HALF = jnp.bfloat16 if jax.default_backend() == "gpu" else jnp.float32
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """`init(key) -> (trainable, frozen)`, `loss(trainable, frozen, batch) -> (B,)`."""
+    """`init(key) -> (trainable, frozen)`, `loss(trainable, frozen, batch) -> (B,)`.
+
+    `stacked`: path prefixes of parameters that hold all layers, for `scan`.
+    """
 
     init: Callable[[jax.Array], tuple[Params, Params]]
     loss: Callable[[Params, Params, Any], jax.Array]
     batch: Callable[[jax.Array, int, int], Any]
+    stacked: tuple[str, ...] = ()
 
 
 def _normal(key: jax.Array, *shape: int) -> jax.Array:
@@ -83,14 +87,22 @@ def _token_losses(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return -jnp.take_along_axis(logs, targets[..., None], axis=-1)[..., 0].mean(axis=-1)
 
 
-def gpt2(layers: int, width: int, heads: int, vocabulary: int = 50304) -> Model:
-    """GPT-2 with a tied head (Radford et al., 2019)."""
+def gpt2(
+    layers: int, width: int, heads: int, vocabulary: int = 50304, *, stacked: bool = False
+) -> Model:
+    """GPT-2 with a tied head (Radford et al., 2019).
+
+    `stacked`: one array holds a parameter of all layers; the layers are run by `scan` and
+    recomputed in the backward pass (`checkpoint`).
+    """
 
     def init(key: jax.Array) -> tuple[Params, Params]:
         k = jax.random.split(key, 3)
         norm = {"scale": jnp.ones(width), "bias": jnp.zeros(width)}
         table, places = _normal(k[0], vocabulary, width), _normal(k[1], 4096, width)
-        blocks = _blocks(k[2], layers, width)
+        blocks: Any = _blocks(k[2], layers, width)
+        if stacked:
+            blocks = jax.tree.map(lambda *layers: jnp.stack(layers), *blocks)
         return {"tokens": table, "places": places, "blocks": blocks, "norm": norm}, {}
 
     def loss(params: Params, frozen: Params, batch: jax.Array) -> jax.Array:
@@ -98,11 +110,17 @@ def gpt2(layers: int, width: int, heads: int, vocabulary: int = 50304) -> Model:
         inputs, targets = batch[:, :-1], batch[:, 1:]
         table = params["tokens"].astype(HALF)
         x = table[inputs] + params["places"].astype(HALF)[: inputs.shape[1]]
-        for block in params["blocks"]:
-            x = _block(block, x, heads=heads, causal=True)
+        block_of = functools.partial(_block, heads=heads, causal=True)
+        if stacked:
+            again = jax.checkpoint(lambda x, block: (block_of(block, x), None))
+            x, _ = jax.lax.scan(again, x, params["blocks"])
+        else:
+            for block in params["blocks"]:
+                x = block_of(block, x)
         return _token_losses(_layer_norm(params["norm"], x) @ table.T, targets)
 
-    return Model(init, loss, functools.partial(_tokens, vocabulary))
+    tokens = functools.partial(_tokens, vocabulary)
+    return Model(init, loss, tokens, ("blocks",) if stacked else ())
 
 
 def vit(layers: int, width: int, heads: int, patch: int = 16, classes: int = 1000) -> Model:
@@ -232,11 +250,13 @@ def _tokens(vocabulary: int, key: jax.Array, rows: int, length: int) -> jax.Arra
 MODELS = {
     "gpt2-small": gpt2(12, 768, 12),
     "gpt2-medium": gpt2(24, 1024, 16),
+    "gpt2-medium-stacked": gpt2(24, 1024, 16, stacked=True),
     "vit-b": vit(12, 768, 12),
     "llama-1b": llama(16, 2048, 32, 8, 8192, None),
     "llama-1b-lora": llama(16, 2048, 32, 8, 8192, 16),
     # Stand-ins, to try a run anywhere.
     "gpt2-tiny": gpt2(1, 32, 2, 64),
+    "gpt2-tiny-stacked": gpt2(2, 32, 2, 64, stacked=True),
     "vit-tiny": vit(1, 32, 2, patch=2, classes=8),
     "llama-tiny": llama(1, 32, 4, 2, 64, None),
     "llama-tiny-lora": llama(1, 32, 4, 2, 64, 2),

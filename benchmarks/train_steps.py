@@ -132,7 +132,7 @@ def _begin_and_update(model: Any, params: Any, batch: int, method: str, micro_ba
         return _ordinary(model, optimizer)
     if method == "jax_privacy":
         return _jax_privacy(model, optimizer, batch, micro_batch)
-    return _private(model, optimizer, _plan(params, batch, per_layer=method == "per_layer"))
+    return _private(model, optimizer, _plan(model, params, batch, per_layer=method == "per_layer"))
 
 
 def _ordinary(model: Any, optimizer: Any) -> tuple[Any, Any]:
@@ -163,15 +163,11 @@ def _private(model: Any, optimizer: Any, plan: Any) -> tuple[Any, Any]:
     return lambda params: (step_of(None).init(params), key), update
 
 
-def _plan(params: Any, batch: int, *, per_layer: bool) -> Any:
-    """The batch as capacity, all of it in one pass; per layer: weights and bias of one together."""
-    paths = [
-        jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, _ in jax.tree_util.tree_leaves_with_path(params)
-    ]
-    layers = sorted({path.rsplit("/", 1)[0] if "/" in path else path for path in paths})
+def _plan(model: Any, params: Any, batch: int, *, per_layer: bool) -> Any:
+    """The batch as capacity, all of it in one pass."""
+    groups, norms = _layers(model, params) if per_layer else (None, CLIP)
     release = TrainingRelease(
-        l2_clip_norm=(CLIP / math.sqrt(len(layers)),) * len(layers) if per_layer else CLIP,
+        l2_clip_norm=norms,
         noise_multiplier=NOISE_MULTIPLIER,
         dataset_size=100_000,
         expected_batch_size=max(1, batch // 2),
@@ -183,9 +179,21 @@ def _plan(params: Any, batch: int, *, per_layer: bool) -> Any:
         steps=1_000_000,
         delta=1e-6,
         micro_batch_size=batch,
-        groups=tuple((layer,) for layer in layers) if per_layer else None,
+        groups=groups,
         per_example_bytes=PER_EXAMPLE_BYTES,
     )
+
+
+def _layers(model: Any, params: Any) -> Any:
+    """Clip groups and their norms: weights and bias of one layer together."""
+    if model.stacked:
+        return dpsgd.per_layer_groups(params, CLIP, depth=2, stacked=model.stacked)
+    paths = [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
+    layers = sorted({path.rsplit("/", 1)[0] if "/" in path else path for path in paths})
+    return tuple((layer,) for layer in layers), (CLIP / math.sqrt(len(layers)),) * len(layers)
 
 
 def _jax_privacy(model: Any, optimizer: Any, batch: int, micro_batch: int) -> tuple[Any, Any]:
