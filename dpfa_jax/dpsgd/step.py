@@ -75,9 +75,10 @@ def make_dp_step(
       optimizer: receives the noised mean gradient, float32.
       plan: what is promised. Charge it before stepping (`charge`); a step does not charge.
       axis_name: inside `shard_map`: the mesh axes over which the batch is split. Clipped sums are
-        added over them first, then every shard adds the same noise, once. Not needed under plain
-        jit with sharded arrays, on automatic or explicit mesh axes: there the sum is the whole
-        batch's in any case.
+        added over them first, then every shard adds the same noise, once. `shard_map` must check
+        types (not `check_vma=False`): they alone tell that no example is on two shards. Not needed
+        under plain jit with sharded arrays, on automatic or explicit mesh axes: there the sum is
+        the whole batch's in any case.
       donate_state: let the step reuse the memory of the state it is given; that state is then gone.
 
     `step` takes a batch of exactly `plan.capacity` rows and the mask of the real ones. It returns
@@ -221,13 +222,20 @@ def _check_split(
 ) -> None:
     """Refuses examples that every shard holds: each would be added once a shard.
 
-    Types tell it, unless `shard_map` was told not to check them.
+    Only types tell: equal rows of two shards may be one example, or two that look alike.
     """
     for axis in (
         () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
     ):
         if axis not in manual_axes.varying_axes(jax.lax.axis_index(axis)):
-            continue
+            raise ArgumentError(
+                "axis_name",
+                axis_name,
+                f"nothing tells here whether shards of {axis!r} hold different examples; those "
+                "that all of them hold would be added once a shard, beyond their clip norm",
+                "Use jax.shard_map without check_vma=False; or plain jit with the batch sharded, "
+                "and no axis_name.",
+            )
         for path, leaf in jax.tree_util.tree_leaves_with_path({"batch": batch, "is_real": is_real}):
             if axis not in manual_axes.varying_axes(leaf):
                 raise ArgumentError(
