@@ -12,7 +12,13 @@ from jaxtyping import Array, Bool, Float32, Int, Key, PyTree
 
 from dpfa_jax.core import ArgumentError, BudgetExceededError
 from dpfa_jax.dpsgd.clipped_sum import PerExampleLoss, clipped_sum
-from dpfa_jax.dpsgd.noisy_sum import TRAINING_LAYER, NoisySumState, check_noise_key, noisy_sum
+from dpfa_jax.dpsgd.noisy_sum import (
+    TRAINING_LAYER,
+    NoisySumState,
+    check_noise_key,
+    check_state,
+    noisy_sum,
+)
 from dpfa_jax.dpsgd.parameters import check_parameters, leaf_groups
 from dpfa_jax.dpsgd.plan import DPSGDPlan
 from dpfa_jax.kernels import manual_axes
@@ -88,7 +94,7 @@ def make_dp_step(
     frozen ones stay out of `params`. Called outside jit, it refuses a noise key that has served a
     step, since one charge pays for one step, and steps beyond the plan.
 
-    Errors: ArgumentError for params, batch, mask or key that do not fit the plan; CoverageError for
+    Errors: ArgumentError for state, batch, mask or key that do not fit the plan; CoverageError for
     a parameter under no clip group; KeyReuseError; BudgetExceededError after `plan.steps` steps.
     Source: Abadi et al., "Deep Learning with Differential Privacy" (2016), algorithm 1.
     """
@@ -155,6 +161,7 @@ def make_dp_step(
     ) -> DPState:
         check_noise_key(noise_key, generator)
         check_parameters(state.params, release.num_parameters)
+        check_state(state, plan, len(jax.tree.leaves(state.params)))
         _check_rows(is_real, plan.capacity, axis_name)
         _check_split(batch, is_real, axis_name)
         step_number = state.step
