@@ -163,6 +163,9 @@ class DPSGDPlan:
     ) -> Iterator[np.ndarray]:
         """Example indices of each batch, shape (capacity,), -1 for padding.
 
+        The only batches that the plan's epsilon holds for: others are not sampled as charged, and
+        with correlated noise may bring an example back within `noise_bands` steps.
+
         Args:
           rng: `np.random.default_rng()`: who is in a batch is secret, so its seed is too.
           steps: how many batches; all of the plan's where None. After a resumption ask for the
