@@ -91,11 +91,12 @@ def make_dp_step(
     the new state and nothing else: no loss, norm, clip fraction or batch size, which are private.
     It never skips: an empty batch gives pure noise, a NaN example counts as zero. Parameters that
     one leaf shares between layers (tied embeddings) are clipped and noised once, as that leaf;
-    frozen ones stay out of `params`. The step sees rows, not who they are: draw batches by
-    `plan.index_batches`, which alone draws them as charged. With correlated noise (`noise_bands` >
-    1) any other batches may bring an example back within b steps, and then nothing is promised.
-    Called outside jit, it refuses a noise key that has served a
+    frozen ones stay out of `params`. Called outside jit, it refuses a noise key that has served a
     step, since one charge pays for one step, and steps beyond the plan.
+
+    The step sees rows, not whose they are. Draw batches by `plan.index_batches`, which alone draws
+    them as charged: with correlated noise (`noise_bands` > 1) any others may bring an example back
+    within that many steps, and then nothing is promised.
 
     Errors: ArgumentError for state, batch, mask or key that do not fit the plan; CoverageError for
     a parameter under no clip group; KeyReuseError; BudgetExceededError after `plan.steps` steps.
