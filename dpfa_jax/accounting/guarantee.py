@@ -29,8 +29,8 @@ def epsilon(
         number protects nobody; without it they make epsilon infinite.
 
     Returns: epsilon >= 0; infinite after an un-noised answer or one with test noise.
-    Errors: ArgumentError for a delta out of range or what is no Ledger; UnsupportedEventError for a record that the
-      accountant cannot describe.
+    Errors: ArgumentError for a delta out of range or what is no Ledger; UnsupportedEventError for a
+      record that the accountant cannot describe.
     """
     require_ledger(ledger)
     checks.choice("accountant", accountant, ACCOUNTANTS)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from helpers.dpsgd_cases import batch_of, flat, loss_fn, params_of, plan_of, release_once
 
@@ -178,6 +179,22 @@ def test_reused_keys_are_refused_under_every_transform():
         jax.jit(lambda state: dp.step(state, batch, real, key))(state)
     with pytest.raises(KeyReuseError):
         jax.lax.scan(lambda s, _: (dp.step(s, batch, real, key), None), state, None, length=2)
+
+
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.lbfgs(),
+        optax.polyak_sgd(),
+        optax.contrib.reduce_on_plateau(),
+        optax.contrib.sophia(1e-3),
+    ],
+)
+def test_an_optimizer_that_wants_the_loss_is_refused_before_the_first_step(optimizer):
+    """V23: the loss is private."""
+    with pytest.raises(ArgumentError, match=r"value|obj_fn") as error:
+        built(optimizer)
+    assert error.value.parameter == "optimizer" and "loss is private" in error.value.advice
 
 
 SHARDED = """
