@@ -91,10 +91,10 @@ def make_dp_step(
 
     `step` takes a batch of exactly `plan.capacity` rows and the mask of the real ones. It returns
     the new state and nothing else: no loss, norm, clip fraction or batch size, which are private.
-    It never skips: an empty batch gives pure noise, a NaN example counts as zero. Parameters that
-    one leaf shares between layers (tied embeddings) are clipped and noised once, as that leaf;
-    frozen ones stay out of `params`. Called outside jit, it refuses a noise key that has served a
-    step, since one charge pays for one step, and steps beyond the plan.
+    It never skips: an empty batch gives pure noise, a NaN gradient counts as zero in its group.
+    Parameters that one leaf shares between layers (tied embeddings) are clipped and noised once, as
+    that leaf; frozen ones stay out of `params`. Called outside jit, it refuses a noise key that has
+    served a step, since one charge pays for one step, and steps beyond the plan.
 
     The step sees rows, not whose they are. Draw batches by `plan.index_batches`, which alone draws
     them as charged: with correlated noise (`noise_bands` > 1) any others may bring an example back
