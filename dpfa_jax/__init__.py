@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpfa_jax import accounting, attention, dpsgd, nn, noise
+    from dpfa_jax import accounting, attention, dpsgd, nn, noise, train
     from dpfa_jax.accounting import Budget, Ledger, LedgerFile, calibrate, epsilon, record
     from dpfa_jax.attention import charge, dot_product_attention, dp_attention
     from dpfa_jax.release import ExampleRelease, RecordRelease, TrainingRelease
@@ -32,6 +32,7 @@ __all__ = [
     "nn",
     "noise",
     "record",
+    "train",
 ]
 
 _HOMES = {
@@ -39,7 +40,7 @@ _HOMES = {
     "attention": ("charge", "dot_product_attention", "dp_attention"),
     "release": ("ExampleRelease", "RecordRelease", "TrainingRelease"),
 }
-_ROOMS = ("accounting", "attention", "dpsgd", "nn", "noise")
+_ROOMS = ("accounting", "attention", "dpsgd", "nn", "noise", "train")
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 from dpfa_jax.accounting.guarantee import ACCOUNTANTS, epsilon
-from dpfa_jax.accounting.ledger import Ledger, Record, record, whole_turns
+from dpfa_jax.accounting.ledger import Ledger, Record, record, require_ledger, whole_turns
 from dpfa_jax.accounting.search import largest_within
 from dpfa_jax.core import ArgumentError, BudgetExceededError, checks
 from dpfa_jax.release import GaussianRecord
@@ -39,9 +39,9 @@ class Budget:
         Test noise is counted as if it were secret, so that a test run stops where a real one would.
         Repeated calls for one record cost microseconds: the largest count is kept.
 
-        Errors: BudgetExceededError.
+        Errors: BudgetExceededError; ArgumentError for what is no Ledger.
         """
-        present = ledger.count_of(charge)
+        present = require_ledger(ledger).count_of(charge)
         others = Ledger(tuple(entry for entry in ledger.entries if entry.record != charge))
         room = largest_count(self, others, charge) - present
         if whole_turns(charge, count) > room:

@@ -4,7 +4,7 @@ import functools
 import math
 
 from dpfa_jax.accounting.events import charged_count
-from dpfa_jax.accounting.ledger import Ledger
+from dpfa_jax.accounting.ledger import Ledger, require_ledger
 from dpfa_jax.accounting.losses import FINE, composed_epsilon
 from dpfa_jax.accounting.renyi import ORDERS, curve_epsilon, renyi_curve
 from dpfa_jax.accounting.tails import gaussian_delta, record_tail_cost
@@ -20,7 +20,7 @@ def epsilon(
     """The epsilon of the (epsilon, delta) guarantee that `ledger` gives to one of its units.
 
     Args:
-      ledger: what has been, or will be, released.
+      ledger: what has been, or will be, released; of an open `LedgerFile` its `.ledger`.
       delta: in (0, 1), below 1/n wherever the ledger knows n, and at least 100 times what the
         noise generator's finite tail costs (that cost is taken off before the analysis).
       accountant: "pld" (privacy loss distributions; tight; for schedules fixed in advance) or
@@ -29,9 +29,10 @@ def epsilon(
         number protects nobody; without it they make epsilon infinite.
 
     Returns: epsilon >= 0; infinite after an un-noised answer or one with test noise.
-    Errors: ArgumentError for a delta out of range; UnsupportedEventError for a record that the
-      accountant cannot describe.
+    Errors: ArgumentError for a delta out of range or what is no Ledger; UnsupportedEventError for a
+      record that the accountant cannot describe.
     """
+    require_ledger(ledger)
     checks.choice("accountant", accountant, ACCOUNTANTS)
     checks.delta("delta", delta)
     for entry in ledger.entries:

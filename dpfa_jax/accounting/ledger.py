@@ -106,6 +106,19 @@ def as_record(release: Release | Record) -> Record:
     )
 
 
+def require_ledger(ledger: object) -> Ledger:
+    """`ledger`, if it is one. Errors: ArgumentError."""
+    if isinstance(ledger, Ledger):
+        return ledger
+    raise ArgumentError(
+        "ledger",
+        ledger,
+        "not a Ledger",
+        "Pass a Ledger; of an open LedgerFile its `.ledger`, of a path "
+        "LedgerFile.open(path, read_only=True).ledger.",
+    )
+
+
 def record(ledger: Ledger, release: Release | Record, count: int = 1) -> Ledger:
     """A new ledger with `count` answers of `release` added. `ledger` itself never changes.
 
@@ -113,8 +126,10 @@ def record(ledger: Ledger, release: Release | Record, count: int = 1) -> Ledger:
     steps of a shuffled loader are rounded up to whole epochs, those of cyclic batches to whole
     cycles (see `whole_turns`).
 
-    Errors: UnsupportedEventError where unit or relation differ from the ledger's; ArgumentError.
+    Errors: UnsupportedEventError where unit or relation differ from the ledger's; ArgumentError for
+    what is no Ledger, release or count.
     """
+    require_ledger(ledger)
     new = as_record(release)
     count = whole_turns(new, checks.count("count", count))
     entries = list(ledger.entries)

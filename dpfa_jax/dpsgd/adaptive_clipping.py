@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float32
 
+from dpfa_jax.core import ArgumentError
 from dpfa_jax.noise import fields, grid
 from dpfa_jax.release import TrainingRelease
 
@@ -19,13 +20,40 @@ _LARGEST, _SMALLEST = 1e18, 1e-18
 _ROUNDING = 1.0 + 2.0**-18
 
 
+def check_norms(l2_clip_norms: object) -> None:
+    """Refuses clip norms that no step keeps, where they are known: not inside a jitted program.
+
+    Nor while a step still computes them, so as not to wait for it: `noise_for` sees all.
+
+    Errors: ArgumentError.
+    """
+    if isinstance(l2_clip_norms, jax.core.Tracer):
+        return
+    if not getattr(l2_clip_norms, "is_ready", lambda: True)():
+        return
+    norms = np.asarray(l2_clip_norms)
+    if norms.dtype.kind != "f" or not np.all(_in_range(norms)):
+        raise ArgumentError(
+            "state.l2_clip_norms",
+            norms.tolist(),
+            f"not all finite numbers in {_SMALLEST:g} .. {_LARGEST:g}",
+            "Pass the state that this plan's init, or its last step, gave.",
+        )
+
+
+def _in_range(norms: Array | np.ndarray) -> Array | np.ndarray:
+    return (norms >= 0.99 * _SMALLEST) & (norms <= 1.01 * _LARGEST)  # float32 rounds the ends
+
+
 def noise_for(
     release: TrainingRelease, l2_clip_norms: Float32[Array, " groups"]
 ) -> tuple[Float32[Array, " groups"], Float32[Array, " groups"]]:
     """(standard deviations, grids) of the groups' sums at these clip norms.
 
-    They keep the ratios of the release: sum_l (C_l / s_l)^2 is that of its first step.
+    They keep the ratios of the release: sum_l (C_l / s_l)^2 is that of its first step. Norms that
+    no step keeps (NaN, infinite, not positive) give NaN for all: then nothing is released but NaN.
     """
+    l2_clip_norms = jnp.where(_in_range(l2_clip_norms), l2_clip_norms, jnp.nan)
     first = np.asarray(release.noise_stddevs[: len(release.l2_clip_norms)])
     ratios = l2_clip_norms * jnp.asarray(1.0 / first, jnp.float32)
     largest = jnp.max(ratios)  # taken out before squaring, which may over- or underflow

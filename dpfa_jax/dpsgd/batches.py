@@ -62,15 +62,20 @@ def _batches(sampling: Sampling, rng: np.random.Generator, steps: range) -> Iter
         yield indices
 
 
-def take_batch(examples: PyTree, indices: np.ndarray) -> tuple[PyTree, np.ndarray]:
+def take_batch(
+    examples: PyTree, indices: np.ndarray, dataset_size: int | None = None
+) -> tuple[PyTree, np.ndarray]:
     """Rows of a pytree of host arrays: (batch, is_real). Padding rows hold zeros, not data.
 
     Args:
       examples: pytree of numpy arrays with leading axis n.
       indices: (capacity,), -1 for padding. No example may be in a batch twice: each of its rows
         is clipped by itself, so together they would weigh twice what was accounted.
+      dataset_size: that of the plan. Rows beyond it are never drawn, which the indices of one batch
+        do not tell: given, it must be n.
 
-    Errors: ArgumentError for an index outside -1 .. n-1 or an example that is in the batch twice.
+    Errors: ArgumentError for an index outside -1 .. n-1, an example that is in the batch twice, or
+    another number of rows than `dataset_size`.
     """
     indices = np.asarray(indices)
     is_real = indices != PADDING
@@ -84,6 +89,13 @@ def take_batch(examples: PyTree, indices: np.ndarray) -> tuple[PyTree, np.ndarra
         )
 
     def rows(leaf: np.ndarray) -> np.ndarray:
+        if dataset_size is not None and len(leaf) != dataset_size:
+            raise ArgumentError(
+                "dataset_size",
+                dataset_size,
+                f"the examples have {len(leaf)} rows",
+                "Plan for that many: others are never drawn, or missing when they are.",
+            )
         if indices.size and (indices.min() < PADDING or indices.max() >= len(leaf)):
             raise ArgumentError(
                 "indices",

@@ -15,14 +15,19 @@ _HARMLESS = ("axis_index", "pbroadcast", "pcast", "pvary")
 _KERNELS = ("core_map", "pallas_call")
 # How a callback under vmap is given one example at a time.
 _ONE_AT_A_TIME = ("sequential", "sequential_unrolled")
+_FOREIGN_CALLS = ("ffi_call", "pure_callback")
+# Packages whose own rules for vmap are known to keep rows apart.
+_TRUSTED = ("dpfa_jax", "jax")
 
 
 def check_uncoupled(jaxpr: jex.Jaxpr, batch: PyTree[Array]) -> None:
-    """Refuses collectives over axes along which examples differ, and callbacks that see several.
+    """Refuses collectives over axes along which examples differ, and code that sees several.
 
-    Elsewhere each example goes through the program alone, with a batch of one. Along a mesh axis
-    of `jax.shard_map` over which the batch is replicated collectives may run (tensor parallelism);
-    where types do not tell (`check_vma=False`), along none.
+    Such code are callbacks, foreign functions, and the rule of a `custom_vmap`, which may do with a
+    batch what the function does not do with an example. Elsewhere each example goes through the
+    program alone, with a batch of one. Along a mesh axis of `jax.shard_map` over which the batch is
+    replicated collectives may run (tensor parallelism); where types do not tell
+    (`check_vma=False`), along none.
 
     Errors: CoverageError, with the primitive and the axis.
     """
@@ -48,14 +53,29 @@ def _check(jaxpr: jex.Jaxpr, harmless_axes: Set[str]) -> None:
                     "that example alone (normalisation layers: without axis_name)."
                 )
         if name == "io_callback" or (
-            name == "pure_callback" and eqn.params.get("vmap_method") not in _ONE_AT_A_TIME
+            name in _FOREIGN_CALLS and eqn.params.get("vmap_method") not in _ONE_AT_A_TIME
         ):
             raise CoverageError(
-                f"loss_fn: {name!r} could see several examples at once. Use a pure_callback with "
-                "vmap_method='sequential'."
+                f"loss_fn: {name!r} could see several examples at once. Use a pure_callback, or a "
+                "ffi_call, with vmap_method='sequential'."
+            )
+        if name == "custom_vmap_call" and not _keeps_rows_apart(eqn.params["rule"]):
+            raise CoverageError(
+                f"loss_fn: the custom_vmap of {eqn.params['call'].jaxpr.debug_info.func_name!r} "
+                "brings a rule of its own for batches, which could mix examples. Use "
+                "jax.custom_batching.sequential_vmap, or the function without a rule."
             )
         for inner in jex.jaxprs_in_params(eqn.params):
             _check(inner, inside)
+
+
+def _keeps_rows_apart(rule: object) -> bool:
+    """Whether a rule is this library's or JAX's. It bears the name of what it wraps."""
+    module = getattr(rule, "__module__", "")
+    if module == jax.custom_batching.custom_vmap.__module__:  # wraps foreign rules as well
+        name = jax.custom_batching.sequential_vmap.__qualname__
+        return getattr(rule, "__qualname__", "").startswith(f"{name}.<locals>.")
+    return module.partition(".")[0] in _TRUSTED
 
 
 def _axes_of(params: dict[str, Any]) -> frozenset[str]:

@@ -1,7 +1,7 @@
 """Noise on the sum of clipped gradients, once: an optax transformation that stands on its own."""
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +9,7 @@ import numpy as np
 import optax
 from jaxtyping import Array, Float32, Int, Key, PyTree, UInt32
 
-from dpfa_jax.core import ArgumentError
+from dpfa_jax.core import ArgumentError, checks
 from dpfa_jax.dpsgd import adaptive_clipping
 from dpfa_jax.dpsgd.correlated_noise import correlated, empty_memory
 from dpfa_jax.dpsgd.parameters import Owner, check_parameters, check_untied, leaf_groups
@@ -98,7 +98,7 @@ def noisy_sum(plan: DPSGDPlan) -> optax.GradientTransformationExtraArgs:
         assert noise_key is not None  # refused above, by name
         check_parameters(updates, release.num_parameters)
         _check_counts(centred_counts, plan)
-        _check_state(state, plan, len(jax.tree.leaves(updates)))
+        check_state(state, plan, len(jax.tree.leaves(updates)))
         leaves, structure = jax.tree.flatten(updates)
         witnesses = [*leaves, *jax.tree.leaves((state.l2_clip_norms, state.noise_memory))]
         noise_key = hazards.guard(
@@ -220,7 +220,11 @@ def _check_counts(centred_counts: Array | None, plan: DPSGDPlan) -> None:
         )
 
 
-def _check_state(state: NoisySumState, plan: DPSGDPlan, leaves: int) -> None:
+def check_state(state: Any, plan: DPSGDPlan, leaves: int) -> None:
+    """Refuses a state, the step's or the noise's, that no plan like this gave: ArgumentError."""
+    if not isinstance(state.step, jax.core.Tracer):
+        step = np.asarray(state.step)
+        checks.count("state.step", step.item() if step.ndim == 0 else step, minimum=0)
     adapts = plan.release.adaptive_clipping is not None
     wanted = (len(plan.release.l2_clip_norms),) if adapts else (0,)
     found = np.shape(state.l2_clip_norms)
@@ -231,6 +235,8 @@ def _check_state(state: NoisySumState, plan: DPSGDPlan, leaves: int) -> None:
             f"not of the shape {wanted} that the plan keeps",
             "Pass the state that this plan's init, or its last step, gave.",
         )
+    if adapts:
+        adaptive_clipping.check_norms(state.l2_clip_norms)
     wanted_leaves = leaves if len(plan.release.noise_strategy) > 1 else 0
     if len(jax.tree.leaves(state.noise_memory)) != wanted_leaves:
         raise ArgumentError(

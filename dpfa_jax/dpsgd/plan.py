@@ -80,7 +80,8 @@ class DPSGDPlan:
         delta: float,
         dataset_size: int,
         expected_batch_size: int,
-        steps: int,
+        steps: int | None = None,
+        epochs: float | None = None,
         l2_clip_norm: float | tuple[float, ...],
         num_parameters: int | None = None,
         params: PyTree | None = None,
@@ -101,6 +102,9 @@ class DPSGDPlan:
         the capacity is cut to it. Takes the time of one noise calibration (seconds).
 
         Args:
+          steps: how many steps; or `epochs` in its place.
+          epochs: how often an example takes part on average:
+            steps = ceil(epochs * dataset_size / expected_batch_size).
           num_parameters: how many numbers a step releases; counted in `params` where None.
           params: the parameters, or their shapes; needed for per-layer clipping.
           clipping: "flat": an example's whole gradient is clipped to `l2_clip_norm`, or that of
@@ -113,12 +117,13 @@ class DPSGDPlan:
 
         The other arguments are those of the plan and of `TrainingRelease`.
 
-        Errors: ArgumentError as the constructor's, and for a budget that no noise can meet.
+        Errors: ArgumentError as the constructor's, for `steps` and `epochs` together or neither,
+        and for a budget that no noise can meet.
         """
         from dpfa_jax import accounting  # pulls in dp_accounting: only where epsilon is asked for
 
         checks.positive("epsilon", epsilon)
-        checks.count("steps", steps)
+        steps = _steps(steps, epochs, dataset_size, expected_batch_size)
         checks.count("micro_batch_size", micro_batch_size)
         checks.choice("clipping", clipping, ("flat", "per_layer"))
         if num_parameters is None:
@@ -174,6 +179,9 @@ class DPSGDPlan:
         self, rng: np.random.Generator, steps: int | None = None, *, first_step: int | None = None
     ) -> Iterator[np.ndarray]:
         """Example indices of each batch, shape (capacity,), -1 for padding.
+
+        The only batches that the plan's epsilon holds for: others are not sampled as charged, and
+        with correlated noise may bring an example back within `noise_bands` steps.
 
         Args:
           rng: `np.random.default_rng()`: who is in a batch is secret, so its seed is too.
@@ -234,6 +242,25 @@ class DPSGDPlan:
                 f"{len(groups)} groups for {len(norms)} clip norms",
                 "Give release.l2_clip_norm one number for each group.",
             )
+
+
+def _steps(
+    steps: int | None, epochs: float | None, dataset_size: int, expected_batch_size: int
+) -> int:
+    if (steps is None) == (epochs is None):
+        raise ArgumentError(
+            "steps",
+            steps,
+            f"epochs = {epochs!r}: one of the two is due",
+            "Pass steps, or epochs: how often an example takes part on average.",
+        )
+    if steps is not None:
+        return checks.count("steps", steps)
+    checks.count("dataset_size", dataset_size)
+    checks.count("expected_batch_size", expected_batch_size)
+    found = checks.positive("epochs", epochs) * dataset_size / expected_batch_size
+    whole = math.ceil(round(min(found, 2.0 * checks.LARGEST_COUNT), 6))  # 0.1 * 20 is over 2
+    return checks.count("steps", max(whole, 1))
 
 
 def _number_of(params: PyTree | None) -> int:

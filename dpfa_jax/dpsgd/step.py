@@ -12,10 +12,16 @@ from jaxtyping import Array, Bool, Float32, Int, Key, PyTree
 
 from dpfa_jax.core import ArgumentError, BudgetExceededError
 from dpfa_jax.dpsgd.clipped_sum import PerExampleLoss, clipped_sum
-from dpfa_jax.dpsgd.noisy_sum import TRAINING_LAYER, NoisySumState, check_noise_key, noisy_sum
+from dpfa_jax.dpsgd.noisy_sum import (
+    TRAINING_LAYER,
+    NoisySumState,
+    check_noise_key,
+    check_state,
+    noisy_sum,
+)
 from dpfa_jax.dpsgd.parameters import check_parameters, leaf_groups
 from dpfa_jax.dpsgd.plan import DPSGDPlan
-from dpfa_jax.kernels import manual_axes
+from dpfa_jax.dpsgd.step_checks import check_optimizer, check_rows, check_split
 from dpfa_jax.noise import hazards
 
 _ClipNorms = Float32[Array, " groups"] | tuple[()]
@@ -65,30 +71,38 @@ def make_dp_step(
     axis_name: str | tuple[str, ...] | None = None,
     donate_state: bool = False,
 ) -> DPStep:
-    """DP-SGD as planned, for any optax optimizer.
+    """DP-SGD as planned, for any optax optimizer that asks for gradients alone.
 
     Args:
       loss_fn: (params, batch) -> losses of shape (B,). It is called with one example at a time, so
         no example can touch another's gradient; a batch-coupled layer sees a batch of one. Arrays
         that a `jax.tree_util.Partial` holds (frozen weights) are arguments of the compiled step;
         arrays that a plain function closes over are compiled into it as constants.
-      optimizer: receives the noised mean gradient, float32.
+      optimizer: receives the noised mean gradient, float32, and the parameters. One that wants the
+        loss too, or evaluates it (`optax.lbfgs`, line searches, `polyak_sgd`, `reduce_on_plateau`),
+        is refused by `init`: the loss is private and is not released.
       plan: what is promised. Charge it before stepping (`charge`); a step does not charge.
       axis_name: inside `shard_map`: the mesh axes over which the batch is split. Clipped sums are
-        added over them first, then every shard adds the same noise, once. Not needed under plain
-        jit with sharded arrays, on automatic or explicit mesh axes: there the sum is the whole
-        batch's in any case.
+        added over them first, then every shard adds the same noise, once. `shard_map` must check
+        types (not `check_vma=False`): they alone tell that no example is on two shards. Not needed
+        under plain jit with sharded arrays, on automatic or explicit mesh axes: there the sum is
+        the whole batch's in any case.
       donate_state: let the step reuse the memory of the state it is given; that state is then gone.
 
     `step` takes a batch of exactly `plan.capacity` rows and the mask of the real ones. It returns
     the new state and nothing else: no loss, norm, clip fraction or batch size, which are private.
-    It never skips: an empty batch gives pure noise, a NaN example counts as zero. Parameters that
-    one leaf shares between layers (tied embeddings) are clipped and noised once, as that leaf;
-    frozen ones stay out of `params`. Called outside jit, it refuses a noise key that has served a
-    step, since one charge pays for one step, and steps beyond the plan.
+    It never skips: an empty batch gives pure noise, a NaN gradient counts as zero in its group.
+    Parameters that one leaf shares between layers (tied embeddings) are clipped and noised once, as
+    that leaf; frozen ones stay out of `params`. Called outside jit, it refuses a noise key that has
+    served a step, since one charge pays for one step, and steps beyond the plan.
 
-    Errors: ArgumentError for params, batch, mask or key that do not fit the plan; CoverageError for
-    a parameter under no clip group; KeyReuseError; BudgetExceededError after `plan.steps` steps.
+    The step sees rows, not whose they are. Draw batches by `plan.index_batches`, which alone draws
+    them as charged: with correlated noise (`noise_bands` > 1) any others may bring an example back
+    within that many steps, and then nothing is promised.
+
+    Errors: ArgumentError for an optimizer, state, batch, mask or key that does not fit;
+    CoverageError for a parameter under no clip group; KeyReuseError; BudgetExceededError after
+    `plan.steps` steps.
     Source: Abadi et al., "Deep Learning with Differential Privacy" (2016), algorithm 1.
     """
     if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")):
@@ -103,6 +117,7 @@ def make_dp_step(
 
     def init(params: PyTree) -> DPState:
         first = noise.init(params)
+        check_optimizer(optimizer, params)
         return DPState(np.zeros((), np.int32), params, optimizer.init(params), *first[1:])
 
     def updated(
@@ -154,8 +169,9 @@ def make_dp_step(
     ) -> DPState:
         check_noise_key(noise_key, generator)
         check_parameters(state.params, release.num_parameters)
-        _check_rows(is_real, plan.capacity, axis_name)
-        _check_split(batch, is_real, axis_name)
+        check_state(state, plan, len(jax.tree.leaves(state.params)))
+        check_rows(is_real, plan.capacity, axis_name)
+        check_split(batch, is_real, axis_name)
         step_number = state.step
         if not isinstance(step_number, jax.core.Tracer):
             # Counted on the host: waiting for the device to count would stall it at every step.
@@ -185,54 +201,3 @@ def _explicit_mesh(arguments: PyTree) -> AbstractMesh | None:
         if mesh.explicit_axes:
             return mesh
     return None
-
-
-def _check_rows(
-    is_real: Bool[Array, " capacity"], capacity: int, axis_name: str | tuple[str, ...] | None
-) -> None:
-    if getattr(is_real, "dtype", None) != jnp.bool_ or is_real.ndim != 1:
-        raise ArgumentError(
-            "is_real",
-            getattr(is_real, "dtype", type(is_real)),
-            "not a vector of booleans",
-            "Pass indices >= 0, as take_batch returns it.",
-        )
-    shards = 1
-    if axis_name is not None:
-        shards = jax.lax.axis_size(axis_name)
-    elif jax.sharding.get_abstract_mesh().manual_axes:
-        raise ArgumentError(
-            "axis_name",
-            None,
-            "inside shard_map each shard would noise its own part of the sum",
-            "Name the mesh axes over which the batch is split.",
-        )
-    if is_real.shape[0] * shards != capacity:
-        raise ArgumentError(
-            "is_real",
-            is_real.shape,
-            f"{shards} x {is_real.shape[0]} rows are not the plan's capacity {capacity}",
-            "Pad each batch to the capacity, as plan.index_batches does.",
-        )
-
-
-def _check_split(
-    batch: PyTree, is_real: Bool[Array, " capacity"], axis_name: str | tuple[str, ...] | None
-) -> None:
-    """Refuses examples that every shard holds: each would be added once a shard.
-
-    Types tell it, unless `shard_map` was told not to check them.
-    """
-    for axis in (
-        () if axis_name is None else (axis_name,) if isinstance(axis_name, str) else axis_name
-    ):
-        if axis not in manual_axes.varying_axes(jax.lax.axis_index(axis)):
-            continue
-        for path, leaf in jax.tree_util.tree_leaves_with_path({"batch": batch, "is_real": is_real}):
-            if axis not in manual_axes.varying_axes(leaf):
-                raise ArgumentError(
-                    jax.tree_util.keystr(path, simple=True, separator="/"),
-                    f"<the same on every shard of {axis!r}>",
-                    "each example would be added once a shard, beyond its clip norm",
-                    f"Split the batch over {axis!r}: in_specs=PartitionSpec({axis!r}) for it.",
-                )

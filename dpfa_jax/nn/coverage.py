@@ -51,27 +51,46 @@ def covered(
 def check_uncoupled(loss_fn: PerExampleLoss, params: PyTree, batch: PyTree) -> None:
     """Changes the second of two examples: the loss of the first must stay the same, bit for bit.
 
+    Both are tried as the batch has them and with every number changed: beside zeros, or for an
+    example of zeros, much couples that does not show.
+
     Errors: CoverageError where it does not.
     """
 
-    def beside(other: Array) -> Array:
+    def beside(one: Array, other: Array) -> Array:
         # Rows in one program of one shape, so that only what they hold can make a difference.
-        pair = jax.tree.map(lambda x, y: jnp.stack([x[0], y]), batch, other)
-        return loss_fn(params, pair)[0]
+        return loss_fn(params, jax.tree.map(lambda *rows: jnp.stack(rows), one, other))[0]
 
-    def blank(x: Array) -> Array:
-        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
-        return x[0] if is_key else jnp.zeros_like(x[0])
+    first, last = (jax.tree.map(lambda x, i=i: x[i], batch) for i in (0, -1))
+    run, changed = jax.jit(beside), jax.tree.map(_changed, first)
+    blank = jax.tree.map(lambda x: x if _is_key(x) else jnp.zeros_like(x), first)
+    for one in (first, changed):
+        _check_equal([np.asarray(run(one, other)) for other in (one, last, first, changed, blank)])
 
-    others = [jax.tree.map(lambda x, i=i: x[i], batch) for i in (0, -1)]
-    others.append(jax.tree.map(blank, batch))
-    losses = [np.asarray(loss) for loss in map(jax.jit(beside), others)]
-    if any(not np.array_equal(loss, losses[0], equal_nan=True) for loss in losses):
+
+def _changed(x: Array) -> Array:
+    """Another value for every number: of its size, not alike all over, and for a token near by."""
+    if _is_key(x):
+        return x
+    x = jnp.asarray(x)
+    if jnp.issubdtype(x.dtype, jnp.inexact):
+        steps = 1.0 + (jnp.arange(x.size).reshape(x.shape) % 7) / 8.0
+        return 2.0 * x + jnp.where(x.real < 0, -steps, steps).astype(x.dtype)
+    return ~x if x.dtype == jnp.bool_ else x ^ 1
+
+
+def _is_key(x: Array) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+def _check_equal(losses: list[np.ndarray]) -> None:
+    different = [x for x in losses if not np.array_equal(x, losses[0], equal_nan=True)]
+    if different:
         raise CoverageError(
             f"the loss of one example depends on the others of its batch: {losses[0]:.6g} beside a "
-            f"copy of itself, {losses[-1]:.6g} beside zeros. No gradient belongs to one example "
-            "then. Replace layers and losses that mix rows (batch statistics, in-batch negatives, "
-            "means over the batch) by ones that work on each example."
+            f"copy of itself, {different[0]:.6g} beside another. No gradient belongs to one of "
+            "them then. Replace layers and losses that mix rows (batch statistics, in-batch "
+            "negatives, means over the batch) by ones that work on each example."
         )
 
 

@@ -39,14 +39,11 @@ def nnx_parts(module: nnx.Module) -> Parts:
         return nnx.merge(graph, jax.tree.unflatten(structure, values))
 
     def run(fn: Callable[[Any], Any], values: list[Array], rng_key: Key[Array, ""] | None) -> Any:
-        watched = [
-            i
-            for i, leaf in enumerate(leaves)
-            if leaf.role == "state" or (leaf.role == "stream" and rng_key is None)
-        ]
+        watched = [i for i, leaf in enumerate(leaves) if leaf.role != "stream" or rng_key is None]
         model = merged(values, rng_key)
         before = _watched_values(model, leaves, watched)
         out = fn(model)
+        _check_nothing_new(model, leaves)
         after = _watched_values(model, leaves, watched)
         if any(old is not new for old, new in zip(before, after, strict=True)):
             # Lifted transforms return even what they leave alone as new arrays: ask the program.
@@ -111,6 +108,18 @@ def _watched_values(
     return [held.get(leaves[i].path) for i in watched]
 
 
+def _check_nothing_new(model: nnx.Module, leaves: tuple[Leaf, ...]) -> None:
+    """Refuses variables that a call has made, but for what `sow` leaves for its caller."""
+    known = {leaf.path for leaf in leaves}
+    for leaf in _leaves(nnx.state(model)):
+        sown = leaf.variable is not None and issubclass(leaf.variable, nnx.Intermediate)
+        if leaf.path not in known and not sown:
+            raise CoverageError(
+                f"the model makes {leaf.path!r} ({leaf.kind}) when it is called, so it would be "
+                "made anew, and not trained, at every step. Make it when the model is built."
+            )
+
+
 def _check_unchanged(
     changed: Callable[[list[Array]], list[Array | None]],
     values: list[Array],
@@ -135,8 +144,8 @@ def _check_unchanged(
             )
         raise CoverageError(
             f"the model changes {leaf.path!r} ({leaf.kind}) when it is called. What it would keep "
-            "there comes from private examples without noise, and a step does not return it. "
-            "Replace that layer by one without statistics."
+            "there may come from private examples without noise, and a step does not return it. "
+            "Replace that layer by one that changes nothing (no statistics, no cache)."
         )
 
 

@@ -126,7 +126,7 @@ def _unwritable(place: Path, error: Exception) -> RunError:
     return RunError(
         place,
         f"a checkpoint cannot be written ({_first_line(error)})",
-        "Make room on the disk, then go on with --resume; earlier checkpoints are whole.",
+        "Make room on the disk, then resume (dpfa train --resume); earlier checkpoints are whole.",
     )
 
 

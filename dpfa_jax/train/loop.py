@@ -119,7 +119,7 @@ def run_steps(
         every = settings.evaluate_every
         spent = epsilon_after(min(plan.steps, -(-charged // every) * every))
         for index, indices in enumerate(itertools.islice(batches, block)):
-            batch, is_real = take_batch(examples, indices)
+            batch, is_real = take_batch(examples, indices, plan.release.dataset_size)
             private = step_fn.step(course.state.private, batch, jnp.asarray(is_real), keys[index])
             jax.block_until_ready(private.params)
             course.state = LoopState(

@@ -362,3 +362,17 @@ def test_accounting_imports_nothing_heavy():
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout
     assert "dp_accounting" not in shown and "scipy" not in shown
+
+
+def test_v23_a_ledger_file_or_a_path_is_no_ledger(tmp_path):
+    """The message says which part of it is."""
+    with LedgerFile.create(tmp_path / "ledger.jsonl") as file:
+        for other in (file, file.path, None):
+            for call in (
+                lambda other=other: epsilon(other, DELTA),
+                lambda other=other: record(other, SUM),
+                lambda other=other: Budget(1.0, DELTA).require(other, SUM.record(), 1),
+            ):
+                with pytest.raises(ArgumentError, match=r"ledger = .* `\.ledger`"):
+                    call()
+        assert epsilon(file.ledger, DELTA) == 0.0

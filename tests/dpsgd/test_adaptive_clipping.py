@@ -325,3 +325,44 @@ def test_missing_counts_and_foreign_states_are_refused():
         )
     with pytest.raises(ArgumentError, match="noise_strategy"):
         adaptive_plan(noise_strategy=(0.8, 0.6))
+
+
+@pytest.mark.parametrize(
+    ("fields", "parameter"),
+    [
+        ({"l2_clip_norms": ()}, "state.l2_clip_norms"),
+        *(
+            ({"l2_clip_norms": np.float32([1.0, bad])}, "state.l2_clip_norms")
+            for bad in (math.nan, math.inf, 0.0, -1.0, 1e-30)
+        ),
+        ({"l2_clip_norms": np.int32([1, 1])}, "state.l2_clip_norms"),
+        ({"step": np.asarray(-1, np.int32)}, "state.step"),
+        ({"step": np.zeros(2, np.int32)}, "state.step"),
+    ],
+)
+def test_a_state_that_no_step_gave_is_refused_before_it_is_used(fields, parameter):
+    """V23: by the step and by the noise alone."""
+    plan, key = adaptive_plan(), insecure_test_key(0)
+    dp, noisy = dpsgd.make_dp_step(loss_fn, optax.sgd(0.1), plan), dpsgd.noisy_sum(plan)
+    with pytest.raises(ArgumentError) as error:
+        dp.step(dp.init(params_of())._replace(**fields), batch_of(16), jnp.ones(16, bool), key)
+    assert error.value.parameter == parameter
+    with pytest.raises(ArgumentError) as error:
+        noisy.update(
+            params_of(),
+            noisy.init(params_of())._replace(**fields),
+            noise_key=key,
+            centred_counts=jnp.zeros(2),
+        )
+    assert error.value.parameter == parameter
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0, 1e-30])
+def test_inside_jit_a_clip_norm_that_no_step_keeps_releases_nothing(bad):
+    """Where values are not known, all that comes out is NaN, whatever the examples are."""
+    dp = dpsgd.make_dp_step(loss_fn, optax.sgd(0.1), adaptive_plan())
+    state, step = dp.init(params_of()), jax.jit(dp.step)
+    rest = batch_of(16), jnp.ones(16, bool), insecure_test_key(0)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(step(state, *rest)))  # the control
+    after = step(state._replace(l2_clip_norms=jnp.float32([1.0, bad])), *rest)
+    assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(after.params))

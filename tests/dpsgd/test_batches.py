@@ -136,6 +136,15 @@ def test_an_example_twice_in_a_batch_is_refused():
     assert take_batch(data, np.array([-1, -1]))[1].sum() == 0
 
 
+@pytest.mark.parametrize("rows", [4, 6])
+def test_data_of_another_size_than_the_plan_are_refused(rows):
+    """V23: more rows would never be drawn, fewer be missing once they are."""
+    indices = np.array([0, 3, -1])
+    take_batch({"x": np.zeros((5, 2))}, indices, 5)
+    with pytest.raises(ArgumentError, match=f"dataset_size = 5: the examples have {rows} rows"):
+        take_batch({"x": np.zeros((5, 2)), "y": np.zeros(rows)}, indices, 5)
+
+
 def test_plans_are_frozen():
     with pytest.raises(dataclasses.FrozenInstanceError):
         plan_of().steps = 5

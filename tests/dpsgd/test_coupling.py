@@ -1,5 +1,7 @@
 """What would let one example reach another's gradient is refused by name (V11, V23)."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from dpfa_jax.core import CoverageError
 from dpfa_jax.dpsgd import clipped_sum as module
 from dpfa_jax.dpsgd.coverage import coverage
+from dpfa_jax.kernels import pieces
 
 PARAMS = {"w": jnp.ones((3,))}
 BATCH = {"x": jnp.ones((4, 3))}
@@ -95,3 +98,73 @@ def test_a_callback_sees_one_example_at_a_time(method):
         clipped(loss_with(doubled))(PARAMS, BATCH)
     with pytest.raises(CoverageError, match="pure_callback"):
         coverage(loss_with(doubled), PARAMS, BATCH)
+
+
+def mean_of_the_batch(axis_size, in_batched, x):
+    return x * 0 + x.mean(axis=0), True
+
+
+class Rule:
+    __call__ = staticmethod(mean_of_the_batch)
+
+
+RULES = {
+    "a function": mean_of_the_batch,
+    "a partial": functools.partial(mean_of_the_batch),
+    "an object": Rule(),
+    "a derivative of one": mean_of_the_batch,
+}
+
+
+@pytest.mark.parametrize("kind", RULES)
+def test_a_rule_for_batches_that_is_not_known_is_refused(kind):
+    """What it does with a batch shows in no program of one example."""
+
+    @jax.custom_batching.custom_vmap
+    def same(x):
+        return x * 1.0
+
+    same.def_vmap(RULES[kind])
+
+    @jax.custom_vjp
+    def mixed(x):
+        return jax.jvp(same, (x,), (x,))[1] if kind == "a derivative of one" else same(x)
+
+    mixed.defvjp(lambda x: (mixed(x), None), lambda _, cotangent: (cotangent,))
+    for run in (
+        lambda loss: clipped(loss)(PARAMS, BATCH),
+        lambda loss: coverage(loss, PARAMS, BATCH),
+    ):
+        with pytest.raises(CoverageError, match="custom_vmap of 'same'"):
+            run(loss_with(mixed))
+
+
+def test_known_rules_for_batches_pass():
+    """One example at a time; a kernel's own, that folds rows into its batch."""
+
+    def differentiable(function):
+        same = jax.custom_vjp(lambda x: function(x))
+        same.defvjp(lambda x: (function(x), None), lambda _, cotangent: (cotangent,))
+        return same
+
+    alone = clipped(loss_with(identity))(PARAMS, BATCH)
+    walked = jax.custom_batching.sequential_vmap(lambda x: x * 1.0)
+    folded = pieces.fold_vmap(lambda x: (x * 1.0,))
+    for known in (walked, lambda x: folded(x)[0]):
+        found = clipped(loss_with(differentiable(known)))(PARAMS, BATCH)
+        np.testing.assert_allclose(found["w"], alone["w"], rtol=1e-6)
+
+
+def test_a_foreign_function_sees_one_example_at_a_time():
+    def foreign(method):
+        @jax.custom_vjp
+        def call(x):
+            result = jax.ShapeDtypeStruct(x.shape, x.dtype)
+            return jax.ffi.ffi_call("nowhere", result, vmap_method=method)(x)
+
+        call.defvjp(lambda x: (call(x), None), lambda _, cotangent: (cotangent,))
+        return call
+
+    coverage(loss_with(foreign("sequential")), PARAMS, BATCH)
+    with pytest.raises(CoverageError, match="'ffi_call' could see several examples"):
+        coverage(loss_with(foreign("broadcast_all")), PARAMS, BATCH)

@@ -143,4 +143,36 @@ def test_the_calibrated_plan_keeps_its_budget():
     assert quieter.epsilon > 3.0
 
 
+@pytest.mark.parametrize(
+    ("epochs", "steps"), [(3, 33), (0.1, 2), (512 / 5485 * 7, 7), (1e-9, 1), (10.0, 108)]
+)
+def test_epochs_stand_for_steps(epochs, steps):
+    """ceil(epochs * dataset_size / expected_batch_size), and never a step more by rounding."""
+    numbers = {"epsilon": 3.0, "delta": 1e-5, "dataset_size": 5485, "expected_batch_size": 512}
+    rest = {"l2_clip_norm": 1.0, "num_parameters": 9}
+    plan = dpsgd.DPSGDPlan.calibrated(epochs=epochs, **numbers, **rest)
+    assert plan.steps == steps and plan.epsilon <= 3.0
+    assert plan == dpsgd.DPSGDPlan.calibrated(steps=steps, **numbers, **rest)
+
+
+@pytest.mark.parametrize(
+    ("changes", "parameter"),
+    [
+        ({}, "steps"),
+        ({"steps": 3, "epochs": 1.0}, "steps"),
+        ({"epochs": 0.0}, "epochs"),
+        ({"epochs": float("nan")}, "epochs"),
+        ({"epochs": 1e308}, "steps"),
+        ({"epochs": 1.0, "expected_batch_size": 0}, "expected_batch_size"),
+        ({"epochs": 1.0, "dataset_size": 0}, "dataset_size"),
+    ],
+)
+def test_steps_or_epochs_and_not_both(changes, parameter):
+    """V23."""
+    numbers = {"epsilon": 3.0, "delta": 1e-5, "dataset_size": 5485, "expected_batch_size": 512}
+    with pytest.raises(ArgumentError) as error:
+        dpsgd.DPSGDPlan.calibrated(**numbers | changes, l2_clip_norm=1.0, num_parameters=9)
+    assert error.value.parameter == parameter
+
+
 PARAMETERS_OF_A_MODEL = 62_000

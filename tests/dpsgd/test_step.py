@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 import pytest
 from helpers.dpsgd_cases import batch_of, flat, loss_fn, params_of, plan_of, release_once
 
@@ -180,6 +181,22 @@ def test_reused_keys_are_refused_under_every_transform():
         jax.lax.scan(lambda s, _: (dp.step(s, batch, real, key), None), state, None, length=2)
 
 
+@pytest.mark.parametrize(
+    "optimizer",
+    [
+        optax.lbfgs(),
+        optax.polyak_sgd(),
+        optax.contrib.reduce_on_plateau(),
+        optax.contrib.sophia(1e-3),
+    ],
+)
+def test_an_optimizer_that_wants_the_loss_is_refused_before_the_first_step(optimizer):
+    """V23: the loss is private."""
+    with pytest.raises(ArgumentError, match=r"value|obj_fn") as error:
+        built(optimizer)
+    assert error.value.parameter == "optimizer" and "loss is private" in error.value.advice
+
+
 SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
@@ -213,10 +230,9 @@ for clip in CLIPS:
             continue
         plan = plan_of(l2_clip_norm=clip, micro_batch_size=2)
         dp = dpsgd.make_dp_step(linear, _reader(), plan, axis_name="data")
-        for check_vma in (True, False):
-            sharded = jax.shard_map(dp.step, mesh=mesh, in_specs=(P(), P("data"), P("data"), P()),
-                                    out_specs=P(), check_vma=check_vma)
-            found.append(np.asarray(jax.jit(sharded)(state, batch, real, key).opt_state["w"]))
+        sharded = jax.shard_map(dp.step, mesh=mesh, in_specs=(P(), P("data"), P("data"), P()),
+                                out_specs=P())
+        found.append(np.asarray(jax.jit(sharded)(state, batch, real, key).opt_state["w"]))
     for other in found[1:]:
         if clip == 1000.0:
             np.testing.assert_array_equal(other, found[0])
@@ -238,6 +254,16 @@ for clip in CLIPS:
         assert error.parameter == "batch/x" and "once a shard" in str(error)
     else:
         raise AssertionError("examples that every shard holds were not refused")
+    for spec, rows in ((P(), few), (P("data"), (batch, real))):
+        blind = jax.shard_map(dp.step, mesh=mesh, in_specs=(P(), spec, spec, P()), out_specs=P(),
+                              check_vma=False)
+        for run in (blind, jax.jit(blind)):
+            try:
+                run(state, *rows, key)
+            except ArgumentError as error:
+                assert error.parameter == "axis_name" and "check_vma=False" in error.advice
+            else:
+                raise AssertionError("shards of which nothing is known were not refused")
 print("all equal")
 """
 
@@ -247,7 +273,10 @@ print("all equal")
     [((1000.0,), (1, 8)), pytest.param((1000.0, 1.0), (1, 2, 8), marks=pytest.mark.slow)],
 )
 def test_sharding_does_not_change_what_is_released(clips, devices):
-    """V10: 1, 2 and 8 devices, by jit and by shard_map: psum first, one noise; else refused."""
+    """V10: 1, 2 and 8 devices, by jit and by shard_map: psum first, one noise; else refused.
+
+    So are examples that each shard holds, and any where types do not tell (check_vma=False).
+    """
     environment = os.environ | {
         "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
         "JAX_PLATFORMS": "cpu",

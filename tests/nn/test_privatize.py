@@ -312,6 +312,71 @@ def test_a_loss_that_couples_examples_is_refused(loss):
     coupled = loss is squares
     private = nn.privatize(Model(norm=InBatchNorm()) if coupled else Model())
     same = jax.tree.map(lambda x: np.repeat(x[:1], 3, axis=0), BATCH)
-    for batch in (BATCH, same, jax.tree.map(lambda x: x[1:2], BATCH)):
+    zeros = jax.tree.map(np.zeros_like, BATCH)
+    for batch in (BATCH, same, jax.tree.map(lambda x: x[1:2], BATCH), zeros):
         with pytest.raises(CoverageError, match="depends on the others"):
             private.coverage(private.loss(loss), batch)
+
+
+@pytest.mark.parametrize("number", [np.int32(0), np.float32(0), np.bool_(False)])
+def test_rows_of_zeros_hide_no_coupling(number):
+    """A product with the mean is zero for an example of zeros, whatever is beside it."""
+
+    def loss(model, batch):
+        x = batch["x"].astype(np.float32) * 0.1
+        return squares(model, {"x": x * x.mean(axis=0)})
+
+    private = nn.privatize(Model())
+    with pytest.raises(CoverageError, match="depends on the others"):
+        private.coverage(private.loss(loss), {"x": np.full((3, 4), number)})
+
+
+class Making(nnx.Module):
+    """Does something to itself in each call."""
+
+    def __init__(self, does):
+        self.does = does
+
+    def __call__(self, x):
+        self.does(self)
+        return x
+
+
+def make_a_parameter(layer):
+    layer.late = nnx.Param(jnp.ones(4))
+
+
+def sow(layer):
+    layer.late = nnx.Intermediate(jnp.ones(4))
+
+
+def make_state(layer):
+    layer.late = nnx.Variable(jnp.ones(4))
+
+
+def move_a_parameter(layer):
+    layer.own[...] = layer.own[...] * 2.0
+
+
+def put_another_in_its_place(layer):
+    layer.own = nnx.Param(jnp.ones(4))
+
+
+@pytest.mark.parametrize(
+    ("does", "name"),
+    [
+        (make_a_parameter, "'norm/late'"),
+        (make_state, "'norm/late'"),
+        (move_a_parameter, "'norm/own'"),
+        (put_another_in_its_place, "'norm/own'"),
+    ],
+)
+def test_what_a_call_makes_or_changes_is_refused(does, name):
+    """A step would drop it in silence; what is sown for the caller passes."""
+    layer = Making(does)
+    layer.own = nnx.Param(jnp.full(4, 2.0))
+    private = nn.privatize(Model(norm=layer))
+    with pytest.raises(CoverageError, match=name):
+        private.loss(squares)(private.params, BATCH)
+    sowing = nn.privatize(Model(norm=Making(sow)))
+    assert sowing.loss(squares)(sowing.params, BATCH).shape == (3,)
