@@ -151,26 +151,27 @@ def _split_for(
     per_example_bytes: int | None,
 ) -> Split:
     """The program in parts, its tails free to recompute where each gradient is made once."""
-    split_with = functools.partial(
-        _splitter(loss_fn, params, jax.tree.map(lambda x: x[0], batch)),
-        columns=[[1 + i for i in members] for members in columns_of(leaf_groups)],
-        divided={1 + i for i, owner in enumerate(leaf_groups) if not isinstance(owner, int)},
-    )
+    split_with = _splitter(loss_fn, params, jax.tree.map(lambda x: x[0], batch), leaf_groups)
     split = split_with()
     owners = [leaf_groups[place - 1] for place in split.outputs[1:]]
     once = is_made_once(split.tails[1:], owners, rows, per_example_bytes)
     return split_with(recompute=True) if once else split
 
 
-def split_gradient(loss_fn: PerExampleLoss, params: PyTree, example: PyTree) -> Split:
+def split_gradient(
+    loss_fn: PerExampleLoss, params: PyTree, example: PyTree, leaf_groups: Sequence[Owner] = ()
+) -> Split:
     """The program of one example, (loss, gradient of each leaf), in two parts.
 
-    `params` and `example` may be arrays or `jax.ShapeDtypeStruct`s.
+    `params` and `example` may be arrays or `jax.ShapeDtypeStruct`s. `leaf_groups`: as for
+    `clipped_sum`; which slices are finished in a loop depends on them.
     """
-    return _splitter(loss_fn, params, example)()
+    return _splitter(loss_fn, params, example, leaf_groups)()
 
 
-def _splitter(loss_fn: PerExampleLoss, params: PyTree, example: PyTree) -> Callable[..., Split]:
+def _splitter(
+    loss_fn: PerExampleLoss, params: PyTree, example: PyTree, leaf_groups: Sequence[Owner]
+) -> Callable[..., Split]:
     leaves, structure = jax.tree.flatten(params)
     example, layout = jax.tree.flatten(example)
 
@@ -183,7 +184,13 @@ def _splitter(loss_fn: PerExampleLoss, params: PyTree, example: PyTree) -> Calla
     varies = [False] * len(leaves) + [True] * len(example)
     traced = jax.make_jaxpr(program)(*leaves, *example)
     check_uncoupled(traced.jaxpr, example)
-    return functools.partial(defer, traced, varies)
+    return functools.partial(
+        defer,
+        traced,
+        varies,
+        columns=[[1 + i for i in members] for members in columns_of(leaf_groups)],
+        divided={1 + i for i, owner in enumerate(leaf_groups) if not isinstance(owner, int)},
+    )
 
 
 def _loss_of_one(params: PyTree, example: PyTree, loss_fn: PerExampleLoss) -> Float[Array, ""]:

@@ -155,11 +155,16 @@ def _source(jaxpr: jex.Jaxpr, atom: jex.Var | jex.Literal) -> jex.Var | None:
     while isinstance(atom, jex.Var) and atom in makers:
         eqn = makers[atom]
         inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-        if eqn.primitive.name not in _CALLS or inner is None:
+        if eqn.primitive.name not in (*_CALLS, "scan") or inner is None:
             return None
         inner = getattr(inner, "jaxpr", inner)
         given = _source(inner, inner.outvars[eqn.outvars.index(atom)])
         if given is None or given not in inner.invars:
             return None
-        atom = eqn.invars[inner.invars.index(given)]
+        source = eqn.invars[inner.invars.index(given)]
+        # Of what a scan takes and stacks slices of, slice i is handed through; of no carry.
+        sliced = getattr(source.aval, "shape", ()) != getattr(given.aval, "shape", ())
+        if eqn.primitive.name == "scan" and not sliced:
+            return None
+        atom = source
     return atom if isinstance(atom, jex.Var) else None

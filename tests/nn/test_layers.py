@@ -8,7 +8,7 @@ from flax import linen, nnx
 from helpers.clipping_oracle import check_clipped_sum
 from helpers.flax_models import FAMILIES, embedding
 
-from dpfa_jax import nn
+from dpfa_jax import dpsgd, nn
 from dpfa_jax.clipping import trees
 
 SLOW = pytest.mark.slow
@@ -74,9 +74,9 @@ class EveryLinenLayer(linen.Module):
 
 
 class Scanned(nnx.Module):
-    """Blocks whose parameters are stacked, run by nnx.scan."""
+    """Blocks whose parameters are stacked, run by nnx.scan; where asked for, recomputed."""
 
-    def __init__(self, rngs):
+    def __init__(self, rngs, recomputes=False):
         @nnx.split_rngs(splits=3)
         @nnx.vmap
         def blocks(rngs):
@@ -84,11 +84,13 @@ class Scanned(nnx.Module):
 
         self.embed = embedding(11, WIDTH, rngs)
         self.blocks = blocks(rngs)
+        self.recomputes = recomputes
 
     def __call__(self, tokens):
         @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
         def run(x, block):
-            return block(x)
+            run_block = lambda block, x: block(x)  # noqa: E731
+            return (nnx.remat(run_block) if self.recomputes else run_block)(block, x)
 
         return run(self.embed(tokens), self.blocks)
 
@@ -117,11 +119,25 @@ def test_every_layer(framework):
 
 
 @pytest.mark.slow
-def test_layers_under_scan():
-    private = nn.privatize(Scanned(nnx.Rngs(0)))
+@pytest.mark.parametrize("recomputes", [False, True])
+def test_layers_under_scan(recomputes):
+    private = nn.privatize(Scanned(nnx.Rngs(0), recomputes))
     check_clipped_sum(
         private.loss(loss), private.params, tokens(), micro_batch_size=2, invariant=INVARIANT
     )
+
+
+def test_stacked_blocks_finish_in_their_rounds():
+    """Each slice a clip group: nnx.scan of nnx.remat is one loop that clips all of its blocks."""
+    private = nn.privatize(Scanned(nnx.Rngs(0), recomputes=True))
+    groups, _ = dpsgd.per_layer_groups(private.params, 1.0, stacked=("blocks",))
+    rows = dpsgd.coverage(private.loss(loss), private.params, tokens(), groups)
+    hows = {row.path: row.how for row in rows}
+    blocks = {path for path in hows if path.startswith("blocks/")}
+    assert {path for path, how in hows.items() if how == "in its round"} == blocks
+    assert len(blocks) > 8
+    whole = dpsgd.coverage(private.loss(loss), private.params, tokens())
+    assert not any(row.how == "in its round" for row in whole)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=SLOW) for name in FAMILIES])
@@ -144,7 +160,9 @@ def test_the_oracle_sees_what_is_not_clipped(monkeypatch):
     batch = {"x": np.random.default_rng(0).standard_normal((4, 3)).astype(np.float32)}
     loss_fn = private.loss(lambda model, batch: jnp.sum(jnp.exp(model(batch["x"])), axis=1))
     check_clipped_sum(loss_fn, private.params, batch, micro_batch_size=4)
-    monkeypatch.setattr(trees, "clip_scales", lambda squares, real: jnp.ones(squares.shape[:2]) * real[:, None])
+    monkeypatch.setattr(
+        trees, "clip_scales", lambda squares, real: jnp.ones(squares.shape[:2]) * real[:, None]
+    )
     with pytest.raises(AssertionError):
         check_clipped_sum(loss_fn, private.params, batch, micro_batch_size=4)
 
