@@ -94,6 +94,8 @@ def clipped_groups(
     examples less clipped ones).
     Errors: ArgumentError for gradients that cannot be kept within `per_example_bytes`, by name.
     """
+    if not gradients:  # all are made in rounds of loops
+        return [], jnp.zeros((0,), jnp.float32)
     allowed = per_example_bytes or DEFAULT_PER_EXAMPLE_BYTES
     left = _check_memory(gradients, counts.shape[0], allowed)
     sets = sets_of(leaf_groups)

@@ -263,6 +263,28 @@ def test_noise_and_norms_of_each_slice_are_its_own(adapts):
         assert ratios[("blocks/in/0",)] < 0.99 < 1.01 < ratios[("blocks/in/1",)], ratios
 
 
+def test_a_model_may_be_stacked_whole():
+    """No parameter beside those of the loop: nothing is left for the end."""
+    params = {"blocks": params_of()["blocks"]}
+
+    def loss(params, batch):
+        return LOSSES["scan"](params | {"head": jnp.ones((WIDTH, 5))}, batch)
+
+    groups, norms = dpsgd.per_layer_groups(params, 0.4, stacked=STACKED)
+    found = summed(loss, params, batch_of(), np.ones(BATCH, bool), groups, norms)
+    with_head = params_of() | {"head": jnp.ones((WIDTH, 5))}
+    both, their_norms = (*groups, ("head",)), (*norms, 1.0)
+    expected = summed(
+        LOSSES["scan"], with_head, batch_of(), np.ones(BATCH, bool), both, their_norms
+    )
+    for leaf, right in zip(
+        jax.tree.leaves(found.gradients["blocks"]),
+        jax.tree.leaves(expected.gradients["blocks"]),
+        strict=True,
+    ):
+        np.testing.assert_allclose(leaf, right, rtol=2e-5, atol=1e-6)
+
+
 def test_which_groups_a_loop_can_finish():
     """Those of slices with one number, and of nothing else."""
     assert columns_of([0, (1, 2), (3, 4), (3, 4)]) == [(1,), (2, 3)]
