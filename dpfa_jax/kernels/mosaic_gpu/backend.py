@@ -61,20 +61,6 @@ def _keep_keys(x: Float[Array, "B S K H"], inputs: AttentionInputs) -> Float[Arr
     return jnp.where(is_key[:, :, None, None], x, 0)
 
 
-def _of_rows(
-    bias: Float[Array, "b n t 1"],
-    lse: Float[Array, "B T N"],
-    lse_cotangent: Float[Array, "B T N"] | None,
-) -> Float[Array, "b n t 1"]:
-    """Gradient of a bias that all keys of a row share: it moves the log-sum-exp and no weight."""
-    if lse_cotangent is None:
-        return jnp.zeros_like(bias)
-    moved = jnp.where(jnp.isneginf(lse), 0.0, lse_cotangent)
-    moved = jnp.swapaxes(moved, 1, 2)[..., None]
-    axes = tuple(axis for axis in range(3) if bias.shape[axis] == 1)
-    return jnp.sum(moved, axes, keepdims=True).astype(bias.dtype)
-
-
 @dataclasses.dataclass(frozen=True)
 class MosaicGpuBackend:
     """Pallas Mosaic GPU kernels for Hopper.
@@ -189,7 +175,6 @@ class MosaicGpuBackend:
         inputs: AttentionInputs,
         outputs: AttentionOutputs,
         cotangent: Float[Array, "B T N H"],
-        lse_cotangent: Float[Array, "B T N"] | None,
     ) -> AttentionGradients:
         """Gradients of plain attention; above head size 128 a bias has its by the blocked one."""
         assert outputs.lse is not None
@@ -204,8 +189,6 @@ class MosaicGpuBackend:
         delta = jnp.einsum(
             "btnh,btnh->btn", answer.astype(jnp.float32), cotangent.astype(jnp.float32)
         )
-        if lse_cotangent is not None:
-            delta -= lse_cotangent.astype(jnp.float32)
         lse, delta = (jnp.swapaxes(x, 1, 2) for x in (outputs.lse, delta))
         tile = backward_tiles(
             spec,
@@ -243,12 +226,12 @@ class MosaicGpuBackend:
         d_query, d_key, d_value = fold_vmap(run, pairs_of(axes))(*operands)
         d_bias = None
         if inputs.bias is not None and inputs.bias.shape[3] == 1:
-            d_bias = _of_rows(inputs.bias, outputs.lse, lse_cotangent)
+            d_bias = jnp.zeros_like(inputs.bias)  # all keys of a row share it: it moves no weight
         elif inputs.bias is not None and query.shape[3] > MAX_HEAD_SIZE_ONE_WARPGROUP:
             from dpfa_jax.kernels.blocked import BACKEND as BLOCKED
 
             # XLA drops it where nobody reads the gradient, as the call below.
-            d_bias = BLOCKED.backward(spec, inputs, outputs, cotangent, lse_cotangent).bias
+            d_bias = BLOCKED.backward(spec, inputs, outputs, cotangent).bias
         elif inputs.bias is not None:
             # A call of its own: XLA drops it where nobody reads the gradient.
             run_bias = in_pieces(run_bias, axes, ["pair"], key.shape[2])

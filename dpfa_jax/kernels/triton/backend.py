@@ -126,7 +126,6 @@ class TritonBackend:
         inputs: AttentionInputs,
         outputs: AttentionOutputs,
         cotangent: Float[Array, "B T N H"],
-        lse_cotangent: Float[Array, "B T N"] | None,
     ) -> AttentionGradients:
         """Gradients of plain attention; `outputs` may hold the log-sum-exp alone."""
         assert outputs.lse is not None
@@ -138,8 +137,6 @@ class TritonBackend:
         answer = outputs.output if outputs.unclipped is None else outputs.unclipped
         cotangent = cotangent.astype(inputs.query.dtype)  # as the kernels multiply it
         delta = jnp.sum(answer.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
-        if lse_cotangent is not None:
-            delta = delta - jnp.where(is_empty, 0.0, lse_cotangent.astype(jnp.float32))
         by_head = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
         shift, factor = outputs.lse, None
         if inputs.query.dtype == jnp.float32 and outputs.rows is not None:
