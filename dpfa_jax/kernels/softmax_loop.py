@@ -177,7 +177,8 @@ class SoftmaxResults(NamedTuple):
 
 def keeps_weights(spec: AttentionSpec, query_length: int, key_length: int) -> bool:
     """Whether `forward` gives the weights themselves, and not the rows that they are made of."""
-    return query_length * key_length <= KEPT_WEIGHTS and spec.logits_soft_cap is None
+    size = query_length * key_length
+    return size <= min(KEPT_WEIGHTS, ONE_BLOCK) and spec.logits_soft_cap is None
 
 
 # Gradients under way: query, bias (None where there is none), key, value.
@@ -204,7 +205,7 @@ def forward(spec: AttentionSpec, inputs: AttentionInputs) -> SoftmaxResults:
         if keeps_weights(spec, blocks.rows, blocks.keys):
             values, lse, weights = tiles.attend_keeping_weights(spec, tile_of(0, 0))
             output = unshielded(values)
-            weights = weights.reshape(-1, problem.heads, *weights.shape[3:])
+            weights = weights.reshape(weights.shape[0], problem.heads, *weights.shape[3:])
         else:
             output, lse, rows = finish(tiles.attend(spec, tile_of(0, 0)))
             rows = SoftmaxRows(*map(problem.by_head, rows))
@@ -269,7 +270,7 @@ def backward(
     if isinstance(known, SoftmaxRows):
         known = SoftmaxRows(*map(problem.by_group, known))
     else:
-        known = known.reshape(-1, key.shape[2], problem.groups, *known.shape[2:])
+        known = known.reshape(known.shape[0], key.shape[2], problem.groups, *known.shape[2:])
     output_dot = None if output_dot is None else problem.by_group(output_dot)
     blocks = Blocks.of(problem.query_length, problem.key_length)
 

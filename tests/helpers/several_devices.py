@@ -262,7 +262,7 @@ def check_step(sizes: Sizes, devices: list[Any], implementation: str | None) -> 
 def small_blocks() -> Iterator[None]:
     """The blocked backend's loops at sizes that one block would serve."""
     before = softmax_loop.ONE_BLOCK, softmax_loop.BLOCK_Q, softmax_loop.BLOCK_KV
-    softmax_loop.ONE_BLOCK, softmax_loop.BLOCK_Q, softmax_loop.BLOCK_KV = 0, 16, 16
+    softmax_loop.ONE_BLOCK, softmax_loop.BLOCK_Q, softmax_loop.BLOCK_KV = 0, 4, 5
     jax.clear_caches()
     try:
         yield
