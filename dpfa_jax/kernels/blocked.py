@@ -101,11 +101,12 @@ class Blocked:
             rows = _rows_of(outputs.lse) if outputs.rows is None else outputs.rows
             known = rows._asdict()
         given = _operands(inputs, **known, cotangent=cotangent, output_dot=output_dot)
+        query, key, value, bias = _gradients(spec, given)
         return AttentionGradients(
-            *(
-                None if found is None else found.astype(primal.dtype)
-                for found, primal in zip(_gradients(spec, given), inputs[:4], strict=True)
-            )
+            query.astype(inputs.query.dtype),
+            key.astype(inputs.key.dtype),
+            value.astype(inputs.value.dtype),
+            None if bias is None or inputs.bias is None else bias.astype(inputs.bias.dtype),
         )
 
 
@@ -126,7 +127,9 @@ def _softmax(spec: AttentionSpec, inputs: AttentionInputs) -> SoftmaxResults:
     return SoftmaxResults(output, lse, weights, rows)
 
 
-def _gradients(spec: AttentionSpec, given: _Operands) -> tuple[jax.Array | None, ...]:
+def _gradients(
+    spec: AttentionSpec, given: _Operands
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """`softmax_loop.backward` of arrays that may be in pieces."""
 
     def run(given: _Operands) -> tuple[jax.Array, ...]:

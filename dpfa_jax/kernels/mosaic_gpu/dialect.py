@@ -46,7 +46,7 @@ def interleaved(even: Registers, odd: Registers, layout: Any, shape: tuple[int, 
     """Numbers of the two in turn, an array of `shape`: no instruction, names of registers move."""
     registers = np.empty(even.registers.shape, dtype=object)
     for index, first in np.ndenumerate(even.registers):
-        pair = (first, odd.registers[index])
+        pair: Any = (first, odd.registers[index])
         (size,) = first.type.shape
         registers[index] = mgpu.utils.vector_concat(
             [mgpu.utils.vector_slice(x, slice(i, i + 1)) for i in range(size) for x in pair]
