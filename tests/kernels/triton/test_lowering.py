@@ -147,6 +147,33 @@ def test_explicit_axes_keep_their_pieces(key_heads):
     assert jax.tree.leaves(traced.out_info)[0].sharding.spec[:3] == tuple(split)
 
 
+@pytest.mark.parametrize("readout", [EXAMPLE, MEMORY])
+def test_private_program(readout):
+    """V24: no callback, no second draw of noise, nothing but the answer among its results."""
+    inputs = shapes(rows=64, keys=64, noise=noise_shapes())
+
+    def release(inputs):
+        return core.attend(BACKEND, AttentionSpec(0.1, readout=readout), inputs)[0]
+
+    text = lower(release, inputs)
+    assert "callback" not in text
+    assert "stablehlo.xor" not in text  # of threefry, which would be a second draw
+    (main,) = (line for line in text.splitlines() if "@main" in line)
+    assert main.split("->")[-1].count("tensor<") == 1
+    # Beside the answer a kernel writes maximum and sum of each row, which stay inside.
+    (launch,) = (line for line in text.splitlines() if "dpfa_triton_" in line)
+    wide = "tensor<2x64x2x64xbf16>"
+    made = launch.split("->")[-1]
+    assert made.count(wide) == 1 and made.count("tensor<") == (3 if readout is EXAMPLE else 1)
+
+    # Negative control: with residuals the un-noised output is a kernel's result, and is seen.
+    if readout is EXAMPLE:
+        spec = AttentionSpec(0.1, readout=readout)
+        text = lower(lambda x: BACKEND.forward(spec, x).unclipped, inputs)
+        (launch,) = (line for line in text.splitlines() if "dpfa_triton_" in line)
+        assert launch.split("->")[-1].count("tensor<") == 4
+
+
 def test_the_warning_of_the_end_of_pallas_triton_is_silent():
     """One place silences it; without that place it is an error here (negative control)."""
     inputs = shapes(rows=16, keys=16, head_size=16)
