@@ -153,10 +153,10 @@ class Producer:
             again = walk.beyond(total)
             self.load("key", arrays.key, again, again.steps.begin, total)
             self.load_query(arrays.query, again)
-            keys = total + 1
             if values_cross:
                 load_values(again, again.steps.begin, total)
-                values = keys
+                values = total + 1
+            keys = total + 1
         for part in range(0 if crosses else COMPUTE_WARPGROUPS):
             plgpu.barrier_wait(self.barriers["query_free"].at[part])
 
