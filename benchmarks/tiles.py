@@ -88,7 +88,7 @@ def by_blocks(spec: AttentionSpec) -> Callable[..., Any]:
         inputs = AttentionInputs(*(x.astype(jnp.float32) for x in (query, key, value)))
         outputs = blocked.BACKEND.forward(spec, inputs)
         pulled = cotangent.astype(jnp.float32)
-        return outputs.output, blocked.BACKEND.backward(spec, inputs, outputs, pulled, None)[:3]
+        return outputs.output, blocked.BACKEND.backward(spec, inputs, outputs, pulled)[:3]
 
     return run
 

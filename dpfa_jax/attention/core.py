@@ -64,7 +64,7 @@ def _softmax_backward(
         # Noise is a constant, and snapping passes the cotangent straight through.
         assert outputs.unclipped is not None
         cotangent = epilogue.clip_cotangent(spec.readout, outputs.unclipped, cotangent)
-    gradients = backend.backward(spec, inputs, outputs, cotangent, None)
+    gradients = backend.backward(spec, inputs, outputs, cotangent)
     bias = None
     if gradients.bias is not None and inputs.bias is not None:
         bias = _placed_as(gradients.bias, inputs.bias)

@@ -181,7 +181,6 @@ class Backend(Protocol):
         inputs: AttentionInputs,
         outputs: AttentionOutputs,
         cotangent: Float[Array, "B T N H"],
-        lse_cotangent: Float[Array, "B T N"] | None,
     ) -> AttentionGradients:
         """Gradients of plain attention. `cotangent` has already passed the clip's derivative."""
         ...

@@ -9,8 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from dpfa_jax.clipping.rows import clip_rows
-from dpfa_jax.core import ArgumentError
-from dpfa_jax.kernels import compensated
+from dpfa_jax.kernels import compensated, noise_inputs
 from dpfa_jax.kernels.base import (
     AttentionInputs,
     AttentionOutputs,
@@ -21,6 +20,7 @@ from dpfa_jax.kernels.base import (
     SoftmaxRows,
 )
 from dpfa_jax.kernels.compensated import TwoFloat
+from dpfa_jax.kernels.partitioning import by_batch_and_heads
 from dpfa_jax.noise import attention_noise, snap
 
 
@@ -31,8 +31,10 @@ def clipped(
     normalised = normalised.astype(jnp.float32)
     if readout.clip == "row":
         return clip_rows(normalised, readout.l2_clip_norm)
-    whole = normalised.reshape(normalised.shape[0], -1)
-    return clip_rows(whole, readout.l2_clip_norm).reshape(normalised.shape)
+    # Heads come first among what is made one axis: there JAX lets them stay in pieces.
+    by_head = jnp.swapaxes(normalised, 1, 2)
+    whole = clip_rows(by_head.reshape(by_head.shape[0], -1), readout.l2_clip_norm)
+    return jnp.swapaxes(whole.reshape(by_head.shape), 1, 2)
 
 
 def clip_cotangent(
@@ -74,7 +76,7 @@ def example(
     readout: ExampleReadout, normalised: Float[Array, "B T N H"], noise: NoiseInputs | None
 ) -> Float[Array, "B T N H"]:
     """Clipped, noised and snapped output in float32."""
-    drawn = _scaled_noise(readout.noise_stddevs, normalised.shape, noise)
+    drawn = _scaled_noise(readout, normalised, noise)
     return snap(clipped(readout, normalised) + drawn, _per_head(readout.grids))
 
 
@@ -89,9 +91,9 @@ def memory(
     columns = sums.high.shape[-1] - 1
     if readout.form == "ratio":
         answer = ratio(sums)
-        drawn = _scaled_noise(readout.noise_stddevs, answer.high.shape, noise)
+        drawn = _scaled_noise(readout, answer.high, noise)
         return compensated.snap(compensated.add(answer, drawn), _per_head(readout.grids))
-    drawn = _scaled_noise(readout.noise_stddevs, sums.high.shape, noise)
+    drawn = _scaled_noise(readout, sums.high, noise)
     released = compensated.snap(compensated.add(sums, drawn), _per_head(readout.grids))
     numerator, normaliser = released[..., :columns], released[..., columns:]
     return numerator / jnp.maximum(normaliser / readout.weight_scale, readout.floor)
@@ -105,27 +107,29 @@ def ratio(sums: TwoFloat) -> TwoFloat:
 
 
 def _scaled_noise(
-    stddevs: tuple[float, ...], shape: tuple[int, ...], noise: NoiseInputs | None
+    readout: ExampleReadout | MemoryReadout,
+    like: Float[Array, "B T N h"],
+    noise: NoiseInputs | None,
 ) -> Float[Array, "B T N h"]:
-    if noise is None:
-        raise ArgumentError(
-            "noise", None, "a private readout has no noise inputs", "Pass NoiseInputs."
+    """The noise of an answer: where types name its sharding, each device draws its own piece."""
+
+    def draw(like: jax.Array, *given: jax.Array) -> tuple[jax.Array, ...]:
+        key_words, batch_index, head_index, stddevs = given
+        drawn = attention_noise(
+            key_words,
+            batch_index,
+            head_index[:, 0],
+            heads=like.shape[2],
+            row_start=0,
+            rows=like.shape[1],
+            columns=like.shape[3],
         )
-    _, rows, heads, columns = shape
-    if len(stddevs) != heads:
-        raise ArgumentError(
-            "noise_stddevs", stddevs, f"{heads} heads", "Pass one standard deviation a head."
-        )
-    drawn = attention_noise(
-        noise.key_words,
-        noise.batch_index,
-        noise.head_start,
-        heads=heads,
-        row_start=0,
-        rows=rows,
-        columns=columns,
-    )
-    return drawn * _per_head(stddevs)
+        return (drawn * stddevs[:, None],)
+
+    operands, results = ["btnh", "bw", "b", "bn", "n"], ["btnh"]
+    run = by_batch_and_heads(draw, operands, results, key_heads=like.shape[2], is_opaque=False)
+    stddevs = jnp.asarray(readout.noise_stddevs, jnp.float32)
+    return run(like, *noise_inputs.placed(readout, noise, like.shape), stddevs)[0]
 
 
 def _per_head(numbers: tuple[float, ...]) -> Float[Array, "N 1"]:

@@ -1,8 +1,9 @@
-"""Kernels over sharded arrays: what a kernel can have in pieces stays so, the rest is gathered.
+"""Functions over sharded arrays: what they can have in pieces stays so, the rest is gathered.
 
 XLA cannot see into a kernel, and would gather its operands. Under `jit` the partitioner asks here
 (`jax.experimental.custom_partitioning`, a Shardy rule); where types name the sharding (a mesh with
 explicit axes) the call goes through `shard_map`; inside a manual mesh arrays are pieces already.
+XLA's own loops and reshapes need the same where types name the sharding, and no help elsewhere.
 """
 
 import math
@@ -21,7 +22,12 @@ _SplitAxes = tuple[str, ...]  # mesh axes along one dimension, the outermost fir
 
 
 def by_batch_and_heads(
-    function: Function, operands: Sequence[str], results: Sequence[str], *, key_heads: int
+    function: Function,
+    operands: Sequence[str],
+    results: Sequence[str],
+    *,
+    key_heads: int,
+    is_opaque: bool = True,
 ) -> Function:
     """`function`, run on each piece of batch and heads.
 
@@ -35,6 +41,8 @@ def by_batch_and_heads(
         results for it are summed. An axis of length 1 named B or N in a result says that it is a
         sum over batch or query heads: it is summed over their pieces.
       key_heads: number of key heads.
+      is_opaque: XLA cannot partition `function` by itself. Where it can, it does so wherever types
+        leave the sharding to it.
     """
 
     def plan(mesh: Any, shape: tuple[int, ...], spec: PartitionSpec) -> _Plan:
@@ -62,7 +70,7 @@ def by_batch_and_heads(
         sizes = {"g": members} if heads == "(k g)" else {}
         return text, {**sizes, "need_replication_factors": whole}
 
-    return _on_pieces(function, plan, rule)
+    return _on_pieces(function, plan, rule if is_opaque else None)
 
 
 def by_elements(function: Function, rank: int, whole: int) -> Function:
@@ -127,7 +135,10 @@ class _Plan(NamedTuple):
 
 
 def _on_pieces(function: Function, plan: Callable[[Any, Any, Any], _Plan], rule: Any) -> Function:
-    """`function` on the pieces that `plan` makes of (mesh, shape, spec) of the first operand."""
+    """`function` on the pieces that `plan` makes of (mesh, shape, spec) of the first operand.
+
+    `rule`: what the partitioner is told. None: nothing, it sees into `function`.
+    """
 
     def partition(mesh: Any, given: Any, wanted: Any) -> tuple[Any, ...]:
         if not isinstance(given[0].sharding, NamedSharding):  # of no mesh: `rule` left all whole
@@ -142,10 +153,9 @@ def _on_pieces(function: Function, plan: Callable[[Any, Any, Any], _Plan], rule:
     def call(*arrays: jax.Array) -> tuple[jax.Array, ...]:
         if jax.sharding.get_abstract_mesh().manual_axes:
             return function(*arrays)
-        sharding = jax.typeof(arrays[0]).sharding
-        mesh = sharding.mesh
-        if AxisType.Explicit in mesh.axis_types:
-            found = plan(mesh, arrays[0].shape, sharding.spec)
+        mesh, spec = _placed(arrays)
+        if mesh is not None:
+            found = plan(mesh, arrays[0].shape, spec)
             pieces = (
                 jax.sharding.reshard(x, NamedSharding(mesh, spec))
                 for x, spec in zip(arrays, found.own, strict=True)
@@ -153,12 +163,25 @@ def _on_pieces(function: Function, plan: Callable[[Any, Any, Any], _Plan], rule:
             return jax.shard_map(
                 found.function, mesh=mesh, in_specs=found.own, out_specs=found.theirs
             )(*pieces)
+        if rule is None:
+            return function(*arrays)
         # By position only: it cannot tell a keyword that has a default from one that is given.
         partitioned = custom_partitioning(lambda *arrays: function(*arrays))
         partitioned.def_partition(partition, sharding_rule=rule)
         return partitioned(*arrays)
 
     return call
+
+
+def _placed(arrays: Sequence[jax.Array]) -> tuple[Any, PartitionSpec]:
+    """The mesh with explicit axes on which any of the arrays lies, and the first one's sharding.
+
+    An array of no mesh lies whole on each device of the others'.
+    """
+    shardings = [jax.typeof(x).sharding for x in arrays]
+    meshes = (x.mesh for x in shardings if AxisType.Explicit in x.mesh.axis_types)
+    mesh = next(meshes, None)
+    return mesh, shardings[0].spec if shardings[0].mesh == mesh else PartitionSpec()
 
 
 def _outside_meshes(function: Function) -> Function:
@@ -221,8 +244,12 @@ def _summed(
         axes = manual_axes.varying_axes(*arrays)
         found = (manual_axes.vary_over(x, axes) for x in function(*arrays))
         return tuple(
-            jax.lax.psum(x.astype(jnp.float32), summed).astype(x.dtype) if summed else x
-            for x, summed in zip(found, over, strict=True)
+            _sum(x, summed) if summed else x for x, summed in zip(found, over, strict=True)
         )
 
     return run
+
+
+def _sum(x: jax.Array, axes: _SplitAxes) -> jax.Array:
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return jax.lax.psum(wide, axes).astype(x.dtype)

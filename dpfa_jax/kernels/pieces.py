@@ -20,6 +20,7 @@ def over_pieces(
     results: Sequence[str],
     *,
     key_heads: int,
+    is_opaque: bool = True,
 ) -> tuple[jax.Array, ...]:
     """`function(arrays)`, on each piece of batch and heads, under any number of vmaps.
 
@@ -28,8 +29,10 @@ def over_pieces(
       arrays: a named tuple of arrays, None where absent; the first two are query and key.
       axes: the same tuple, of the dimensions of each array, as `by_batch_and_heads` reads them, or
         "pair".
-      results: the same for each result. A single "pair" is the gradient of the last array.
+      results: the same for each result. A "pair" is the gradient of the last array; of an opaque
+        function it is the only result.
       key_heads: number of key heads.
+      is_opaque: XLA sees a kernel in `function`, hence can neither partition nor batch it.
     """
     present = [x is not None for x in arrays]
     letters = [x for x, there in zip(axes, present, strict=True) if there]
@@ -39,7 +42,9 @@ def over_pieces(
         given = iter(operands)
         return function(type(arrays)(*(next(given) if there else None for there in present)))
 
-    split = in_pieces(run, letters, results, key_heads)
+    split = in_pieces(run, letters, results, key_heads, is_opaque)
+    if not is_opaque:
+        return split(*operands)
     if list(results) == ["pair"]:
         by_row = fold_vmap(split, pairs_of(letters[:-1]))
         return (summing_vmap(split, by_row)(*operands),)
@@ -104,7 +109,11 @@ def pairs_of(axes: Sequence[str]) -> list[int]:
 
 
 def in_pieces(
-    function: Any, operands: Sequence[str], results: Sequence[str], key_heads: int
+    function: Any,
+    operands: Sequence[str],
+    results: Sequence[str],
+    key_heads: int,
+    is_opaque: bool = True,
 ) -> Any:
     """`by_batch_and_heads` with "pair" for a (b, n, t, s) array whose axes are full or 1.
 
@@ -123,7 +132,8 @@ def in_pieces(
 
         taken = [letters(axes, x, "uvxy") for axes, x in zip(operands, arrays, strict=True)]
         made = [letters(axes, arrays[-1], "BNxy") for axes in results]
-        return by_batch_and_heads(function, taken, made, key_heads=key_heads)(*arrays)
+        run = by_batch_and_heads(function, taken, made, key_heads=key_heads, is_opaque=is_opaque)
+        return run(*arrays)
 
     return call
 

@@ -101,22 +101,18 @@ class Reference:
         inputs: AttentionInputs,
         outputs: AttentionOutputs,
         cotangent: Float[Array, "B T N H"],
-        lse_cotangent: Float[Array, "B T N"] | None,
     ) -> AttentionGradients:
         """Gradients of plain attention, by JAX."""
         assert outputs.lse is not None
 
         def answer(
             query: jax.Array, key: jax.Array, value: jax.Array, bias: jax.Array | None
-        ) -> tuple[jax.Array, jax.Array]:
+        ) -> jax.Array:
             replaced = inputs._replace(query=query, key=key, value=value, bias=bias)
-            return softmax_attention(spec, replaced)
+            return softmax_attention(spec, replaced)[0]
 
-        (output, lse), pull_back = jax.vjp(
-            answer, inputs.query, inputs.key, inputs.value, inputs.bias
-        )
-        lse_ct = jnp.zeros_like(lse) if lse_cotangent is None else lse_cotangent.astype(lse.dtype)
-        return AttentionGradients(*pull_back((cotangent.astype(output.dtype), lse_ct)))
+        output, pull_back = jax.vjp(answer, inputs.query, inputs.key, inputs.value, inputs.bias)
+        return AttentionGradients(*pull_back(cotangent.astype(output.dtype)))
 
 
 BACKEND = Reference()

@@ -171,8 +171,14 @@ class SoftmaxResults(NamedTuple):
 
     output: Float[Array, "B T N H"]
     lse: Float[Array, "B T N"]
-    weights: Float[Array, "B K G T S"] | None
+    weights: Float[Array, "B N T S"] | None
     rows: SoftmaxRows | None
+
+
+def keeps_weights(spec: AttentionSpec, query_length: int, key_length: int) -> bool:
+    """Whether `forward` gives the weights themselves, and not the rows that they are made of."""
+    size = query_length * key_length
+    return size <= min(KEPT_WEIGHTS, ONE_BLOCK) and spec.logits_soft_cap is None
 
 
 # Gradients under way: query, bias (None where there is none), key, value.
@@ -196,9 +202,10 @@ def forward(spec: AttentionSpec, inputs: AttentionInputs) -> SoftmaxResults:
 
     if blocks.is_single:
         weights = rows = None
-        if blocks.rows * blocks.keys <= KEPT_WEIGHTS and spec.logits_soft_cap is None:
+        if keeps_weights(spec, blocks.rows, blocks.keys):
             values, lse, weights = tiles.attend_keeping_weights(spec, tile_of(0, 0))
             output = unshielded(values)
+            weights = weights.reshape(weights.shape[0], problem.heads, *weights.shape[3:])
         else:
             output, lse, rows = finish(tiles.attend(spec, tile_of(0, 0)))
             rows = SoftmaxRows(*map(problem.by_head, rows))
@@ -243,15 +250,14 @@ def forward(spec: AttentionSpec, inputs: AttentionInputs) -> SoftmaxResults:
 def backward(
     spec: AttentionSpec,
     inputs: AttentionInputs,
-    known: Float[Array, "B K G T S"] | SoftmaxRows,
+    known: Float[Array, "B N T S"] | SoftmaxRows,
     cotangent: Float[Array, "B T N H"],
     output_dot: Float[Array, "B T N"] | None,
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array | None]:
     """Gradients of query, key, value and bias in the accumulator's type.
 
     `known`: the softmax weights, or the rows of which they are made anew. `output_dot`: row-wise
-    product of output and cotangent, less the cotangent of the log-sum-exp; may be None where the
-    whole matrix is one block.
+    product of output and cotangent; may be None where the whole matrix is one block.
     """
     problem = Problem(spec, inputs)
     query, key, value = problem.query, inputs.key, inputs.value
@@ -263,6 +269,8 @@ def backward(
     cotangent = problem.by_group(cotangent)
     if isinstance(known, SoftmaxRows):
         known = SoftmaxRows(*map(problem.by_group, known))
+    else:
+        known = known.reshape(known.shape[0], key.shape[2], problem.groups, *known.shape[2:])
     output_dot = None if output_dot is None else problem.by_group(output_dot)
     blocks = Blocks.of(problem.query_length, problem.key_length)
 

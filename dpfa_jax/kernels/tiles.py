@@ -219,9 +219,8 @@ def attend_backward(
     """Gradients of one rectangle with respect to query, key, value and biased logits.
 
     `weights` are the softmax weights, `slope` the derivative of the cap. `output_dot` is the
-    row-wise product of output and cotangent, less the cotangent of the log-sum-exp (Dao et al.,
-    2022); None where the rectangle is the whole matrix and shows it itself. Results are in the
-    accumulator's type.
+    row-wise product of output and cotangent (Dao et al., 2022); None where the rectangle is the
+    whole matrix and shows it itself. Results are in the accumulator's type.
     """
     dtype, stored = accumulator(tile.query.dtype), tile.query.dtype
     cotangent = cotangent.astype(stored)

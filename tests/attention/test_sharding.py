@@ -5,12 +5,13 @@ import subprocess
 import sys
 
 PROGRAM = """
+import contextlib, dataclasses
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from dpfa_jax.attention import dot_product_attention, dp_attention
 from dpfa_jax.core import KeyReuseError
 from dpfa_jax.noise import insecure_test_key
-from dpfa_jax.release import ExampleRelease
+from dpfa_jax.release import ExampleRelease, RecordRelease
 
 mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2)
 x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 4, 6, 2, 8)), jnp.float32)
@@ -29,6 +30,37 @@ for f, extra in ((plain, ()), (private, (key,))):
     compiled = jax.jit(f).lower(*arrays, *extra).compile()
     assert "all-gather" not in compiled.as_text(), f
     np.testing.assert_allclose(compiled(*arrays, *extra), f(*x, *extra), atol=1e-6)
+
+# JAX's default mesh names the sharding in types: one block and loops, query heads whose one key
+# head is everywhere, a memory. Noise alone: the same bits.
+explicit = jax.make_mesh((4, 2), ("batch", "heads"))
+records = RecordRelease(1.0, 1.0, 1.0, 6, 2, 8, insecure_test_noise=True)
+
+def memory(q, k, v, key):
+    return dp_attention(q, k, v, release=records, noise_key=key)
+
+whole_clip = dataclasses.replace(release, clip="example")
+
+def whole_example(q, k, v, key):
+    return dp_attention(q, k, v, release=whole_clip, noise_key=key)
+
+one_head = [x[0], x[1][..., :1, :], x[2][..., :1, :]]
+silent = [x[0], x[1], jnp.zeros_like(x[2])]
+calls = ((plain, x, ()), (plain, one_head, ()), (memory, x, (key,)), (memory, silent, (key,)),
+         (whole_example, x, (key,)), (private, silent, (key,)))
+from helpers import several_devices
+for block in (contextlib.nullcontext(), several_devices.small_blocks()):
+    with block:
+        for f, whole, extra in calls:
+            expected = jax.jit(f)(*whole, *extra)
+            placed = [several_devices.split(explicit, a) for a in whole]
+            compiled = jax.jit(f).lower(*placed, *extra).compile()
+            assert "all-gather" not in compiled.as_text(), f
+            found = compiled(*placed, *extra)
+            step = {memory: max(records.grids), whole_example: max(release.grids)}.get(f, 1e-6)
+            close = 0 if whole is silent else step
+            for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
+                np.testing.assert_allclose(mine, theirs, atol=close, rtol=0)
 
 def shard(q, k, v, key):
     start = jax.lax.axis_index("batch")

@@ -79,7 +79,7 @@ def main(path, names):
                 value=inputs.value.at[:, HIDDEN].set(jnp.inf),
             )
         outputs = backend.forward(spec, inputs)
-        gradients = backend.backward(spec, inputs, outputs, cotangent, None)
+        gradients = backend.backward(spec, inputs, outputs, cotangent)
         found = {"output": outputs.output, "lse": outputs.lse}
         found |= {k: x for k, x in gradients._asdict().items() if x is not None}
         results |= {f"{name} {k}": np.asarray(x, np.float32) for k, x in found.items()}

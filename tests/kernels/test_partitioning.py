@@ -26,7 +26,7 @@ def forward(query, key, value, words, batch_index, head_index):
 def backward(query, key, value, cotangent):
     inputs = AttentionInputs(query, key, value)
     outputs = BACKEND.forward(spec, inputs)
-    return BACKEND.backward(spec, inputs, outputs, cotangent, None)[:3]
+    return BACKEND.backward(spec, inputs, outputs, cotangent)[:3]
 
 def kernels(key_heads):
     wrap = functools.partial(by_batch_and_heads, key_heads=key_heads)
@@ -72,7 +72,7 @@ def check(mesh, key_heads, heads_split, is_ambient, gathers):
 def bias_gradient(query, key, value, cotangent, bias):
     inputs = AttentionInputs(query, key, value, bias)
     outputs = BACKEND.forward(spec, inputs)
-    return (BACKEND.backward(spec, inputs, outputs, cotangent, None).bias,)
+    return (BACKEND.backward(spec, inputs, outputs, cotangent).bias,)
 
 def check_bias(mesh, key_heads, shape):
     from dpfa_jax.kernels.pieces import in_pieces

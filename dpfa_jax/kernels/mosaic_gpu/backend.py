@@ -1,14 +1,15 @@
 """The Hopper backend: what it serves, and how a call becomes kernel launches."""
 
 import dataclasses
+import functools
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from dpfa_jax.kernels import masks
+from dpfa_jax.kernels import masks, noise_inputs
 from dpfa_jax.kernels.base import (
     AttentionGradients,
     AttentionInputs,
@@ -23,24 +24,34 @@ from dpfa_jax.kernels.mosaic_gpu.bias_gradient import bias_gradient
 from dpfa_jax.kernels.mosaic_gpu.forward import ForwardArrays, ForwardResults, attention_forward
 from dpfa_jax.kernels.mosaic_gpu.pairs import bytes_per_column
 from dpfa_jax.kernels.mosaic_gpu.tile_choice import backward_tiles, forward_tiles
-from dpfa_jax.kernels.mosaic_gpu.tiles import MAX_HEAD_SIZE_ONE_WARPGROUP
-from dpfa_jax.kernels.pieces import (
-    fold_vmap,
-    in_pieces,
-    over_pieces,
-    pairs_of,
-    summing_vmap,
-    varying_as,
-)
+from dpfa_jax.kernels.mosaic_gpu.tiles import MAX_HEAD_SIZE, MAX_HEAD_SIZE_ONE_WARPGROUP
+from dpfa_jax.kernels.pieces import over_pieces, varying_as
 from dpfa_jax.kernels.public_maximum import has_public_maximum
 
-MAX_HEAD_SIZE = 256
-MAX_BATCH = 65535
 # Dimensions of the forward kernel's operands, as `over_pieces` reads them.
 FORWARD_AXES = ForwardArrays(
     "btnh", "bskh", "bskh", "b", "b", "bw", "b", head_start="bn", stddevs="bn", grids="bn",
     ones="b", mask="pair", bias="pair",
 )  # fmt: skip
+
+
+class _BackwardOperands(NamedTuple):
+    """What the backward kernels read; the bias last."""
+
+    query: Any
+    key: Any
+    value: Any
+    cotangent: Any
+    lse: Any
+    delta: Any
+    key_lengths: Any
+    mask: Any
+    bias: Any
+
+
+_BACKWARD_AXES = _BackwardOperands(
+    "btnh", "bskh", "bskh", "btnh", "bnt", "bnt", "b", "pair", "pair"
+)
 
 
 def _keep_rows(x: Float[Array, "B T N H"], lengths: jax.Array | None) -> Float[Array, "B T N H"]:
@@ -59,20 +70,6 @@ def _keep_keys(x: Float[Array, "B S K H"], inputs: AttentionInputs) -> Float[Arr
     is_key = masks.visible_keys(by_key)
     assert is_key is not None
     return jnp.where(is_key[:, :, None, None], x, 0)
-
-
-def _of_rows(
-    bias: Float[Array, "b n t 1"],
-    lse: Float[Array, "B T N"],
-    lse_cotangent: Float[Array, "B T N"] | None,
-) -> Float[Array, "b n t 1"]:
-    """Gradient of a bias that all keys of a row share: it moves the log-sum-exp and no weight."""
-    if lse_cotangent is None:
-        return jnp.zeros_like(bias)
-    moved = jnp.where(jnp.isneginf(lse), 0.0, lse_cotangent)
-    moved = jnp.swapaxes(moved, 1, 2)[..., None]
-    axes = tuple(axis for axis in range(3) if bias.shape[axis] == 1)
-    return jnp.sum(moved, axes, keepdims=True).astype(bias.dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,8 +109,6 @@ class MosaicGpuBackend:
             return f"scale={spec.scale} must be positive for the running maximum"
         if head_size > MAX_HEAD_SIZE:
             return f"head size {head_size} is above {MAX_HEAD_SIZE}"
-        if batch > MAX_BATCH:
-            return f"batch {batch} is above {MAX_BATCH}"
         if 0 in (batch, rows, inputs.key.shape[1], head_size):
             return "an axis is empty"
         return None
@@ -136,18 +131,20 @@ class MosaicGpuBackend:
             bias=inputs.bias,
         )
         if isinstance(spec.readout, ExampleReadout):
-            if inputs.noise is None:
-                raise ValueError("noise=None: an example readout needs NoiseInputs")
+            noise = noise_inputs.placed(spec.readout, inputs.noise, inputs.query.shape)
             per_head = (spec.readout.noise_stddevs, spec.readout.grids)
             stddevs, grids = (
                 jnp.broadcast_to(jnp.asarray(x, jnp.float32), (batch, len(x))) for x in per_head
             )
             ones = jnp.ones((batch,), jnp.uint32)
-            # The global index of each head, of which every piece of the heads has its own first.
-            start = inputs.noise.head_start[:, None]
-            heads = start + jnp.arange(inputs.query.shape[2], dtype=jnp.uint32)
-            noise = inputs.noise._replace(head_start=heads)._asdict()
-            arrays = arrays._replace(**noise, stddevs=stddevs, grids=grids, ones=ones)
+            arrays = arrays._replace(
+                key_words=noise.key_words,
+                batch_index=noise.batch_index,
+                head_start=noise.head_index,
+                stddevs=stddevs,
+                grids=grids,
+                ones=ones,
+            )
         head_size = inputs.query.shape[3]
         pair_bytes = bytes_per_column(inputs.mask, inputs.bias)
         is_bounded = has_public_maximum(spec, inputs)
@@ -189,7 +186,6 @@ class MosaicGpuBackend:
         inputs: AttentionInputs,
         outputs: AttentionOutputs,
         cotangent: Float[Array, "B T N H"],
-        lse_cotangent: Float[Array, "B T N"] | None,
     ) -> AttentionGradients:
         """Gradients of plain attention; above head size 128 a bias has its by the blocked one."""
         assert outputs.lse is not None
@@ -204,8 +200,6 @@ class MosaicGpuBackend:
         delta = jnp.einsum(
             "btnh,btnh->btn", answer.astype(jnp.float32), cotangent.astype(jnp.float32)
         )
-        if lse_cotangent is not None:
-            delta -= lse_cotangent.astype(jnp.float32)
         lse, delta = (jnp.swapaxes(x, 1, 2) for x in (outputs.lse, delta))
         tile = backward_tiles(
             spec,
@@ -213,47 +207,34 @@ class MosaicGpuBackend:
             key.shape[1],
             pair_bytes=bytes_per_column(inputs.mask, inputs.bias),
         )
-        options = {
-            "key_lengths": ("b", inputs.key_lengths),
-            "mask": ("pair", inputs.mask),
-            "bias": ("pair", inputs.bias),
-        }
-        options = {name: option for name, option in options.items() if option[1] is not None}
-        axes = ["btnh", "bskh", "bskh", "btnh", "bnt", "bnt", *(x for x, _ in options.values())]
-        always = (query, key, value, cotangent.astype(query.dtype), lse, delta)
-        operands = (*always, *(x for _, x in options.values()))
+        operands = _BackwardOperands(
+            query, key, value, cotangent.astype(query.dtype), lse, delta, inputs.key_lengths,
+            inputs.mask, inputs.bias,
+        )  # fmt: skip
 
-        def run(*operands: jax.Array) -> tuple[jax.Array, ...]:
-            query, key, value, cotangent, lse, delta, *more = operands
-            given: dict[str, Any] = dict(zip(options, more, strict=True))
+        def run(given: _BackwardOperands) -> tuple[jax.Array, ...]:
             return attention_backward(
-                spec, query, key, value, cotangent, lse, delta, given.pop("key_lengths", None),
-                tile, **given, interpret=self.interpret,
-            )  # fmt: skip
-
-        def run_bias(*operands: jax.Array) -> tuple[jax.Array, ...]:
-            query, key, value, cotangent, lse, delta, *more = operands
-            given: dict[str, Any] = dict(zip(options, more, strict=True))
-            found = bias_gradient(
-                spec, query, key, value, cotangent, lse, delta, **given, interpret=self.interpret
+                spec, *given[:7], tile, mask=given.mask, bias=given.bias, interpret=self.interpret
             )
-            return (found,)
 
-        run = in_pieces(run, axes, ["btnh", "bskh", "bskh"], key.shape[2])
-        d_query, d_key, d_value = fold_vmap(run, pairs_of(axes))(*operands)
+        def run_bias(given: _BackwardOperands) -> tuple[jax.Array, ...]:
+            return (bias_gradient(spec, **given._asdict(), interpret=self.interpret),)
+
+        on_pieces = functools.partial(over_pieces, key_heads=key.shape[2])
+        made = ["btnh", "bskh", "bskh"]
+        d_query, d_key, d_value = on_pieces(run, operands, _BACKWARD_AXES, made)
         d_bias = None
         if inputs.bias is not None and inputs.bias.shape[3] == 1:
-            d_bias = _of_rows(inputs.bias, outputs.lse, lse_cotangent)
+            d_bias = jnp.zeros_like(inputs.bias)  # all keys of a row share it: it moves no weight
         elif inputs.bias is not None and query.shape[3] > MAX_HEAD_SIZE_ONE_WARPGROUP:
             from dpfa_jax.kernels.blocked import BACKEND as BLOCKED
 
             # XLA drops it where nobody reads the gradient, as the call below.
-            d_bias = BLOCKED.backward(spec, inputs, outputs, cotangent, lse_cotangent).bias
+            d_bias = BLOCKED.backward(spec, inputs, outputs, cotangent).bias
         elif inputs.bias is not None:
             # A call of its own: XLA drops it where nobody reads the gradient.
-            run_bias = in_pieces(run_bias, axes, ["pair"], key.shape[2])
-            by_row = fold_vmap(run_bias, pairs_of(axes[:-1]))
-            d_bias = summing_vmap(run_bias, by_row)(*operands).astype(inputs.bias.dtype)
+            (d_bias,) = on_pieces(run_bias, operands, _BACKWARD_AXES, ["pair"])
+            d_bias = d_bias.astype(inputs.bias.dtype)
         gradients = AttentionGradients(d_query, d_key, d_value, d_bias)
         return varying_as((inputs, cotangent), gradients)
 

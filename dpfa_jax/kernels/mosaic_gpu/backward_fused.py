@@ -30,12 +30,10 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from dpfa_jax.kernels import manual_axes
 from dpfa_jax.kernels.base import AttentionSpec
-from dpfa_jax.kernels.mosaic_gpu import axes, tiles
+from dpfa_jax.kernels.mosaic_gpu import axes, dialect, tiles
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     BackwardArrays,
     Ring,
@@ -68,8 +66,7 @@ def _side_by_side(pairs: int, heads: int) -> int:
 @plgpu.inline_mgpu()
 def _order_copies(_: Any) -> None:
     """Copies that this warp starts come after what it has waited for, which is another proxy."""
-    void = ir.Type.parse("!llvm.void")
-    llvm.inline_asm(void, [], "fence.proxy.async.global;", "", has_side_effects=True)
+    dialect.issue("fence.proxy.async.global;")
 
 
 def _body(arrays, dk_out, dv_out, shared, barriers, *, tile, **static) -> None:

@@ -8,12 +8,9 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from dpfa_jax.kernels.base import AttentionSpec
-from dpfa_jax.kernels.mosaic_gpu import axes
+from dpfa_jax.kernels.mosaic_gpu import axes, dialect
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
 from dpfa_jax.kernels.mosaic_gpu.layouts import LOG2_E, WGMMA
 from dpfa_jax.kernels.mosaic_gpu.pairs import PairArrays, PairReader
@@ -84,8 +81,7 @@ def multiply(acc: Any, lhs: jax.Array, rhs: Any, spare: Any) -> None:
 )
 def register_zero(_: Any) -> Any:
     """A zero that LLVM does not know, for `clear`; asked for outside all loops."""
-    zero = llvm.inline_asm(ir.F32Type.get(), [], "mov.b32 $0, 0;", "=f", has_side_effects=True)
-    return mgpu.FragmentedArray.splat(zero, (), mgpu.WGSplatFragLayout(()))
+    return dialect.opaque_zero()
 
 
 def clear(acc: Any, zero: Any) -> None:

@@ -129,7 +129,7 @@ def own_steps(tiling: Tiling, steps: StepRange, row_begin: Scalar, key_length: S
     """Of a tile's `steps`, those of the warpgroup whose rows begin there."""
     rows = tiling.tile.rows // COMPUTE_WARPGROUPS
     own = tiling.steps_of(row_begin, rows, key_length, None)
-    return StepRange(*(tiles.least(tiles.most(step, steps.begin), steps.end) for step in own))
+    return StepRange(*(tiles.within(step, steps.begin, steps.end) for step in own))
 
 
 def loops_of(tiling: Tiling) -> Loops:

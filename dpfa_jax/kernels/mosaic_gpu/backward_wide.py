@@ -247,8 +247,8 @@ def _own_range(own: tuple[Any, Any], program: tuple[Any, Any]) -> tuple[Any, Any
     Where it has no step its begin may lie past the program's end: a window that begins behind the
     last key that exists.
     """
-    begin = jnp.clip(own[0], *program)
-    return begin, jnp.clip(own[1], begin, program[1])
+    begin = tiles.within(own[0], *program)
+    return begin, tiles.within(own[1], begin, program[1])
 
 
 def _query_body(

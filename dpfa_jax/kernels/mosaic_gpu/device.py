@@ -5,19 +5,13 @@ import functools
 import jax
 
 from dpfa_jax.kernels.base import static_platform
+from dpfa_jax.kernels.compute_capability import reason_without
 
 
 @functools.cache
 def reason_without_hopper() -> str | None:
     """None where the default GPU is Hopper."""
-    try:
-        device = jax.devices("gpu")[0]
-    except RuntimeError as error:
-        return f"no GPU is visible to JAX ({error})"
-    capability = str(getattr(device, "compute_capability", "unknown"))
-    if capability == "9.0":
-        return None
-    return f"needs compute capability 9.0 (H100, H200), {device.device_kind} has {capability}"
+    return reason_without(lambda capability: capability == 9.0, "9.0 (H100, H200)")
 
 
 @functools.cache

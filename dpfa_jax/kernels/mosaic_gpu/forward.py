@@ -270,33 +270,10 @@ def _body(
         if not simulate:
             plgpu.set_max_registers(24 if tile.noise_warpgroup else 40, action="decrease")
 
-        def tile_body(here: Tile, following, has_next, carry):
-            @pl.loop(here.steps.begin, here.steps.end)
-            def _(step):
-                count = here.before(step)
-                producer.load("key", arrays.key, here, step, count)
-                # Behind the keys, which need not wait for the tile before.
-                pl.when(step == here.steps.begin)(lambda: producer.load_query(arrays.query, here))
-                if pairs is not None:
-                    pairs.load(count, here.batch, here.head, here.block, step)
-                producer.load("value", arrays.value, here, step, count)
+        def load_values(here: Tile, step, count):
+            producer.load("value", arrays.value, here, step, count)
 
-            return carry
-
-        total, _ = walk.each(tile_body, ())
-        keys_loaded = total
-        if crosses:  # for logits that nobody reads: each tile's last step is the same program
-            again = walk.beyond(total)
-            producer.load("key", arrays.key, again, again.steps.begin, total)
-            producer.load_query(arrays.query, again)
-            keys_loaded = total + 1
-        for part in range(0 if crosses else COMPUTE_WARPGROUPS):
-            plgpu.barrier_wait(barriers["query_free"].at[part])
-
-        producer.drain("key", keys_loaded, keys_loaded)
-        producer.drain("value", total, total)
-        if pairs is not None:
-            pairs.drain(total)
+        producer.run(walk, arrays, load_values, pairs=pairs, crosses=crosses)
 
     if tile.noise_warpgroup:
 

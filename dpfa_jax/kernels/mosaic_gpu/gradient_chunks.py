@@ -7,6 +7,7 @@ import math
 # the multiprocessors would run.
 LOGIT_GRADIENT_BYTES = 256 * 1024**2
 WAVES = 2
+MAX_PROGRAMS = 65535  # CUDA's limit on the second and third axis of a grid, any of which may be all
 ITEM_BYTES = 2
 
 
@@ -69,6 +70,7 @@ def chunks_of(
     # A program with one query head; one with `group` makes as many logit gradients.
     waves = math.ceil(WAVES / group) if is_even else WAVES
     limit = max(LOGIT_GRADIENT_BYTES // block_bytes, waves * processors, 1)
+    limit = min(limit, MAX_PROGRAMS)
     if batch * key_heads * key_blocks <= limit:
         return Chunks(batch, key_heads, key_blocks, (1, 1, 1))
     if key_heads * key_blocks <= limit:

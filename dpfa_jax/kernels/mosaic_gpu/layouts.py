@@ -6,14 +6,10 @@ from typing import Any
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import arith
 
 from dpfa_jax.kernels.base import AttentionSpec
-from dpfa_jax.kernels.mosaic_gpu import tiles
+from dpfa_jax.kernels.mosaic_gpu import dialect, tiles
 from dpfa_jax.kernels.mosaic_gpu.tiles import Scalar
 
 LOG2_E = math.log2(math.e)
@@ -89,14 +85,6 @@ def _fresh_columns(column_begin: Scalar, shape: tuple[int, int]) -> jax.Array:
         return_type=plgpu.ShapeDtypeStruct(shape, jnp.int32, layout=WGMMA),
     )
     def repeat(_, first):
-        registers = np.empty(WGMMA.to_mgpu().registers_shape(shape), dtype=object)
-        for index in np.ndindex(registers.shape):
-            register = first.registers[(0, 0, *index[2:])]
-            step: Any = ir.DenseElementsAttr.get_splat(
-                register.type, ir.IntegerAttr.get(register.type.element_type, 8 * index[1])
-            )
-            step = arith.constant(register.type, step)  # type: ignore[call-arg]
-            registers[index] = arith.addi(register, step)
-        return mgpu.FragmentedArray(_registers=registers, _layout=first.layout, _is_signed=True)
+        return dialect.repeated_columns(first, WGMMA, shape)
 
     return repeat(first)

@@ -261,25 +261,7 @@ def _body(
             some = arrays.normaliser.at[here.batch, producer.keys(step)]
             plgpu.copy_gmem_to_smem(some, shared["normaliser"].at[slot], barriers["value"].at[slot])
 
-        def tile_body(here: Tile, following, has_next, carry):
-            @pl.loop(here.steps.begin, here.steps.end)
-            def _(step):
-                count = here.before(step)
-                producer.load("key", arrays.key, here, step, count)
-                # Behind the keys, which need not wait for the tile before.
-                pl.when(step == here.steps.begin)(lambda: producer.load_query(arrays.query, here))
-                load_values(here, step, count)
-
-            return carry
-
-        total, _ = walk.each(tile_body, ())
-        # For logits that nobody reads: each tile's last step is the same program.
-        again = walk.beyond(total)
-        producer.load("key", arrays.key, again, again.steps.begin, total)
-        producer.load_query(arrays.query, again)
-        load_values(again, again.steps.begin, total)
-        producer.drain("key", total + 1, total + 1)
-        producer.drain("value", total + 1, total)
+        producer.run(walk, arrays, load_values, crosses=True, values_cross=True)
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS + 1)
     def make_noise():

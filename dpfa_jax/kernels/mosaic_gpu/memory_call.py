@@ -8,16 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from dpfa_jax.core import ArgumentError
+from dpfa_jax.kernels import noise_inputs
 from dpfa_jax.kernels.base import AttentionInputs, AttentionOutputs, AttentionSpec, MemoryReadout
 from dpfa_jax.kernels.mosaic_gpu.memory import MemoryArrays, MemoryResults, memory_forward
 from dpfa_jax.kernels.mosaic_gpu.memory_numbers import Numbers, memory_numbers
+from dpfa_jax.kernels.mosaic_gpu.tiles import MAX_HEAD_SIZE
 from dpfa_jax.kernels.pieces import over_pieces
 from dpfa_jax.kernels.row_clip import clip_rows_stored
-from dpfa_jax.noise import check_attention_ranges
 
-MAX_HEAD_SIZE = 256
-MAX_BATCH = 65535
 # Dimensions of the kernel's operands, as `over_pieces` reads them.
 _AXES = MemoryArrays(
     "btnh", "bskh", "bskh", "bs", "bw", "b", "bn", "b", "bn", "bn", "bn", "bn", "b"
@@ -39,8 +37,6 @@ def cannot(spec: AttentionSpec, inputs: AttentionInputs) -> str | None:
         return f"head size {head_size} is above {MAX_HEAD_SIZE} for a memory readout"
     if not math.isfinite(spec.scale):
         return f"scale={spec.scale} must be finite"
-    if batch > MAX_BATCH:
-        return f"batch {batch} is above {MAX_BATCH}"
     if 0 in (batch, rows, inputs.key.shape[1], head_size):
         return "an axis is empty"
     numbers = _numbers(readout, inputs)
@@ -85,18 +81,7 @@ def outputs(results: MemoryResults) -> AttentionOutputs:
 
 def _arrays(readout: MemoryReadout, numbers: Numbers, inputs: AttentionInputs) -> MemoryArrays:
     batch, rows, heads, size = inputs.query.shape
-    if inputs.noise is None:
-        raise ArgumentError(
-            "noise", None, "a private readout has no noise inputs", "Pass NoiseInputs."
-        )
-    if len(readout.noise_stddevs) != heads:
-        raise ArgumentError(
-            "noise_stddevs",
-            readout.noise_stddevs,
-            f"{heads} heads",
-            "Pass one standard deviation a head.",
-        )
-    check_attention_ranges(batches=batch, heads=heads, rows=rows, columns=size + 1)
+    noise = noise_inputs.placed(readout, inputs.noise, (batch, rows, heads, size + 1))
     dtype = inputs.value.dtype
     value = clip_rows_stored(inputs.value, numbers.value_clip_norm)
     normaliser = jnp.full(inputs.key.shape[:2], numbers.weight_scale, dtype)
@@ -116,10 +101,7 @@ def _arrays(readout: MemoryReadout, numbers: Numbers, inputs: AttentionInputs) -
         inputs.key,
         value,
         normaliser,
-        inputs.noise.key_words,
-        inputs.noise.batch_index,
-        # The global index of each head, of which every piece of the heads has its own first.
-        inputs.noise.head_start[:, None] + jnp.arange(heads, dtype=jnp.uint32),
+        *noise,
         jnp.ones((batch,), jnp.uint32),
         per_head(stddevs / grids),
         per_head(grids),

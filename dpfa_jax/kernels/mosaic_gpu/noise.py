@@ -5,13 +5,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
 
 from dpfa_jax.clipping.float_rows import norm_limit, unit_scale
 from dpfa_jax.core.generators import BOX_MULLER_TAIL
 from dpfa_jax.kernels.base import ExampleReadout
+from dpfa_jax.kernels.mosaic_gpu import dialect
 from dpfa_jax.noise.grid import snap
 from dpfa_jax.noise.normals import normal_pair
 from dpfa_jax.noise.threefry import threefry2x32
@@ -109,16 +108,7 @@ def interleaved(
         return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout=layout.whole),
     )
     def join(_, even, odd):
-        registers = np.empty(even.registers.shape, dtype=object)
-        for index, first in np.ndenumerate(even.registers):
-            pair = (first, odd.registers[index])
-            (size,) = first.type.shape
-            registers[index] = mgpu.utils.vector_concat(
-                [mgpu.utils.vector_slice(x, slice(i, i + 1)) for i in range(size) for x in pair]
-            )
-        target = layout.whole.to_mgpu()
-        registers = registers.reshape(target.registers_shape(shape))
-        return mgpu.FragmentedArray(_registers=registers, _layout=target, _is_signed=None)
+        return dialect.interleaved(even, odd, layout.whole, shape)
 
     return join(even, odd)
 

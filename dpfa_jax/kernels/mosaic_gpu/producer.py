@@ -1,6 +1,7 @@
 """The warpgroup that loads what the tiles of a walk read: a ring of key tiles and one of values."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax.experimental.pallas as pl
@@ -10,7 +11,7 @@ from jax import lax
 
 from dpfa_jax.kernels.mosaic_gpu.layouts import tiled_shared
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ForwardTiles
-from dpfa_jax.kernels.mosaic_gpu.walk import Tile
+from dpfa_jax.kernels.mosaic_gpu.walk import Tile, Walk
 
 
 def scratch(
@@ -108,6 +109,61 @@ class Producer:
                 self.shared["query"].at[part],
                 self.barriers["query"].at[part],
             )
+
+    def run(
+        self,
+        walk: Walk,
+        arrays: Any,
+        load_values: Callable[[Tile, Any, Any], None],
+        *,
+        pairs: Any = None,
+        crosses: bool,
+        values_cross: bool = False,
+    ) -> None:
+        """Loads all that the tiles of a walk read, and sees every slot freed.
+
+        Args:
+          walk: the program's tiles.
+          arrays: has `query` and `key`.
+          load_values: of a tile, a step and its count: loads the step's values.
+          pairs: reader of masks and biases, None without them.
+          crosses: the last step of a tile begins the logits of the next, of the walk's last tile
+            logits that nobody reads: each tile's last step is the same program.
+          values_cross: it reads values then, too.
+        """
+
+        def tile_body(here: Tile, following: Any, has_next: Any, carry: Any) -> Any:
+            del following, has_next
+
+            @pl.loop(here.steps.begin, here.steps.end)
+            def _(step):
+                count = here.before(step)
+                self.load("key", arrays.key, here, step, count)
+                # Behind the keys, which need not wait for the tile before.
+                pl.when(step == here.steps.begin)(lambda: self.load_query(arrays.query, here))
+                if pairs is not None:
+                    pairs.load(count, here.batch, here.head, here.block, step)
+                load_values(here, step, count)
+
+            return carry
+
+        total, _ = walk.each(tile_body, ())
+        keys = values = total
+        if crosses:
+            again = walk.beyond(total)
+            self.load("key", arrays.key, again, again.steps.begin, total)
+            self.load_query(arrays.query, again)
+            if values_cross:
+                load_values(again, again.steps.begin, total)
+                values = total + 1
+            keys = total + 1
+        for part in range(0 if crosses else COMPUTE_WARPGROUPS):
+            plgpu.barrier_wait(self.barriers["query_free"].at[part])
+
+        self.drain("key", keys, keys)
+        self.drain("value", values, total)
+        if pairs is not None:
+            pairs.drain(total)
 
     def drain(self, name: str, loaded: Any, freed: Any) -> None:
         """Leaves no arrival of a ring unseen: of so many tiles loaded, the first `freed` are."""

@@ -14,17 +14,12 @@ import jax
 import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
-from jax.experimental.mosaic import gpu as mgpu
-from jax.experimental.mosaic.gpu import utils as mgpu_utils
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm, vector
 
 from dpfa_jax.clipping.float_rows import toward_zero
 from dpfa_jax.clipping.rows import STORAGE_TYPES
 from dpfa_jax.kernels import manual_axes
-from dpfa_jax.kernels.mosaic_gpu import axes
+from dpfa_jax.kernels.mosaic_gpu import axes, dialect
 from dpfa_jax.kernels.mosaic_gpu.noise import clip_rows
 
 MOST = 2**31 - 2**16  # numbers that int32 positions reach
@@ -80,27 +75,13 @@ def _stored(x: jax.Array, dtype: jnp.dtype, layout: Any, *, simulate: bool) -> j
         return x
     if simulate:
         return toward_zero(x, dtype)
-    count = ACCESS // dtype.itemsize
-    kind = "bf16x2" if dtype == jnp.bfloat16 else "f16x2"
 
     @plgpu.inline_mgpu(
         arg_types=(layout,),
         return_type=plgpu.ShapeDtypeStruct(x.shape, dtype, layout=layout),
     )
     def cut(_, x):
-        i32 = ir.IntegerType.get_signless(32)
-        pair = ir.VectorType.get((2,), mgpu_utils.dtype_to_ir_type(dtype))
-        code = f"cvt.rz.{kind}.f32 $0, $1, $2;"
-        registers = np.empty(x.registers.shape, dtype=object)
-        for index, register in np.ndenumerate(x.registers):
-            numbers = [vector.extract(register, [], [i]) for i in range(count)]
-            words = [
-                llvm.inline_asm(i32, [high, low], code, "=r,f,f")
-                for low, high in zip(numbers[::2], numbers[1::2], strict=True)
-            ]
-            pairs = [mgpu_utils.bitcast(word, pair) for word in words]
-            registers[index] = mgpu_utils.vector_concat(pairs)
-        return mgpu.FragmentedArray(_registers=registers, _layout=x.layout, _is_signed=None)
+        return dialect.cut(x, dtype)
 
     return cut(x)
 

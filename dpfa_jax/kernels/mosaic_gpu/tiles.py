@@ -17,6 +17,7 @@ SHARED_MEMORY_BYTES = 227 * 1024 - 1024
 SHARED_MEMORY_ALIGNMENT = 1024  # of each array in it
 WARPGROUP_ROWS = 64
 COMPUTE_WARPGROUPS = 2
+MAX_HEAD_SIZE = 256
 # Past this the accumulators of dK and dV, 64 keys each, do not fit the registers of a warpgroup.
 MAX_HEAD_SIZE_ONE_WARPGROUP = 128
 
@@ -302,6 +303,11 @@ def most(a: Scalar, b: Scalar) -> Scalar:
     """Larger of the two; an int where both are."""
     both = isinstance(a, int) and isinstance(b, int)
     return max(a, b) if both else jnp.maximum(jnp.int32(a), jnp.int32(b))
+
+
+def within(step: Scalar, begin: Scalar, end: Scalar) -> Scalar:
+    """`step`, moved into [begin, end]."""
+    return least(most(step, begin), end)
 
 
 def _when(condition: bool | jax.Array, value: Scalar) -> Scalar:

@@ -2,14 +2,13 @@
 
 import dataclasses
 import functools
+import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from dpfa_jax.core import ArgumentError
-from dpfa_jax.kernels import epilogue
+from dpfa_jax.kernels import epilogue, noise_inputs
 from dpfa_jax.kernels.base import (
     AttentionGradients,
     AttentionInputs,
@@ -19,36 +18,24 @@ from dpfa_jax.kernels.base import (
     MemoryReadout,
     SoftmaxRows,
 )
+from dpfa_jax.kernels.compute_capability import reason_without
 from dpfa_jax.kernels.pieces import varying_as
 from dpfa_jax.kernels.row_clip import clip_rows_stored
 from dpfa_jax.kernels.triton import calls, tile_choice, tiles
 from dpfa_jax.kernels.triton.backward import BackwardArrays
 from dpfa_jax.kernels.triton.forward import NoiseArrays
+from dpfa_jax.kernels.triton.launch import MAX_GRID
 from dpfa_jax.kernels.triton.logits import Arrays, Base
-from dpfa_jax.noise import check_attention_ranges
 
 MAX_HEAD_SIZE = 256
 DTYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
 LEAST_CAPABILITY = 8.0
-# CUDA's limit on the second and third axis of a grid.
-MAX_GRID = 65535
 
 
 @functools.cache
 def _device_reason() -> str | None:
     """None where the default GPU is Ampere or later."""
-    try:
-        device = jax.devices("gpu")[0]
-    except RuntimeError as error:
-        return f"no GPU is visible to JAX ({error})"
-    capability = str(getattr(device, "compute_capability", "unknown"))
-    try:
-        is_enough = float(capability) >= LEAST_CAPABILITY
-    except ValueError:  # not an NVIDIA GPU
-        is_enough = False
-    if is_enough:
-        return None
-    return f"needs compute capability {LEAST_CAPABILITY}, {device.device_kind} has {capability}"
+    return reason_without(lambda capability: capability >= LEAST_CAPABILITY, f"{LEAST_CAPABILITY}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +66,8 @@ class TritonBackend:
             return "the ratio form of a memory readout is not served, the sum form is"
         if head_size > MAX_HEAD_SIZE:
             return f"head size {head_size} is above {MAX_HEAD_SIZE}"
-        if max(batch, heads) > MAX_GRID:
-            return f"batch {batch} or heads {heads} above {MAX_GRID}"
+        if max(batch, heads, math.prod(getattr(inputs.bias, "shape", ())[:2])) > MAX_GRID:
+            return f"batch {batch}, heads {heads}, or both of a bias, above {MAX_GRID}"
         if 0 in (batch, rows, inputs.key.shape[1], head_size):
             return "an axis is empty"
         return None
@@ -126,7 +113,6 @@ class TritonBackend:
         inputs: AttentionInputs,
         outputs: AttentionOutputs,
         cotangent: Float[Array, "B T N H"],
-        lse_cotangent: Float[Array, "B T N"] | None,
     ) -> AttentionGradients:
         """Gradients of plain attention; `outputs` may hold the log-sum-exp alone."""
         assert outputs.lse is not None
@@ -138,8 +124,6 @@ class TritonBackend:
         answer = outputs.output if outputs.unclipped is None else outputs.unclipped
         cotangent = cotangent.astype(inputs.query.dtype)  # as the kernels multiply it
         delta = jnp.sum(answer.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1)
-        if lse_cotangent is not None:
-            delta = delta - jnp.where(is_empty, 0.0, lse_cotangent.astype(jnp.float32))
         by_head = functools.partial(jnp.swapaxes, axis1=1, axis2=2)
         shift, factor = outputs.lse, None
         if inputs.query.dtype == jnp.float32 and outputs.rows is not None:
@@ -165,27 +149,12 @@ def _tiles(inputs: AttentionInputs) -> tiles.KernelTiles:
 def _noise(readout: ExampleReadout | MemoryReadout, inputs: AttentionInputs) -> NoiseArrays:
     """The operands of the noise. Errors: ArgumentError where there is none, or for other heads."""
     batch, rows, heads, size = inputs.query.shape
-    if inputs.noise is None:
-        raise ArgumentError(
-            "noise", None, "a private readout has no noise inputs", "Pass NoiseInputs."
-        )
-    if len(readout.noise_stddevs) != heads:
-        raise ArgumentError(
-            "noise_stddevs",
-            readout.noise_stddevs,
-            f"{heads} heads",
-            "Pass one standard deviation a head.",
-        )
     columns = size + isinstance(readout, MemoryReadout)
-    check_attention_ranges(batches=batch, heads=heads, rows=rows, columns=columns)
+    noise = noise_inputs.placed(readout, inputs.noise, (batch, rows, heads, columns))
     grids = np.asarray(readout.grids, np.float32)
     per_head = np.stack([np.asarray(readout.noise_stddevs, np.float32), 1 / grids, grids], axis=1)
-    # The global index of each head: a piece of the heads knows its own.
-    start = inputs.noise.head_start.astype(jnp.uint32)[:, None]
     return NoiseArrays(
-        inputs.noise.key_words,
-        inputs.noise.batch_index.astype(jnp.uint32),
-        start + jnp.arange(heads, dtype=jnp.uint32),
+        *noise,
         jnp.broadcast_to(jnp.asarray(per_head), (batch, *per_head.shape)),
     )
 

@@ -9,8 +9,12 @@ import jax
 import jax.experimental.pallas as pl
 from jax.experimental.pallas import triton as plt
 
+from dpfa_jax.core import UnsupportedBackendError
 from dpfa_jax.kernels import manual_axes
 from dpfa_jax.kernels.triton.tiles import Tiles
+
+# CUDA's limit on the second and third axis of a grid.
+MAX_GRID = 65535
 
 
 def launch(
@@ -27,7 +31,14 @@ def launch(
     """`kernel(arrays, *results, tile=tile, **static)` for each program of `grid`.
 
     `arrays` is a tuple of references, None where it holds None; programs find their own part.
+    Errors: UnsupportedBackendError for a grid that CUDA does not take, which a call that `cannot`
+    has let pass may reach under `vmap`, whose axis joins the batch.
     """
+    if max(grid[1:]) > MAX_GRID:
+        raise UnsupportedBackendError(
+            f"triton: a grid of {grid}, vmapped axes included, is above {MAX_GRID} programs along "
+            'its second or third axis; pass implementation="blocked", or map over parts'
+        )
     # JAX has announced the end of Pallas Triton since 0.11. This folder goes when it does; until
     # then the warning, given whenever a kernel is lowered, tells a user nothing that he can act on.
     warnings.filterwarnings("ignore", "The Pallas Triton backend is deprecated", DeprecationWarning)

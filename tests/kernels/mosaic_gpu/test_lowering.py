@@ -12,6 +12,7 @@ from jax.extend.core import jaxprs_in_params
 from jax.sharding import Mesh, PartitionSpec
 
 from dpfa_jax.attention import core
+from dpfa_jax.core import ArgumentError
 from dpfa_jax.kernels.base import (
     AttentionInputs,
     AttentionSpec,
@@ -227,3 +228,51 @@ def test_cannot_without_a_hopper_gpu():
     assert "cpu" in BACKEND.cannot(AttentionSpec(1.0), shapes(), "cpu")
     if jax.default_backend() == "cpu":
         assert "GPU" in BACKEND.cannot(AttentionSpec(1.0), shapes(), "gpu")
+
+
+def test_any_batch_is_served(monkeypatch):
+    """No grid has the batch on an axis that CUDA limits to 65535, mapped or not."""
+    module = "dpfa_jax.kernels.mosaic_gpu.device.reason_without_hopper"
+    monkeypatch.setattr(module, lambda: None)
+    struct = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+    many = AttentionInputs(*(struct((70000, 8, 1, 256)) for _ in range(3)))
+    assert BACKEND.cannot(AttentionSpec(1.0), many, "gpu") is None
+    # The wide kernels put the rows of a chunk there where they share a mask.
+    of = functools.partial(gradient_chunks.chunks_of, rows=8, group=1, block=64, processors=132)
+    for heads in (1, 3):
+        chunks = of(70000, heads, 1, is_even=True)
+        assert chunks.batch * chunks.heads * chunks.key_blocks <= 65535
+        assert chunks.batch * chunks.counts[0] == 70000 and chunks.heads * chunks.counts[1] == heads
+
+
+@pytest.mark.parametrize("readout", [RELEASE, dataclasses.replace(MEMORY, grids=(0.125,) * 2)])
+def test_noise_inputs_are_due(readout):
+    """No noise, or that of other heads, is refused and not answered without."""
+    spec = AttentionSpec(0.1, readout=readout)
+    with pytest.raises(ArgumentError, match="noise"):
+        jax.eval_shape(functools.partial(BACKEND.forward, spec), shapes())
+    fewer = dataclasses.replace(readout, noise_stddevs=(0.5,), grids=(0.125,))
+    spec = AttentionSpec(0.1, readout=fewer)
+    with pytest.raises(ArgumentError, match="2 heads"):
+        jax.eval_shape(functools.partial(BACKEND.forward, spec), shapes(noise=noise_shapes()))
+
+
+@pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.nothing_saveable])
+def test_checkpoint_and_maps_of_the_gradient_lower(policy):
+    """`jax.checkpoint` runs the forward kernel again; maps of maps are folded into the batch."""
+    inputs = shapes(rows=64, keys=64)
+    run = functools.partial(loss, AttentionSpec(0.1))
+    again = run if policy is None else jax.checkpoint(run, policy=policy)
+
+    def through(query, inputs):  # what is computed after is what needs the output again
+        return jnp.sin(again(query, inputs))
+
+    gradient = jax.grad(through)
+    text = lower(gradient, inputs.query, inputs)
+    count = len(results_of_kernels(text))
+    assert count == (3 if policy is None else 4)  # forward, again, and two gradients
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, 5, *x.shape), x.dtype), inputs)
+    mapped = jax.vmap(jax.vmap(gradient))
+    text = lower(mapped, stacked.query, stacked)
+    assert len(results_of_kernels(text)) == count
+    assert "tensor<30x64x2x64xbf16>" in text

@@ -131,6 +131,7 @@ KINDS = ("aligned", "one column", "alternating", "large then small")
 
 NEIGHBOURS = [
     *((64, n, bound) for n in (512, 4096, 65536) for bound in (0.3, 0.5, 1.0, 2.0)),
+    *((128, n, bound) for n, bound in ((512, 2.0), (4096, 0.5), (65536, 1.0))),
     *((256, n, bound) for n, bound in ((512, 1.0), (4096, 0.3), (65536, 0.5))),
 ]
 
@@ -165,6 +166,22 @@ def test_sensitivity_of_the_kernels_own_output(size, n, bound):
                 found = np.linalg.norm(change, axis=-1).max()
                 assert found <= (1 + ETA) * delta, (kind, place, found / delta)
             key[0, place, 0, 0] = -0.9 * bound
+
+
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_too_long_records_break_the_bound(size):
+    """Negative control of V3: values clipped at twice the norm move the kernel's sums by more."""
+    n, place = 512, 170
+    query, key = np.zeros((1, 8, 1, size)), np.zeros((1, n, 1, size))
+    query[..., 0], key[0, :, 0, 0], key[0, place, 0, 0] = 1.0, -0.9, 1.0
+    value = 2 * worst_records(np.random.default_rng(n), n, size, "aligned")[None, :, None]
+    one = inputs_of(*(jnp.asarray(x, jnp.bfloat16) for x in (query, key, value)))
+    other = one._replace(mask=jnp.arange(n)[None, None, None, :] != place)
+    delta = sensitivity.memory_sum(C, C, 1, 1, "mask")
+    for norm, breaks in ((C, False), (2 * C, True)):
+        spec = AttentionSpec(1.0, readout=dataclasses.replace(readout(), value_clip_norm=norm))
+        change = np.linalg.norm(sums_of(spec, one) - sums_of(spec, other), axis=-1).max()
+        assert (change > (1 + ETA) * delta) == breaks
 
 
 @pytest.mark.parametrize("kind", KINDS)

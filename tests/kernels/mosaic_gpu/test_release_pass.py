@@ -182,7 +182,7 @@ def test_both_ways_release_the_same(case):
     assert alone.unclipped is None
     assert np.array_equal(*(np.asarray(x.output, np.float32) for x in (alone, after)))
     pulled = epilogue.clip_cotangent(readout, after.unclipped, cotangent)
-    gradients = AFTER.backward(spec, inputs, after, pulled, None)
+    gradients = AFTER.backward(spec, inputs, after, pulled)
     for mine, other in zip(gradients[:3], theirs, strict=True):
         assert relative(mine, other) <= 8e-3
 

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from dpfa_jax.attention import core
+from dpfa_jax.core import UnsupportedBackendError
 from dpfa_jax.kernels import dispatch
 from dpfa_jax.kernels.base import (
     AttentionInputs,
@@ -146,6 +147,33 @@ def test_explicit_axes_keep_their_pieces(key_heads):
     assert jax.tree.leaves(traced.out_info)[0].sharding.spec[:3] == tuple(split)
 
 
+@pytest.mark.parametrize("readout", [EXAMPLE, MEMORY])
+def test_private_program(readout):
+    """V24: no callback, no second draw of noise, nothing but the answer among its results."""
+    inputs = shapes(rows=64, keys=64, noise=noise_shapes())
+
+    def release(inputs):
+        return core.attend(BACKEND, AttentionSpec(0.1, readout=readout), inputs)[0]
+
+    text = lower(release, inputs)
+    assert "callback" not in text
+    assert "stablehlo.xor" not in text  # of threefry, which would be a second draw
+    (main,) = (line for line in text.splitlines() if "@main" in line)
+    assert main.split("->")[-1].count("tensor<") == 1
+    # Beside the answer a kernel writes maximum and sum of each row, which stay inside.
+    (launch,) = (line for line in text.splitlines() if "dpfa_triton_" in line)
+    wide = "tensor<2x64x2x64xbf16>"
+    made = launch.split("->")[-1]
+    assert made.count(wide) == 1 and made.count("tensor<") == (3 if readout is EXAMPLE else 1)
+
+    # Negative control: with residuals the un-noised output is a kernel's result, and is seen.
+    if readout is EXAMPLE:
+        spec = AttentionSpec(0.1, readout=readout)
+        text = lower(lambda x: BACKEND.forward(spec, x).unclipped, inputs)
+        (launch,) = (line for line in text.splitlines() if "dpfa_triton_" in line)
+        assert launch.split("->")[-1].count("tensor<") == 4
+
+
 def test_the_warning_of_the_end_of_pallas_triton_is_silent():
     """One place silences it; without that place it is an error here (negative control)."""
     inputs = shapes(rows=16, keys=16, head_size=16)
@@ -203,3 +231,32 @@ def test_on_a_cpu_it_is_passed_over():
         x = jnp.ones((1, 2, 1, 4))
         assert dispatch.choose(AttentionSpec(1.0), AttentionInputs(x, x, x)).name == "blocked"
         assert "GPU" in BACKEND.cannot(AttentionSpec(1.0), shapes(), "gpu")
+
+
+def test_a_grid_that_cuda_does_not_take_is_refused(monkeypatch):
+    """V23: by dispatch where shapes show it, else by name once mapped axes have joined."""
+    monkeypatch.setattr(backend, "_device_reason", lambda: None)
+    struct = jax.ShapeDtypeStruct
+    inputs = shapes(rows=8, keys=8)
+    biased = inputs._replace(bias=struct((2, 40000, 8, 8), jnp.float32))
+    assert "65535" in BACKEND.cannot(AttentionSpec(1.0), biased, "gpu")
+    assert BACKEND.cannot(AttentionSpec(1.0), inputs, "gpu") is None
+
+    def run(*arrays):
+        return BACKEND.forward(AttentionSpec(1.0), AttentionInputs(*arrays)).output
+
+    stacked = [struct((70000, *x.shape), x.dtype) for x in inputs[:3]]
+    with pytest.raises(UnsupportedBackendError, match="vmapped"):
+        jax.eval_shape(jax.vmap(run), *stacked)
+    jax.eval_shape(jax.vmap(run), *(struct((3, *x.shape), x.dtype) for x in inputs[:3]))
+
+
+@pytest.mark.slow
+def test_checkpoint_and_maps_of_the_gradient_lower():
+    """`jax.checkpoint` runs the forward kernel again; maps of maps are folded into the batch."""
+    inputs = shapes(rows=64, keys=64)
+    run = jax.checkpoint(functools.partial(loss, AttentionSpec(0.1), inputs))
+    gradient = jax.grad(lambda arrays: jnp.sin(run(arrays)))
+    arrays = (*inputs[:3], None)
+    stacked = jax.tree.map(lambda x: jax.ShapeDtypeStruct((3, 5, *x.shape), x.dtype), arrays)
+    assert "dpfa_triton_backward_keys" in lower(jax.vmap(jax.vmap(gradient)), stacked)
