@@ -3,9 +3,7 @@
 import math
 from typing import NoReturn
 
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, UInt32
 
 from dpfa_jax.core import ArgumentError
 from dpfa_jax.kernels.base import (
@@ -15,7 +13,7 @@ from dpfa_jax.kernels.base import (
     MemoryReadout,
     Readout,
 )
-from dpfa_jax.noise import check_attention_ranges, require_key, require_offsets_under_manual_mesh
+from dpfa_jax.noise import check_attention_ranges, require_key
 from dpfa_jax.release import ExampleRelease, RecordRelease
 
 
@@ -186,31 +184,3 @@ def noise_key(release: ExampleRelease | RecordRelease, key: object) -> None:
             "more than one key",
             "Pass one key a call; under vmap or scan map the call over the keys.",
         )
-
-
-_Index = int | UInt32[Array, ""]
-
-
-def offsets(
-    inputs: AttentionInputs, key: Array, *, batch_start: _Index | None, head_start: _Index | None
-) -> tuple[_Index, _Index]:
-    """Global indices of the first batch row and head, 0 where absent; all due in shard_map."""
-    given = {"batch_start": batch_start, "head_start": head_start}
-    require_offsets_under_manual_mesh(key, inputs.query, inputs.key, inputs.value, **given)
-    batch, _, heads, _ = inputs.query.shape
-    sizes = {"batches": batch, "heads": heads, "rows": 0, "columns": 0}
-    for (name, start), extent in zip(given.items(), ("batches", "heads"), strict=True):
-        if start is None:
-            continue
-        if isinstance(start, bool) or not jnp.issubdtype(jnp.result_type(start), jnp.integer):
-            raise ArgumentError(name, start, "not an integer", "Pass an int or an integer array.")
-        if jnp.shape(start) != ():
-            raise ArgumentError(name, jnp.shape(start), "not a scalar", "Pass one index.")
-        if not isinstance(start, jax.core.Tracer):
-            if int(start) < 0:
-                raise ArgumentError(name, int(start), "negative", "Pass an index of 0 or more.")
-            check_attention_ranges(**{**sizes, extent: int(start) + sizes[extent]})
-    return (
-        0 if batch_start is None else batch_start,
-        0 if head_start is None else head_start,
-    )

@@ -88,6 +88,9 @@ BAD = {
     "batch_start float": private("batch_start", batch_start=1.0),
     "batch_start negative": private("batch_start", batch_start=-1),
     "batch_start too large": private("batches", batch_start=2**20),
+    "heads past the end": private("head_start", head_start=4),
+    "heads of a memory past the end": private("head_start", release=SUM, head_start=1),
+    "a part of the heads past the end": private("head_start", *(X[:, :, :2],) * 3, head_start=3),
     "joint clip of a part of the heads": private(
         "release.clip",
         *(X[:, :, :2],) * 3,

@@ -228,3 +228,24 @@ def test_lowered_program(name):
         lambda k, *x: sum(dp_attention(*x, release=release, noise_key=k, layer=i) for i in (0, 1))
     )(KEY, *arrays)
     assert negative.jaxpr.outvars and str(negative).count("dpfa_guard_noise_key") == 2
+
+
+@pytest.mark.parametrize("name", ["example", "sum"])
+def test_a_traced_index_beyond_the_release_answers_nothing(name):
+    """V11: one charge pays for its own heads; others would be answers that nobody paid for."""
+    arrays = (draw(9)[0][:, :, :2], *(x[:, :, :1] for x in draw(9)[1:]))
+
+    @jax.jit
+    def answer(key, batch_start, head_start):
+        return dp_attention(
+            *arrays, release=RELEASES[name], noise_key=key,
+            batch_start=batch_start, head_start=head_start,
+        )  # fmt: skip
+
+    last = 2**20 - BATCH
+    for batch_start, head_start in ((0, 0), (0, 2), (last, 1), (jnp.uint8(3), jnp.int16(2))):
+        assert np.isfinite(answer(KEY, batch_start, head_start)).all()
+    for batch_start, head_start in ((0, 3), (0, HEADS), (0, -1), (last + 1, 0), (-1, 0)):
+        assert np.isnan(answer(KEY, batch_start, head_start)).all()
+    with jax.enable_x64(True):
+        assert np.isnan(answer(KEY, 0, jnp.int64(2**32))).all()
