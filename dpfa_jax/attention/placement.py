@@ -8,10 +8,16 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 
 from dpfa_jax.core import ArgumentError
 from dpfa_jax.kernels.base import AttentionInputs
-from dpfa_jax.noise import check_attention_ranges, require_offsets_under_manual_mesh
+from dpfa_jax.noise import (
+    check_attention_ranges,
+    mesh_axes,
+    require_offsets_under_manual_mesh,
+)
 from dpfa_jax.noise.counters import BATCH_BITS
 
 Index = int | Int[Array, ""] | UInt32[Array, ""]
+# A first index, or the mesh axes along which shards follow each other.
+Start = Index | str | tuple[str, ...]
 
 
 class Place(NamedTuple):
@@ -19,13 +25,18 @@ class Place(NamedTuple):
 
     Attributes:
       start: the first of them.
-      drawn: (start, size) of what is drawn of the key's counters, for the guard.
+      drawn: (start, size) of what is drawn of the key's counters, by all shards together.
       is_inside: where only a run can tell, whether all of them may be answered; None: they may.
     """
 
     start: Index
     drawn: tuple[Index, int]
     is_inside: Bool[Array, ""] | None
+
+    @property
+    def end(self) -> int:
+        """One past the last index that is drawn; of a place that needs no run to tell."""
+        return int(self.drawn[0]) + self.drawn[1]
 
 
 class Placement(NamedTuple):
@@ -47,40 +58,38 @@ def of_call(
     noise_key: Array,
     num_heads: int,
     *,
-    batch_start: Index | None,
-    head_start: Index | None,
+    batch_start: Start | None,
+    head_start: Start | None,
 ) -> Placement:
     """The place of a call of a release of `num_heads` heads; 0 where a start is absent.
 
     Errors: ArgumentError for a start that is no index, or ends beyond the release's heads or what
-    one key can address; KeyReuseError for one that is missing inside shard_map.
+    one key can address; KeyReuseError for one by which shards could draw the same noise.
     """
-    require_offsets_under_manual_mesh(
-        noise_key,
-        inputs.query,
-        inputs.key,
-        inputs.value,
-        batch_start=batch_start,
-        head_start=head_start,
-    )
+    given = {"batch_start": batch_start, "head_start": head_start}
+    require_offsets_under_manual_mesh(noise_key, *jax.tree.leaves(inputs), **given)
     batch, _, heads, _ = inputs.query.shape
     rows = _place("batch_start", batch_start, batch, 2**BATCH_BITS)
-    if isinstance(rows.start, int):
-        check_attention_ranges(batches=rows.start + batch, heads=heads, rows=0, columns=0)
+    if rows.is_inside is None:
+        check_attention_ranges(batches=rows.end, heads=heads, rows=0, columns=0)
     columns = _place("head_start", head_start, heads, num_heads)
-    if isinstance(columns.start, int) and columns.start + heads > num_heads:
+    if columns.is_inside is None and columns.end > num_heads:
         raise ArgumentError(
             "head_start",
-            columns.start,
-            f"{heads} heads from there on, but release.num_heads is {num_heads}",
+            head_start,
+            f"heads up to {columns.end}, but release.num_heads is {num_heads}",
             "Heads beyond those of the release are no part of what was charged.",
         )
     return Placement(rows, columns)
 
 
-def _place(name: str, start: Index | None, size: int, limit: int) -> Place:
+def _place(name: str, start: Start | None, size: int, limit: int) -> Place:
     if start is None:
         return Place(0, (0, size), None)
+    if isinstance(start, (str, tuple)):
+        axes = mesh_axes(start)
+        shards = jax.lax.axis_size(axes)
+        return Place(jax.lax.axis_index(axes) * size, (0, shards * size), None)
     if isinstance(start, bool) or not jnp.issubdtype(jnp.result_type(start), jnp.integer):
         raise ArgumentError(name, start, "not an integer", "Pass an int or an integer array.")
     if jnp.shape(start) != ():

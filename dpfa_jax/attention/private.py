@@ -23,8 +23,8 @@ def dp_attention(
     noise_key: Key[Array, ""],
     release_id: int | UInt32[Array, ""] = 0,
     layer: int | UInt32[Array, ""] = 0,
-    batch_start: int | UInt32[Array, ""] | None = None,
-    head_start: int | UInt32[Array, ""] | None = None,
+    batch_start: placement.Start | None = None,
+    head_start: placement.Start | None = None,
     scale: float | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
@@ -58,8 +58,10 @@ def dp_attention(
       release_id, layer: tell several uses of one key apart, 32 bits each. Each use is one release
         and must have been charged; the key does not know how often it was paid for.
       batch_start, head_start: global index of the first batch row and query head, where this call
-        sees a part of them; due inside shard_map. The noise depends on global indices only. Heads
-        end with the release's: beyond, an error, and NaN where the index is traced.
+        sees a part of them. The noise depends on global indices only. Heads end with the release's:
+        beyond, an error, and NaN where the index is traced. Both are due inside shard_map: the
+        names of the mesh axes along which batch or heads are cut ("data", or several, the outermost
+        first), 0 for what is whole on each shard. A number that differs between shards is refused.
 
     Returns:
       The private answer in the query's shape and dtype. Log-sum-exp, maxima and logits are never
