@@ -90,7 +90,8 @@ def _place(name: str, start: Start | None, size: int, limit: int) -> Place:
         axes = mesh_axes(start)
         shards = jax.lax.axis_size(axes)
         return Place(jax.lax.axis_index(axes) * size, (0, shards * size), None)
-    if isinstance(start, bool) or not jnp.issubdtype(jnp.result_type(start), jnp.integer):
+    dtype = getattr(start, "dtype", int if isinstance(start, int) else None)
+    if isinstance(start, bool) or dtype is None or not jnp.issubdtype(dtype, jnp.integer):
         raise ArgumentError(name, start, "not an integer", "Pass an int or an integer array.")
     if jnp.shape(start) != ():
         raise ArgumentError(name, jnp.shape(start), "not a scalar", "Pass one index.")

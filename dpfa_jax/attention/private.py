@@ -106,6 +106,8 @@ def dp_attention(
     place = placement.of_call(
         inputs, noise_key, release.num_heads, batch_start=batch_start, head_start=head_start
     )
+    release_id = private_checks.use("release_id", release_id)
+    layer = private_checks.use("layer", layer)
     witnesses = [x for x in jax.tree.leaves(inputs) if x is not None]
     drawn = tuple(part.drawn for part in place)
     noise_key = guard(

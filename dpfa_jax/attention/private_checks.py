@@ -4,6 +4,7 @@ import math
 from typing import NoReturn
 
 import jax.numpy as jnp
+from jaxtyping import Array, UInt32
 
 from dpfa_jax.core import ArgumentError
 from dpfa_jax.kernels.base import (
@@ -13,7 +14,7 @@ from dpfa_jax.kernels.base import (
     MemoryReadout,
     Readout,
 )
-from dpfa_jax.noise import check_attention_ranges, require_key
+from dpfa_jax.noise import check_attention_ranges, require_key, word
 from dpfa_jax.release import ExampleRelease, RecordRelease
 
 
@@ -184,3 +185,13 @@ def noise_key(release: ExampleRelease | RecordRelease, key: object) -> None:
             "more than one key",
             "Pass one key a call; under vmap or scan map the call over the keys.",
         )
+
+
+def use(name: str, value: object) -> int | UInt32[Array, ""]:
+    """One 32-bit number that tells uses of a key apart. Errors: ArgumentError."""
+    number = word(name, value)
+    if jnp.shape(number) != ():
+        raise ArgumentError(
+            name, jnp.shape(number), "not a scalar", "Pass one number a call: each use is charged."
+        )
+    return number

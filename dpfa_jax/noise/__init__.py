@@ -5,6 +5,7 @@ from dpfa_jax.noise.counters import (
     bind,
     check_attention_ranges,
     parameter_counter,
+    word,
 )
 from dpfa_jax.noise.fields import attention_noise, parameter_noise
 from dpfa_jax.noise.grid import snap
@@ -39,4 +40,5 @@ __all__ = [
     "require_offsets_under_manual_mesh",
     "snap",
     "threefry2x32",
+    "word",
 ]
