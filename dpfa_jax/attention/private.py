@@ -47,7 +47,8 @@ def dp_attention(
     N / max(Z / kappa, floor); or, in the ratio form, N / Z + noise. No derivative exists.
 
     Args:
-      query, key, value: (B, T, N, H), (B, S, K, H), (B, S, K, H), not float64.
+      query, key, value: (B, T, N, H), (B, S, K, H), (B, S, K, H), not float64, and in a dtype
+        that holds the largest noise (float16 ends at 65504).
       bias, mask, is_causal, query_seq_lengths, key_value_seq_lengths: as `dot_product_attention`.
       scale, local_window_size, logits_soft_cap, implementation: likewise; scale is a Python float.
       logits_bound: likewise; no guarantee rests on it: a row that leaves float32 counts as zero, as

@@ -81,6 +81,7 @@ def fits(
         raise ArgumentError(
             "query", inputs.query.shape, f"release.head_dim is {release.head_dim}", _MATCH
         )
+    _check_room(release, inputs)
     _check_heads(release, heads, head_start)
     check_attention_ranges(batches=inputs.query.shape[0], heads=heads, rows=rows, columns=size + 1)
     if isinstance(release, ExampleRelease):
@@ -137,6 +138,25 @@ def _check_heads(release: ExampleRelease | RecordRelease, heads: int, head_start
             release.noise_shares,
             problem + ", and heads with different noise cannot be sharded by hand",
             "Leave noise_shares out, or shard under jit instead of shard_map.",
+        )
+
+
+def _check_room(release: ExampleRelease | RecordRelease, inputs: AttentionInputs) -> None:
+    """The noise must fit the dtype of the answer, which would be infinite: public numbers only."""
+    largest = release.record().tail * max(release.noise_stddevs) + max(release.grids)
+    if isinstance(release, ExampleRelease):
+        largest += release.l2_clip_norm
+    elif release.form == "ratio":
+        largest += release.value_clip_norm
+    else:  # the numerator's noise, over the least normaliser
+        largest /= release.floor
+    dtype = inputs.query.dtype
+    if largest > float(jnp.finfo(dtype).max):
+        raise ArgumentError(
+            "query",
+            dtype,
+            f"noise may reach {largest:.3g}, beyond the largest {dtype}",
+            "Cast query, key and value to bfloat16 or float32, or scale the clip norm down.",
         )
 
 

@@ -17,6 +17,7 @@ EXAMPLE = ExampleRelease(1.0, 1.0, 3, 4, 8, insecure_test_noise=True)
 SUM = RecordRelease(1.0, 1.0, 1.0, 3, 4, 8, insecure_test_noise=True)
 RATIO = dataclasses.replace(SUM, form="ratio", relation="substitute", memory_length=3)
 KEY = insecure_test_key(0)
+HALF = (X.astype(jnp.float16),) * 3
 
 
 def plain(parameter, query=X, key=X, value=X, **options):
@@ -103,6 +104,12 @@ BAD = {
     "layer negative, an array": private("layer", layer=jnp.int32(-1)),
     "release_id bool": private("release_id", release_id=True),
     "layers": private("layer", layer=jnp.arange(2)),
+    "noise beyond float16": private(
+        "query", *HALF, release=dataclasses.replace(EXAMPLE, l2_clip_norm=2e3)
+    ),
+    "noise of a memory beyond float16": private(
+        "query", *HALF, release=dataclasses.replace(SUM, floor=1e-4)
+    ),
     "batch_start object": private("batch_start", batch_start=object()),
     "batch_start float": private("batch_start", batch_start=1.0),
     "batch_start negative": private("batch_start", batch_start=-1),
