@@ -5,6 +5,7 @@ import numbers
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, ArrayLike, Bool, Float, Int
 
 from dpfa_jax.core import ArgumentError
@@ -64,9 +65,9 @@ def arrays(
         )
     if value.shape != key.shape:
         raise ArgumentError("value", value.shape, f"key is {key.shape}", "Give both one shape.")
-    if size < 1:
+    if size < 1 or heads < 1:
         raise ArgumentError(
-            "query", query.shape, "head size is 0", "Pass a head size of 1 or more."
+            "query", query.shape, "no heads, or head size 0", "Pass 1 or more of each."
         )
     if key.shape[2] < 1 or heads % key.shape[2]:
         raise ArgumentError(
@@ -111,7 +112,9 @@ def spec(
         )
     cap = None if logits_soft_cap is None else host.positive("logits_soft_cap", logits_soft_cap)
     bounds = [] if logits_bound is None else [host.positive("logits_bound", logits_bound)]
-    factor = 1.0 / math.sqrt(inputs.query.shape[-1]) if scale is None else host.real("scale", scale)
+    factor = 1.0 / math.sqrt(inputs.query.shape[-1])
+    if scale is not None:
+        factor = host.real("scale", _number("scale", scale))
     if query_key_norm is not None:
         bounds.append(abs(factor) * query_key_norm**2)
     return AttentionSpec(
@@ -125,10 +128,47 @@ def spec(
     )
 
 
+def times_scale(
+    query: Float[Array, "B T N H"], scale: Float[Array, ""] | Int[Array, ""]
+) -> Float[Array, "B T N H"]:
+    """The query times a traced scale, in float32 or wider, rounded once to its own dtype.
+
+    Errors: ArgumentError for more than one number, or one that is not real.
+    """
+    if scale.ndim:
+        raise ArgumentError("scale", scale.shape, "not a scalar", "Pass one number.")
+    if not jnp.issubdtype(scale.dtype, jnp.floating) and not _is_integer(scale):
+        raise ArgumentError("scale", scale.dtype, "not a real number", "Pass a float.")
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    return (query.astype(wide) * scale.astype(wide)).astype(query.dtype)
+
+
+def _number(name: str, value: object) -> object:
+    """A concrete array of shape () as a Python number; what is none as it is."""
+    if isinstance(value, jax.core.Tracer) or not isinstance(value, (jax.Array, np.ndarray)):
+        return value
+    if value.ndim:
+        raise ArgumentError(name, value.shape, "not a scalar", "Pass one number.")
+    return value.item()
+
+
+def _is_integer(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jnp.integer)
+
+
+def _array(name: str, x: ArrayLike) -> jax.Array:
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError):  # strings, objects, ragged lists
+        raise ArgumentError(
+            name, f"<{type(x).__name__}>", "no array of numbers", "Pass an array."
+        ) from None
+
+
 def _with_batch(name: str, x: ArrayLike) -> Float[Array, "B T N H"]:
     if x is None:
         raise ArgumentError(name, x, "missing", "Pass an array (BTNH or TNH).")
-    x = jnp.asarray(x)
+    x = _array(name, x)
     if x.ndim not in (3, 4):
         raise ArgumentError(
             name,
@@ -149,20 +189,22 @@ def _dtype_in(name: str, x: jax.Array, options: tuple[str, ...]) -> None:
 def _bias(bias: ArrayLike | None, shape: tuple[int, ...]) -> Float[Array, "b n t s"] | None:
     if bias is None:
         return None
-    bias = jnp.asarray(bias)
+    bias = _array("bias", bias)
     if bias.dtype == jnp.bool_:
         raise ArgumentError(
             "bias", bias.dtype, "boolean", "Pass it as mask, or an additive bias as floats."
         )
-    if not jnp.issubdtype(bias.dtype, jnp.floating):
+    if _is_integer(bias):
         bias = bias.astype(jnp.float32)
+    if not jnp.issubdtype(bias.dtype, jnp.floating):
+        raise ArgumentError("bias", bias.dtype, "not real", "Pass real numbers.")
     return _broadcastable("bias", bias, shape)
 
 
 def _mask(mask: ArrayLike | None, shape: tuple[int, ...]) -> Bool[Array, "b n t s"] | None:
     if mask is None:
         return None
-    mask = jnp.asarray(mask)
+    mask = _array("mask", mask)
     if mask.dtype != jnp.bool_:
         raise ArgumentError(
             "mask",
@@ -188,8 +230,8 @@ def _broadcastable(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array
 def _lengths(name: str, lengths: ArrayLike | None, batch: int) -> Int[Array, " B"] | None:
     if lengths is None:
         return None
-    lengths = jnp.asarray(lengths)
-    if not jnp.issubdtype(lengths.dtype, jnp.integer):
+    lengths = _array(name, lengths)
+    if not _is_integer(lengths):
         raise ArgumentError(name, lengths.dtype, "not integers", "Pass int32 lengths.")
     if lengths.shape != (batch,):
         raise ArgumentError(

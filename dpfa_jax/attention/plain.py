@@ -82,14 +82,18 @@ def dot_product_attention(
       value: as `key`.
       bias: added to the logits; each axis of (B, N, T, S) full or 1. It has a gradient.
       mask: boolean, True where a key takes part; broadcasts as `bias`.
-      scale: factor on q.k; 1 / sqrt(H) where None. A traced scale is multiplied into the query.
+      scale: factor on q.k; 1 / sqrt(H) where None. A traced scale is multiplied into the query,
+        which is rounded once more: in 16 bits up to twice the error of a number known beforehand.
       is_causal: row t sees keys s <= t.
       query_seq_lengths: (B,) ints; rows from there on give 0.
       key_value_seq_lengths: (B,) ints; keys from there on take no part.
       local_window_size: (left, right) or one int for both: row t sees keys t - left .. t + right.
       implementation: None (the first backend that can), "mosaic_gpu", "triton", "blocked" or
         "reference"; jax.nn's "xla" means "blocked". "reference" needs O(T S) memory and alone has
-        forward-mode and higher derivatives.
+        forward-mode derivatives (`jvp`, `jacfwd`; of the others JAX says TypeError) and all higher
+        ones. "blocked" also has second ones by forward over reverse (`hessian`), and by reverse
+        over reverse up to T S = 2^18, or without causality, window and lengths, whose loops have no
+        fixed length. The kernels have first ones.
       return_residual: also return the log-sum-exp of each row's logits, without gradient.
       logits_soft_cap: c: scale q.k becomes c tanh(scale q.k / c), before bias and mask.
       logits_bound: B: the caller's statement that |scale q.k| <= B, as where query and key are
@@ -111,19 +115,23 @@ def dot_product_attention(
 
     Where it differs from jax.nn: a row that sees no key gives 0 and log-sum-exp -inf (there: the
     mean of all values); NaN in a hidden key's bytes never reaches an output or a gradient; float64
-    stays float64 in the softmax; integer lengths of any width are taken.
+    stays float64 in the softmax; integer lengths of any width are taken. A bias hides a key where
+    it is -inf. A large negative number is a logit: a row of them alone is their softmax, the mean
+    where the sums round to one number; but GPU kernels take logits below -1e38, as
+    finfo(float32).min, for hidden, and such a row gives 0. Pass a mask.
 
     Errors: ArgumentError for arguments that do not fit; UnsupportedBackendError, alone or in an
     ExceptionGroup, where no backend can serve the call.
     Source: Dao et al., "FlashAttention" (2022); Rabe and Staats (2021).
     """
     inputs = checks.arrays(query, key, value, bias, mask, query_seq_lengths, key_value_seq_lengths)
-    if isinstance(scale, jax.Array):
-        if scale.ndim:
-            raise checks.ArgumentError("scale", scale.shape, "not a scalar", "Pass one number.")
-        if isinstance(scale, jax.core.Tracer):
-            scaled = (inputs.query * scale).astype(inputs.query.dtype)
-            inputs, scale = inputs._replace(query=scaled), 1.0
+    if not isinstance(return_residual, bool):
+        raise checks.ArgumentError(
+            "return_residual", return_residual, "not a Python bool", "Pass True or False."
+        )
+    if isinstance(scale, jax.core.Tracer):
+        inputs = inputs._replace(query=checks.times_scale(inputs.query, scale))
+        scale = 1.0
     spec = checks.spec(
         inputs,
         Plain(),

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, ArrayLike, Float, Key, UInt32
 
-from dpfa_jax.attention import checks, core, private_checks
+from dpfa_jax.attention import checks, core, placement, private_checks
 from dpfa_jax.kernels import dispatch
 from dpfa_jax.kernels.base import NoiseInputs
 from dpfa_jax.kernels.row_clip import clip_rows_stored
@@ -23,8 +23,8 @@ def dp_attention(
     noise_key: Key[Array, ""],
     release_id: int | UInt32[Array, ""] = 0,
     layer: int | UInt32[Array, ""] = 0,
-    batch_start: int | UInt32[Array, ""] | None = None,
-    head_start: int | UInt32[Array, ""] | None = None,
+    batch_start: placement.Start | None = None,
+    head_start: placement.Start | None = None,
     scale: float | None = None,
     is_causal: bool = False,
     query_seq_lengths: ArrayLike | None = None,
@@ -47,7 +47,8 @@ def dp_attention(
     N / max(Z / kappa, floor); or, in the ratio form, N / Z + noise. No derivative exists.
 
     Args:
-      query, key, value: (B, T, N, H), (B, S, K, H), (B, S, K, H), not float64.
+      query, key, value: (B, T, N, H), (B, S, K, H), (B, S, K, H), not float64, and in a dtype
+        that holds the largest noise (float16 ends at 65504).
       bias, mask, is_causal, query_seq_lengths, key_value_seq_lengths: as `dot_product_attention`.
       scale, local_window_size, logits_soft_cap, implementation: likewise; scale is a Python float.
       logits_bound: likewise; no guarantee rests on it: a row that leaves float32 counts as zero, as
@@ -58,7 +59,10 @@ def dp_attention(
       release_id, layer: tell several uses of one key apart, 32 bits each. Each use is one release
         and must have been charged; the key does not know how often it was paid for.
       batch_start, head_start: global index of the first batch row and query head, where this call
-        sees a part of them; due inside shard_map. The noise depends on global indices only.
+        sees a part of them. The noise depends on global indices only. Heads end with the release's:
+        beyond, an error, and NaN where the index is traced. Both are due inside shard_map: the
+        names of the mesh axes along which batch or heads are cut ("data", or several, the outermost
+        first), 0 for what is whole on each shard. A number that differs between shards is refused.
 
     Returns:
       The private answer in the query's shape and dtype. Log-sum-exp, maxima and logits are never
@@ -67,12 +71,12 @@ def dp_attention(
     Formal guarantees:
       * ExampleRelease: each batch row is one example, replaced whole; `release.record()` is the
         Gaussian mechanism of one row, and rows are different individuals.
-      * RecordRelease: each batch row has its own memory, and no record lies in two of them; put
-        queries that share a memory along T. Query, scale and soft cap are public. Bias and mask
-        may be public, or depend, in the column of a key, on that key's record. The sum form takes
-        every mask, length, window and causality: a hidden key has weight 0, bit for bit. The ratio
-        form is for `release.memory_length` keys, all seen: it refuses every one of them, and its
-        bias must be public.
+      * RecordRelease: each batch row has its own memory, and no record lies in two of them, nor in
+        two rows of other calls under the key; put queries that share a memory along T. Query, scale
+        and soft cap are public. Bias and mask may be public, or depend, in the column of a key, on
+        that key's record. The sum form takes every mask, length, window and causality: a hidden key
+        has weight 0, bit for bit. The ratio form is for `release.memory_length` keys, all seen: it
+        refuses every one of them, and its bias must be public.
 
     Errors: ArgumentError for arguments that do not fit each other or the release; KeyReuseError
     for a key that would serve twice; PrivateAutodiffError for a derivative of a record release.
@@ -100,31 +104,33 @@ def dp_attention(
             key=clip_rows_stored(inputs.key, query_key_norm),
         )
     private_checks.noise_key(release, noise_key)
-    offsets = private_checks.offsets(
-        inputs, noise_key, batch_start=batch_start, head_start=head_start
+    place = placement.of_call(
+        inputs, noise_key, release.num_heads, batch_start=batch_start, head_start=head_start
     )
+    release_id = private_checks.use("release_id", release_id)
+    layer = private_checks.use("layer", layer)
     witnesses = [x for x in jax.tree.leaves(inputs) if x is not None]
-    drawn = tuple(zip(offsets, (inputs.query.shape[0], inputs.query.shape[2]), strict=True))
+    drawn = tuple(part.drawn for part in place)
     noise_key = guard(
         noise_key, *witnesses, uses=(release_id, layer), spans=drawn, promise=release.record()
     )
     inputs = inputs._replace(
-        noise=_noise_inputs(noise_key, release_id, layer, offsets, inputs.query.shape[0])
+        noise=_noise_inputs(noise_key, release_id, layer, place, inputs.query.shape[0])
     )
     backend = dispatch.choose(spec, inputs, checks.implementation(implementation))
     output, _ = core.attend(backend, spec, inputs)
-    return output.reshape(jnp.shape(query))
+    return place.answered(output).reshape(jnp.shape(query))
 
 
 def _noise_inputs(
     noise_key: Key[Array, ""],
     release_id: int | UInt32[Array, ""],
     layer: int | UInt32[Array, ""],
-    offsets: tuple[int | UInt32[Array, ""], int | UInt32[Array, ""]],
+    place: placement.Placement,
     batch: int,
 ) -> NoiseInputs:
     words = bind(key_words(noise_key), release_id, layer)
-    batch_start, head_start = (jnp.asarray(start, jnp.uint32) for start in offsets)
+    batch_start, head_start = (jnp.asarray(part.start, jnp.uint32) for part in place)
     return NoiseInputs(
         jnp.broadcast_to(words, (batch, 2)),
         batch_start + jnp.arange(batch, dtype=jnp.uint32),

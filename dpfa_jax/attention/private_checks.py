@@ -3,7 +3,6 @@
 import math
 from typing import NoReturn
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
@@ -15,7 +14,7 @@ from dpfa_jax.kernels.base import (
     MemoryReadout,
     Readout,
 )
-from dpfa_jax.noise import check_attention_ranges, require_key, require_offsets_under_manual_mesh
+from dpfa_jax.noise import check_attention_ranges, require_key, word
 from dpfa_jax.release import ExampleRelease, RecordRelease
 
 
@@ -82,6 +81,7 @@ def fits(
         raise ArgumentError(
             "query", inputs.query.shape, f"release.head_dim is {release.head_dim}", _MATCH
         )
+    _check_room(release, inputs)
     _check_heads(release, heads, head_start)
     check_attention_ranges(batches=inputs.query.shape[0], heads=heads, rows=rows, columns=size + 1)
     if isinstance(release, ExampleRelease):
@@ -141,6 +141,25 @@ def _check_heads(release: ExampleRelease | RecordRelease, heads: int, head_start
         )
 
 
+def _check_room(release: ExampleRelease | RecordRelease, inputs: AttentionInputs) -> None:
+    """The noise must fit the dtype of the answer, which would be infinite: public numbers only."""
+    largest = release.record().tail * max(release.noise_stddevs) + max(release.grids)
+    if isinstance(release, ExampleRelease):
+        largest += release.l2_clip_norm
+    elif release.form == "ratio":
+        largest += release.value_clip_norm
+    else:  # the numerator's noise, over the least normaliser
+        largest /= release.floor
+    dtype = inputs.query.dtype
+    if largest > float(jnp.finfo(dtype).max):
+        raise ArgumentError(
+            "query",
+            dtype,
+            f"noise may reach {largest:.3g}, beyond the largest {dtype}",
+            "Cast query, key and value to bfloat16 or float32, or scale the clip norm down.",
+        )
+
+
 def _check_ratio(release: RecordRelease, spec: AttentionSpec, inputs: AttentionInputs) -> None:
     """The ratio form's bound needs n public keys, every one seen by every row."""
     if inputs.key.shape[1] != release.memory_length:
@@ -188,29 +207,11 @@ def noise_key(release: ExampleRelease | RecordRelease, key: object) -> None:
         )
 
 
-_Index = int | UInt32[Array, ""]
-
-
-def offsets(
-    inputs: AttentionInputs, key: Array, *, batch_start: _Index | None, head_start: _Index | None
-) -> tuple[_Index, _Index]:
-    """Global indices of the first batch row and head, 0 where absent; all due in shard_map."""
-    given = {"batch_start": batch_start, "head_start": head_start}
-    require_offsets_under_manual_mesh(key, inputs.query, inputs.key, inputs.value, **given)
-    batch, _, heads, _ = inputs.query.shape
-    sizes = {"batches": batch, "heads": heads, "rows": 0, "columns": 0}
-    for (name, start), extent in zip(given.items(), ("batches", "heads"), strict=True):
-        if start is None:
-            continue
-        if isinstance(start, bool) or not jnp.issubdtype(jnp.result_type(start), jnp.integer):
-            raise ArgumentError(name, start, "not an integer", "Pass an int or an integer array.")
-        if jnp.shape(start) != ():
-            raise ArgumentError(name, jnp.shape(start), "not a scalar", "Pass one index.")
-        if not isinstance(start, jax.core.Tracer):
-            if int(start) < 0:
-                raise ArgumentError(name, int(start), "negative", "Pass an index of 0 or more.")
-            check_attention_ranges(**{**sizes, extent: int(start) + sizes[extent]})
-    return (
-        0 if batch_start is None else batch_start,
-        0 if head_start is None else head_start,
-    )
+def use(name: str, value: object) -> int | UInt32[Array, ""]:
+    """One 32-bit number that tells uses of a key apart. Errors: ArgumentError."""
+    number = word(name, value)
+    if jnp.shape(number) != ():
+        raise ArgumentError(
+            name, jnp.shape(number), "not a scalar", "Pass one number a call: each use is charged."
+        )
+    return number

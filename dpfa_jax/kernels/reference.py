@@ -48,7 +48,8 @@ def softmax_attention(
     is_seen = jnp.any(~jnp.isneginf(logits_BKGTS), axis=-1, keepdims=True)
     logits_BKGTS = jnp.where(is_seen, logits_BKGTS, 0.0)
     lse = jax.nn.logsumexp(logits_BKGTS, axis=-1, keepdims=True)
-    weights = jnp.where(is_seen, jnp.exp(logits_BKGTS - lse), 0.0)
+    # Not exp(logits - lse): all weights of a row would share the rounding of its log-sum-exp.
+    weights = jnp.where(is_seen, jax.nn.softmax(logits_BKGTS, axis=-1), 0.0)
     values = jnp.einsum(
         "bkgts,bskh->btkgh",
         weights,

@@ -5,10 +5,11 @@ from dpfa_jax.noise.counters import (
     bind,
     check_attention_ranges,
     parameter_counter,
+    word,
 )
 from dpfa_jax.noise.fields import attention_noise, parameter_noise
 from dpfa_jax.noise.grid import snap
-from dpfa_jax.noise.hazards import guard, require_offsets_under_manual_mesh
+from dpfa_jax.noise.hazards import guard, mesh_axes, require_offsets_under_manual_mesh
 from dpfa_jax.noise.keys import (
     generator_of,
     insecure_test_key,
@@ -30,6 +31,7 @@ __all__ = [
     "guard",
     "insecure_test_key",
     "key_words",
+    "mesh_axes",
     "new_noise_key",
     "normal_pair",
     "parameter_counter",
@@ -38,4 +40,5 @@ __all__ = [
     "require_offsets_under_manual_mesh",
     "snap",
     "threefry2x32",
+    "word",
 ]

@@ -4,7 +4,9 @@ A release's key is first bound to its domain and to (release id, layer); the cou
 batch row, head, query row and pair of columns. Every map here is one-to-one.
 """
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import Array, UInt32
 
@@ -31,7 +33,7 @@ def bind(
 
     Errors: ArgumentError for a host number outside 0 .. 2^32 - 1.
     """
-    release_id, layer = _word("release_id", release_id), _word("layer", layer)
+    release_id, layer = word("release_id", release_id), word("layer", layer)
     return _derive(_derive(key_words, _ATTENTION_DOMAIN, 0), release_id, layer)
 
 
@@ -39,7 +41,7 @@ def bind_parameter(
     key_words: UInt32[Array, "... 2"], leaf_index: int | UInt32[Array, "..."]
 ) -> UInt32[Array, "... 2"]:
     """The key of one leaf of a parameter tree. Errors: as `bind`."""
-    return _derive(key_words, _PARAMETER_DOMAIN, _word("leaf_index", leaf_index))
+    return _derive(key_words, _PARAMETER_DOMAIN, word("leaf_index", leaf_index))
 
 
 def attention_counter(
@@ -107,12 +109,18 @@ def _derive(
     return jnp.stack(words, axis=-1)
 
 
-def _word(name: str, value: int | UInt32[Array, "..."]) -> int | UInt32[Array, "..."]:
-    """`value` as 32 bits; a host number is checked, a traced one must be of an integer type."""
-    if isinstance(value, int) and not isinstance(value, bool):
-        if not 0 <= value < 2**32:
-            raise ArgumentError(name, value, "not within 32 bits", "Pass an int in 0 .. 2^32 - 1.")
-        return value
-    if not jnp.issubdtype(jnp.result_type(value), jnp.integer):
+def word(name: str, value: object) -> int | UInt32[Array, "..."]:
+    """`value` as 32 bits: a concrete number as an int, a traced one as uint32.
+
+    Errors: ArgumentError for a concrete number outside 0 .. 2^32 - 1, which would pass for another
+    one and repeat its noise, and for what is not of an integer type.
+    """
+    dtype = jnp.dtype(int) if type(value) is int else getattr(value, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
         raise ArgumentError(name, value, "not an integer", "Pass an int or an integer array.")
-    return jnp.asarray(value).astype(jnp.uint32)
+    if isinstance(value, jax.core.Tracer):
+        return jnp.asarray(value).astype(jnp.uint32)
+    number = np.asarray(value)
+    if not np.all((number >= 0) & (number < 2**32)):
+        raise ArgumentError(name, value, "not within 32 bits", "Pass an int in 0 .. 2^32 - 1.")
+    return int(number) if number.ndim == 0 else jnp.asarray(number.astype(np.uint32))

@@ -16,7 +16,7 @@ from jax.extend.core import Primitive, find_top_trace
 from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Key
 
-from dpfa_jax.core import INSECURE_TEST, KeyReuseError
+from dpfa_jax.core import INSECURE_TEST, ArgumentError, KeyReuseError
 from dpfa_jax.noise import promises
 from dpfa_jax.noise.keys import generator_of
 
@@ -95,39 +95,79 @@ def guard(
 
 
 def require_offsets_under_manual_mesh(
-    noise_key: Key[Array, "..."], *witnesses: Array | None, **offsets: int | Array | None
+    noise_key: Key[Array, "..."],
+    *witnesses: Array | None,
+    **offsets: int | Array | str | tuple[str, ...] | None,
 ) -> None:
-    """Inside shard_map, refuses local indices: shards would draw the same noise.
+    """Inside shard_map, refuses indices by which two shards could draw the same noise.
+
+    A number that differs between shards may overlap with the next shard's, which no shard can see.
+    So what tells shards apart is named, and counted by the caller of this function.
 
     Args:
       noise_key: the key of this release.
       witnesses: the sharded arrays of the call; None is skipped.
-      offsets: `batch_start=..., head_start=...`, as the caller gave them; None: not given.
+      offsets: `batch_start=..., head_start=...`, as the caller gave them: mesh axes by name, a
+        number that is the same on each shard; None: not given.
 
-    Errors: KeyReuseError
-      - under a manual mesh axis, for an offset that was not given;
-      - where types tell (`check_vma=True`): a witness differs over a mesh axis over which neither
-        the key nor any offset does.
+    Errors: ArgumentError for a name that is no manual mesh axis here, or an axis along which all
+    shards hold the same data, which each would answer. KeyReuseError under a manual mesh axis
+      - for an offset that was not given;
+      - for a number that may differ between shards: any traced one without `check_vma`;
+      - where a witness may differ over a mesh axis over which neither the key does nor an offset
+        is named. Without `check_vma` no type tells: each manual axis is due.
     """
-    manual = set(jax.sharding.get_abstract_mesh().manual_axes)
+    manual = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+    named = {axis: name for name, offset in offsets.items() for axis in (mesh_axes(offset) or ())}
+    for axis, name in named.items():
+        if axis not in manual:
+            raise ArgumentError(
+                name, axis, "no mesh axis of a shard_map around this call", "Pass a number."
+            )
     if not manual:
         return
+    has_types = bool(_varying(jax.lax.axis_index(min(manual))))
     for name, offset in offsets.items():
         if offset is None:
             raise KeyReuseError(
-                f"{name} is missing inside shard_map over {sorted(map(str, manual))}: every shard "
-                f"would count from 0 and draw the same noise. Pass {name} = the global index of "
-                "this shard's first element, e.g. jax.lax.axis_index(axis) * local_size."
+                f"{name} is missing inside shard_map over {sorted(manual)}: every shard would "
+                f"count from 0 and draw the same noise. {_NAME_THE_AXIS}"
             )
-    told_apart = _varying(noise_key).union(*(_varying(offset) for offset in offsets.values()))
-    for leaf in jax.tree.leaves(witnesses):
-        repeated = (_varying(leaf) & manual) - told_apart
-        if repeated:
+        if isinstance(offset, jax.core.Tracer) and (not has_types or _varying(offset) & manual):
             raise KeyReuseError(
-                f"the data differ over mesh axes {sorted(map(str, repeated))}, but neither "
-                f"noise_key nor {', '.join(offsets)} does: shards would draw the same noise. "
-                "Build the offset from jax.lax.axis_index, or pass one key a shard."
+                f"{name} is computed inside shard_map over {sorted(manual)}: whether shards "
+                f"overlap, and draw the same noise, cannot be seen. {_NAME_THE_AXIS}"
             )
+    differing = manual
+    if has_types:
+        leaves = jax.tree.leaves(witnesses)
+        differing = manual & frozenset().union(*(_varying(leaf) for leaf in leaves))
+    repeated = differing - _varying(noise_key) - set(named)
+    if repeated:
+        raise KeyReuseError(
+            f"the data may differ over mesh axes {sorted(repeated)}, but neither noise_key nor "
+            f"{', '.join(offsets)} does: shards would draw the same noise. {_NAME_THE_AXIS}"
+        )
+    for axis in set(named) - differing:
+        raise ArgumentError(
+            named[axis],
+            axis,
+            "the data are the same on all shards of this axis: each would be one more answer",
+            "Leave it out: all its shards then draw the same noise for the same answer.",
+        )
+
+
+_NAME_THE_AXIS = (
+    'Pass the mesh axis along which the batch, or the heads, are cut: batch_start="data"; 0 for '
+    "what is whole on each shard. Or pass one key a shard."
+)
+
+
+def mesh_axes(offset: object) -> tuple[str, ...] | None:
+    """The mesh axes that an offset names, the outermost first; None where it is a number."""
+    if isinstance(offset, str):
+        return (offset,)
+    return tuple(offset) if isinstance(offset, tuple) else None
 
 
 def _varying(value: object) -> frozenset[object]:

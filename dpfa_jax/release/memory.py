@@ -16,6 +16,11 @@ class RecordRelease:
     (N, Z) = sum_j e_j (v_j, kappa) + noise; the output is N / max(Z / kappa, floor). Ratio form:
     |s| <= B and the output softmax(s) v + noise, for a public, fixed number of keys only.
 
+    One record pays for one answer of one memory: all its queries lie along T, `num_queries` of
+    them. Batch rows, also those of several calls under one key (`batch_start`), are memories that
+    share no record. No program can see whether they do: two rows about one memory, or about two
+    that hold the same record, are two answers about it, and each is due a charge.
+
     Attributes:
       logit_bound: B, the public maximum of the logits.
       value_clip_norm: C, the norm of each stored value row.

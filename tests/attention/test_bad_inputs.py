@@ -4,6 +4,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from dpfa_jax.attention import charge, dot_product_attention, dp_attention
@@ -16,6 +17,7 @@ EXAMPLE = ExampleRelease(1.0, 1.0, 3, 4, 8, insecure_test_noise=True)
 SUM = RecordRelease(1.0, 1.0, 1.0, 3, 4, 8, insecure_test_noise=True)
 RATIO = dataclasses.replace(SUM, form="ratio", relation="substitute", memory_length=3)
 KEY = insecure_test_key(0)
+HALF = (X.astype(jnp.float16),) * 3
 
 
 def plain(parameter, query=X, key=X, value=X, **options):
@@ -85,9 +87,36 @@ BAD = {
         *(X.astype(jnp.float16),) * 3,
         release=dataclasses.replace(RATIO, logit_bound=6.0),
     ),
+    "string for an array": plain("query", query="abc"),
+    "object for an array": plain("value", value=object()),
+    "ragged mask": plain("mask", mask=[[True], [True, False]]),
+    "string for a bias": plain("bias", bias="abc"),
+    "string for lengths": plain("query_seq_lengths", query_seq_lengths="abc"),
+    "no query heads": plain("query", X[:, :, :0], X[:, :, :1], X[:, :, :1]),
+    "complex bias": plain("bias", bias=jnp.ones((3, 3), complex)),
+    "two scales": plain("scale", scale=jnp.ones(2)),
+    "complex scale": plain("scale", scale=jnp.asarray(1j)),
+    "boolean scale": plain("scale", scale=jnp.asarray(True)),
+    "residual 1": plain("return_residual", return_residual=1),
+    "release_id negative": private("release_id", release_id=-1),
+    "layer of 33 bits": private("layer", layer=2**32),
+    "layer of 33 bits, numpy": private("layer", layer=np.int64(2**32)),
+    "layer negative, an array": private("layer", layer=jnp.int32(-1)),
+    "release_id bool": private("release_id", release_id=True),
+    "layers": private("layer", layer=jnp.arange(2)),
+    "noise beyond float16": private(
+        "query", *HALF, release=dataclasses.replace(EXAMPLE, l2_clip_norm=2e3)
+    ),
+    "noise of a memory beyond float16": private(
+        "query", *HALF, release=dataclasses.replace(SUM, floor=1e-4)
+    ),
+    "batch_start object": private("batch_start", batch_start=object()),
     "batch_start float": private("batch_start", batch_start=1.0),
     "batch_start negative": private("batch_start", batch_start=-1),
     "batch_start too large": private("batches", batch_start=2**20),
+    "heads past the end": private("head_start", head_start=4),
+    "heads of a memory past the end": private("head_start", release=SUM, head_start=1),
+    "a part of the heads past the end": private("head_start", *(X[:, :, :2],) * 3, head_start=3),
     "joint clip of a part of the heads": private(
         "release.clip",
         *(X[:, :, :2],) * 3,
@@ -120,6 +149,13 @@ def test_refused(name):
     assert error.parameter == parameter
     assert str(error).startswith(f"{parameter} = ")
     assert error.advice and str(error).endswith(error.advice)
+
+
+@pytest.mark.parametrize("scale", [1j, True, np.ones(2, np.float32)])
+def test_a_traced_scale_is_one_real_number(scale):
+    with pytest.raises(ArgumentError) as caught:
+        jax.jit(lambda s: dot_product_attention(X, X, X, scale=s))(scale)
+    assert caught.value.parameter == "scale"
 
 
 def test_float64_is_refused_in_private():

@@ -1,6 +1,7 @@
 """Plain attention under JAX's transformations, and where it must equal jax.nn."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -137,3 +138,60 @@ def test_the_reference_backend_has_every_derivative():
     step = 1e-2
     numeric = (slope(query + step * direction) - slope(query - step * direction)) / (2 * step)
     np.testing.assert_allclose(exact, numeric, atol=2e-2 * float(jnp.abs(exact).max()))
+
+
+def test_the_signature_is_that_of_jax_nn():
+    """Names, order, kinds and defaults; what ours adds comes after, by keyword."""
+    theirs = inspect.signature(jax.nn.dot_product_attention).parameters.values()
+    ours = list(inspect.signature(attention).parameters.values())
+    shared, added = ours[: len(theirs)], ours[len(theirs) :]
+    assert [(p.name, p.kind, p.default) for p in shared] == [
+        (p.name, p.kind, p.default) for p in theirs
+    ]
+    assert all(p.kind is p.KEYWORD_ONLY and p.default is not p.empty for p in added)
+
+
+@pytest.mark.parametrize("scale", [np.float32(0.3), np.asarray(0.3), jnp.float32(0.3)])
+def test_a_concrete_scale_may_be_an_array(scale):
+    """As in jax.nn, which multiplies by whatever it is given."""
+    arrays = draw(BATCH)
+    want = attention(*arrays, scale=float(scale))
+    np.testing.assert_array_equal(attention(*arrays, scale=scale), want)
+
+
+def test_a_traced_scale_rounds_the_query_once():
+    """Not the scale too, by which all logits of a call would be off together."""
+    query, key, value = (x.astype(jnp.bfloat16) for x in draw(BATCH))
+    found = jax.jit(lambda s: attention(query, key, value, scale=s))(0.3)
+    scaled = (query.astype(jnp.float32) * 0.3).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(found, attention(scaled, key, value, scale=1.0))
+    assert not np.array_equal(scaled, query * jnp.bfloat16(0.3))
+
+
+@pytest.mark.parametrize("implementation", ["blocked", "reference"])
+def test_a_bias_hides_by_infinity_only(implementation):
+    """The least finite number is a logit: a row of it alone is the mean, as in jax.nn."""
+    query, key, value = draw(BATCH)
+    call = functools.partial(attention, implementation=implementation)
+    lowest = jnp.full((ROWS, KEYS), jnp.finfo(jnp.float32).min)
+    mean = jnp.repeat(value.mean(axis=1, keepdims=True), HEADS // KEY_HEADS, axis=2)
+    close(call(query, key, value, lowest), jnp.broadcast_to(mean, query.shape))
+    assert not call(query, key, value, jnp.full((ROWS, KEYS), -jnp.inf)).any()
+
+
+@pytest.mark.parametrize("options", [{}, {"is_causal": True}])
+def test_second_derivatives_of_the_blocked_backend(options):
+    """Forward over reverse at more than a block; `reference` defines them."""
+    rng = np.random.default_rng(0)
+    x, along = (jnp.asarray(rng.standard_normal((1, 600, 1, 4)), jnp.float32) for _ in range(2))
+
+    def second(implementation):
+        def square(x):
+            return (attention(x, x, x, implementation=implementation, **options) ** 2).sum()
+
+        return jax.jvp(jax.grad(square), (x,), (along,))[1]
+
+    want = second("reference")
+    np.testing.assert_allclose(second("blocked"), want, atol=2e-5 * float(jnp.abs(want).max()))
+    with pytest.raises(TypeError, match="forward-mode"):
+        jax.jvp(lambda x: attention(x, x, x), (x,), (along,))

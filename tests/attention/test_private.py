@@ -10,7 +10,7 @@ import pytest
 from helpers import attention_oracle as oracle
 
 from dpfa_jax.attention import dp_attention
-from dpfa_jax.core import KeyReuseError, PrivateAutodiffError
+from dpfa_jax.core import ArgumentError, KeyReuseError, PrivateAutodiffError
 from dpfa_jax.noise import attention_noise, bind, insecure_test_key, key_words, new_noise_key
 from dpfa_jax.release import ExampleRelease, RecordRelease
 
@@ -228,3 +228,43 @@ def test_lowered_program(name):
         lambda k, *x: sum(dp_attention(*x, release=release, noise_key=k, layer=i) for i in (0, 1))
     )(KEY, *arrays)
     assert negative.jaxpr.outvars and str(negative).count("dpfa_guard_noise_key") == 2
+
+
+@pytest.mark.parametrize("name", ["example", "sum"])
+def test_a_traced_index_beyond_the_release_answers_nothing(name):
+    """V11: one charge pays for its own heads; others would be answers that nobody paid for."""
+    arrays = (draw(9)[0][:, :, :2], *(x[:, :, :1] for x in draw(9)[1:]))
+
+    @jax.jit
+    def answer(key, batch_start, head_start):
+        return dp_attention(
+            *arrays, release=RELEASES[name], noise_key=key,
+            batch_start=batch_start, head_start=head_start,
+        )  # fmt: skip
+
+    last = 2**20 - BATCH
+    for batch_start, head_start in ((0, 0), (0, 2), (last, 1), (jnp.uint8(3), jnp.int16(2))):
+        assert np.isfinite(answer(KEY, batch_start, head_start)).all()
+    for batch_start, head_start in ((0, 3), (0, HEADS), (0, -1), (last + 1, 0), (-1, 0)):
+        assert np.isnan(answer(KEY, batch_start, head_start)).all()
+    with jax.enable_x64(True):
+        assert np.isnan(answer(KEY, 0, jnp.int64(2**32))).all()
+
+
+@pytest.mark.parametrize("name", RELEASES)
+def test_float16_holds_the_largest_noise_that_is_taken(name):
+    """A release just below the bound is finite, where every normal were the sampler's largest."""
+    release = RELEASES[name]
+    arrays = tuple(x.astype(jnp.float16) for x in draw(10))
+    tail = release.record().tail
+
+    def largest(release):
+        floor = release.floor if name == "sum" else 1.0
+        return tail * max(release.noise_stddevs) / floor
+
+    louder = dataclasses.replace(release, noise_multiplier=0.95 * 65504 / largest(release))
+    assert np.isfinite(dp_attention(*arrays, release=louder, noise_key=KEY)).all()
+    assert largest(louder) + 1.0 + max(louder.grids) < np.finfo(np.float16).max
+    louder = dataclasses.replace(louder, noise_multiplier=1.06 * louder.noise_multiplier)
+    with pytest.raises(ArgumentError, match="beyond the largest float16"):
+        dp_attention(*arrays, release=louder, noise_key=KEY)

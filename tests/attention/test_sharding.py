@@ -9,8 +9,8 @@ import contextlib, dataclasses
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
 from dpfa_jax.attention import dot_product_attention, dp_attention
-from dpfa_jax.core import KeyReuseError
-from dpfa_jax.noise import insecure_test_key
+from dpfa_jax.core import ArgumentError, KeyReuseError
+from dpfa_jax.noise import insecure_test_key, new_noise_key
 from dpfa_jax.release import ExampleRelease, RecordRelease
 
 mesh = jax.make_mesh((4, 2), ("batch", "heads"), axis_types=(AxisType.Auto,) * 2)
@@ -62,28 +62,76 @@ for block in (contextlib.nullcontext(), several_devices.small_blocks()):
             for mine, theirs in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
                 np.testing.assert_allclose(mine, theirs, atol=close, rtol=0)
 
-def shard(q, k, v, key):
-    start = jax.lax.axis_index("batch")
-    return dp_attention(q, k, v, release=release, noise_key=key, batch_start=start,
-                        head_start=jax.lax.axis_index("heads"))
+def shard(q, k, v, key, **options):
+    options = {"batch_start": "batch", "head_start": "heads", "release": release, **options}
+    return dp_attention(q, k, v, noise_key=key, **options)
 
-def careless(q, k, v, key):
-    return dp_attention(q, k, v, release=release, noise_key=key)
+def run(body, key=key, **options):
+    specs = dict(mesh=mesh, in_specs=(spec, spec, spec, P()), out_specs=spec, **options)
+    return jax.jit(jax.shard_map(body, **specs))(*arrays, key)
 
-specs = dict(mesh=mesh, in_specs=(spec, spec, spec, P()), out_specs=spec)
-by_hand = jax.jit(jax.shard_map(shard, **specs))(*arrays, key)
-np.testing.assert_array_equal(by_hand, private(*x, key))
-whole_heads = ExampleRelease(1.0, 1.0, 6, 1, 8, insecure_test_noise=True)
-release = whole_heads
+index = jax.lax.axis_index
+for check in (True, False):
+    np.testing.assert_array_equal(run(shard, check_vma=check), private(*x, key))
+    wrong = {
+        "none": dict(batch_start=None),
+        "one axis": dict(head_start=0),
+        "none cut": dict(batch_start=0, head_start=0),
+        "constant": lambda: dict(batch_start=jnp.int32(0)),
+        "nothing": lambda: dict(batch_start=0 * index("batch")),
+        "overlap": lambda: dict(batch_start=index("batch") // 2),
+        "right, but who can tell": lambda: dict(batch_start=index("batch")),
+    }
+    for name, starts in wrong.items():
+        try:
+            run(lambda *a: shard(*a, **(starts() if callable(starts) else starts)), check_vma=check)
+        except KeyReuseError:
+            continue
+        raise AssertionError((name, check))
+
+secret = dataclasses.replace(release, insecure_test_noise=False)
+
+def twice(q, k, v, key):  # a name is no number: the second is seen to draw the same
+    return shard(q, k, v, key, release=secret) - shard(q, k, 2 * v, key, release=secret)
+
 try:
-    jax.shard_map(careless, **specs)(*arrays, key)
+    run(twice, new_noise_key())
 except KeyReuseError:
+    print("refused")
+
+# Both axes along the batch, the outermost first; and whole on all shards of one.
+for starts in (("heads", "batch"), ("batch", "heads"), "batch"):
+    both = P(starts)
+    flat = [jnp.concatenate([a, a + 1]) for a in x]
+    found = jax.jit(jax.shard_map(
+        lambda *a: shard(*a, batch_start=starts, head_start=0),
+        mesh=mesh, in_specs=(both, both, both, P()), out_specs=both,
+    ))(*flat, key)
+    np.testing.assert_array_equal(found, private(*flat, key))
+
+for axis, starts in (
+    ("head_start", dict(head_start="heads")),  # the same data on each: two answers
+    ("batch_start", dict(batch_start="model", head_start=0)),
+    ("head_start", dict(batch_start=("batch", "heads"), head_start=("heads",))),  # 4 heads of 2
+):
+    cut = P("batch") if "heads" not in starts.get("batch_start", ()) else P(("batch", "heads"))
+    flat = [jnp.concatenate([a, a + 1]) for a in x]
+    try:
+        jax.shard_map(
+            lambda *a: shard(*a, **starts), mesh=mesh, in_specs=(cut, cut, cut, P()), out_specs=cut
+        )(*flat, key)
+    except ArgumentError as error:
+        assert error.parameter == axis, error
+        print("refused")
+try:
+    shard(*x, key)
+except ArgumentError:
     print("refused")
 """
 
 
 def test_eight_devices():
-    """No all-gather over batch and heads; explicit offsets give the same bits; none: refused."""
+    """No all-gather over batch and heads; named axes give the same bits; all else is refused."""
     flags = "--xla_force_host_platform_device_count=8"
     environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
     done = subprocess.run(
@@ -94,4 +142,4 @@ def test_eight_devices():
         check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "refused"
+    assert done.stdout.split() == ["refused"] * 5

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.tiny_run import write_csv
@@ -315,7 +316,7 @@ def test_doctor_passes_and_fails(capsys, monkeypatch):
     assert main(["doctor"]) == 0
     text = capsys.readouterr().out
     assert "all is well" in text and "1024 of 1024" in text
-    assert "blocked in 4 cases, reference in 4 cases" in text
+    assert "blocked in 8 cases, reference in 8 cases" in text
     assert tile_tables.in_use() in text
     with monkeypatch.context() as patch:
         patch.setattr(tile_tables, "device_kind", lambda: "a GPU")
@@ -330,28 +331,34 @@ def test_doctor_passes_and_fails(capsys, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("case", "change"),
+    ("case", "result", "change"),
     [
-        ("plain, float32", lambda output: output * 1.00001),
-        ("causal, bfloat16", lambda output: output * 1.05),
-        ("private example, float32", lambda output: output.at[1, 7, 2, 5].add(0.125)),
-        ("private memory, bfloat16", lambda output: output.at[0, 99, 3, 63].add(0.05)),
+        ("plain, head size 64, float32", "output", lambda x: x * 1.00001),
+        ("plain, head size 256, float32", "key", lambda x: x.at[0, 3, 1, 255].add(1e-4)),
+        ("causal, bfloat16", "query", lambda x: x * 1.05),
+        ("mask and bias, float16", "bias", lambda x: x * 1.05),
+        ("lengths and window, bfloat16", "value", lambda x: x.at[1, 77].set(x[1, 40])),
+        ("private example, float32", "output", lambda x: x.at[1, 7, 2, 5].add(0.125)),
+        ("private memory, bfloat16", "output", lambda x: x.at[0, 99, 3, 63].add(0.05)),
     ],
 )
-def test_doctor_sees_a_backend_that_errs(case, change, monkeypatch):
+def test_doctor_sees_a_backend_that_errs(case, result, change, monkeypatch):
     """Negative control: one wrong number, or a wrong scale, in one backend is found and named."""
     only = {case: attention_check.cases()[case]}
     monkeypatch.setattr(attention_check, "cases", lambda: only)
-    monkeypatch.setattr(attention_check.dispatch, "BACKENDS", _REFERENCE)
-    real = attention_check._output_of
-    monkeypatch.setattr(
-        attention_check, "_output_of", lambda b, s: lambda inputs: change(real(b, s)(inputs))
-    )
-    with pytest.raises(AssertionError, match=f"reference, {case}.*is allowed"):
+    monkeypatch.setattr(attention_check.dispatch, "BACKENDS", _BLOCKED)
+    real = attention_check.results
+
+    def wrong(*call):
+        found = real(*call)
+        return {**found, result: np.asarray(change(jnp.asarray(found[result], jnp.float32)))}
+
+    monkeypatch.setattr(attention_check, "results", wrong)
+    with pytest.raises(AssertionError, match=f"blocked, {case}, {result}.*is allowed"):
         attention_check.check()
 
 
-_REFERENCE = {"reference": ("dpfa_jax.kernels.reference", None)}
+_BLOCKED = {"blocked": ("dpfa_jax.kernels.blocked", None)}
 
 
 def test_predict_prints_json_and_text(tmp_path, capsys, monkeypatch):
