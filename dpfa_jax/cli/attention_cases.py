@@ -21,6 +21,10 @@ _MEMORY = MemoryReadout("sum", BOUND, CLIP, CLIP, FLOOR, _NOISE, _GRIDS)
 
 Case = tuple[AttentionSpec, AttentionInputs]
 
+# How the names of those cases begin that every backend is asked for; of the others, the one that
+# serves them. A kernel takes a second and more to compile.
+FOR_ALL = ("plain, head size 64", "mask and bias", "private")
+
 
 def cases() -> dict[str, Case]:
     """2 examples, 100 rows, 130 keys, 4 heads on 2; head size 64 where the name says no other.

@@ -30,7 +30,7 @@ def answers(spec: AttentionSpec, inputs: AttentionInputs, cotangent: jax.Array) 
         clipped = output * np.minimum(1.0, spec.readout.l2_clip_norm / norms)
         released = _snapped(clipped + _noise(inputs, output.shape))
         epsilon = float(jnp.finfo(inputs.query.dtype).eps)
-        return {"output": (released, GRID + epsilon * np.abs(released))}
+        return {"output": (released, GRID + epsilon * (np.abs(released) + GRID))}
     exact = _plain(spec, inputs, cotangent)
     naive = jax.jit(
         functools.partial(_naive, spec, _visible(spec, inputs)),
@@ -120,9 +120,9 @@ def _memory(inputs: AttentionInputs) -> tuple[np.ndarray, np.ndarray]:
     released = _snapped(sums + _noise(inputs, sums.shape))
     total = np.maximum(released[..., -1:] / CLIP, FLOOR)
     answer = released[..., :-1] / total
-    # One step of the grid in the numerator and one in the normaliser; then the cast.
+    # One step of the grid in the numerator and one in the normaliser; then the cast of that.
     steps = (GRID + np.abs(answer) * GRID / CLIP) / (total - GRID / CLIP)
-    return answer, steps + 2.0 * float(jnp.finfo(dtype).eps) * np.abs(answer)
+    return answer, steps + 2.0 * float(jnp.finfo(dtype).eps) * (np.abs(answer) + steps)
 
 
 def repeated(inputs: AttentionInputs, dtype: np.typing.DTypeLike) -> tuple[np.ndarray, ...]:
