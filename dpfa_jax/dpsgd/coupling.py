@@ -1,5 +1,6 @@
 """What in the program of one example could reach another example, refused by name."""
 
+import types
 from collections.abc import Iterable, Set
 from typing import Any
 
@@ -70,11 +71,14 @@ def _check(jaxpr: jex.Jaxpr, harmless_axes: Set[str]) -> None:
 
 
 def _keeps_rows_apart(rule: object) -> bool:
-    """Whether a rule is this library's or JAX's. It bears the name of what it wraps."""
-    module = getattr(rule, "__module__", "")
-    if module == jax.custom_batching.custom_vmap.__module__:  # wraps foreign rules as well
+    """Whether a rule is this library's or JAX's, by where its code stands: names can be copied."""
+    own = getattr(rule, "__wrapped__", rule)  # JAX wraps a rule once
+    if not isinstance(own, types.FunctionType):
+        return False
+    module = str(own.__globals__.get("__name__", ""))
+    if module == jax.custom_batching.custom_vmap.__module__:
         name = jax.custom_batching.sequential_vmap.__qualname__
-        return getattr(rule, "__qualname__", "").startswith(f"{name}.<locals>.")
+        return own.__code__.co_qualname.startswith(f"{name}.<locals>.")
     return module.partition(".")[0] in _TRUSTED
 
 

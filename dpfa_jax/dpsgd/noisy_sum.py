@@ -14,6 +14,7 @@ from dpfa_jax.dpsgd import adaptive_clipping
 from dpfa_jax.dpsgd.correlated_noise import correlated, empty_memory
 from dpfa_jax.dpsgd.parameters import Owner, check_parameters, check_untied, leaf_groups
 from dpfa_jax.dpsgd.plan import DPSGDPlan
+from dpfa_jax.dpsgd.step_checks import check_alike
 from dpfa_jax.kernels import parameter_noise
 from dpfa_jax.noise import counters, fields, grid, hazards, keys
 
@@ -47,7 +48,7 @@ def noisy_sum(plan: DPSGDPlan) -> optax.GradientTransformationExtraArgs:
     means that are released: sum + s_l z on the public grid of clip group l, over the expected batch
     size. The noise of an element depends on (noise_key, state.step, leaf, global element index)
     alone, not on shards or devices. The whole batch's sum is due: noise comes after every
-    all-reduce.
+    all-reduce, and inside `shard_map` sums, state and key must be the same on all shards.
 
     A plan with adaptive clipping takes the groups' centred counts too, notes them with their own
     noise, and its next state holds the next clip norms; the sum must have been clipped to those of
@@ -57,8 +58,9 @@ def noisy_sum(plan: DPSGDPlan) -> optax.GradientTransformationExtraArgs:
     where both are seen (outside jit, or in one traced program). A state restored from before a
     release takes a new key, charged again.
 
-    Errors: ArgumentError for a key of the wrong kind, a wrong number of parameters, or counts that
-    are missing; CoverageError for a parameter under no clip group; KeyReuseError as `noise.guard`.
+    Errors: ArgumentError for a key of the wrong kind, a wrong number of parameters, counts that are
+    missing, or what differs from shard to shard; CoverageError for a parameter under no clip group;
+    KeyReuseError as `noise.guard`.
     Source: Abadi et al. (2016), algorithm 1.
     """
     release = plan.release
@@ -99,6 +101,14 @@ def noisy_sum(plan: DPSGDPlan) -> optax.GradientTransformationExtraArgs:
         check_parameters(updates, release.num_parameters)
         _check_counts(centred_counts, plan)
         check_state(state, plan, len(jax.tree.leaves(updates)))
+        check_alike(
+            {
+                "updates": updates,
+                "centred_counts": centred_counts,
+                "state": state,
+                "noise_key": noise_key,
+            }
+        )
         leaves, structure = jax.tree.flatten(updates)
         witnesses = [*leaves, *jax.tree.leaves((state.l2_clip_norms, state.noise_memory))]
         noise_key = hazards.guard(

@@ -120,6 +120,8 @@ class Scope:
         eqn = self.maker.get(made[0]) if made else None
         if eqn is None or eqn.primitive.name != "scan" or not set(outs) <= set(eqn.outvars):
             return
+        if self._cotangents.isdisjoint(eqn.outvars):
+            return  # before the loss, which says whether an example counts
         body = self._bodies.setdefault(id(eqn), Body(self, eqn))
         places = [eqn.outvars.index(out) for out in made]
         if min(places) < body.carries:

@@ -63,6 +63,41 @@ def check_rows(
         )
 
 
+def check_alike(arrays: PyTree) -> None:
+    """Inside `shard_map`, refuses to release what differs from shard to shard.
+
+    Each shard draws the noise of its own element indices from one key: their answers would differ
+    by what the noise hides, or be parts of which each was clipped alone.
+
+    Errors: ArgumentError that names the array and the mesh axis, also where types tell nothing.
+    """
+    axes = frozenset(jax.sharding.get_abstract_mesh().manual_axes)
+    blind = [axis for axis in axes if axis not in manual_axes.varying_axes(_index(axis))]
+    if blind:
+        raise ArgumentError(
+            "updates",
+            f"<inside shard_map over {sorted(axes)}>",
+            "nothing tells here whether shards hold the same sums; those that differ would be "
+            "released with the same noise",
+            "Use jax.shard_map without check_vma=False; or plain jit with the batch sharded.",
+        )
+    for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+        varying = manual_axes.varying_axes(leaf)
+        if varying:
+            raise ArgumentError(
+                jax.tree_util.keystr(path, simple=True, separator="/"),
+                f"<not the same on every shard of {min(varying)!r}>",
+                "each shard would clip and release its own, all with the same noise",
+                "Add the sums over every mesh axis that the batch is split over (axis_name of "
+                "make_dp_step; jax.lax.psum), and keep parameters, state and key whole on every "
+                "shard. Parameters in pieces: plain jit with sharded arrays.",
+            )
+
+
+def _index(axis: str) -> Array:
+    return jax.lax.axis_index(axis)
+
+
 def check_split(
     batch: PyTree, is_real: Bool[Array, " capacity"], axis_name: str | tuple[str, ...] | None
 ) -> None:

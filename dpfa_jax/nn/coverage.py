@@ -10,6 +10,7 @@ from jaxtyping import Array, PyTree
 from dpfa_jax import dpsgd
 from dpfa_jax.core import CoverageError
 from dpfa_jax.dpsgd.clipped_sum import PerExampleLoss
+from dpfa_jax.dpsgd.parameters import Groups
 from dpfa_jax.nn.parts import Leaf
 
 
@@ -38,12 +39,16 @@ class Coverage:
 
 
 def covered(
-    loss_fn: PerExampleLoss, params: dict[str, Array], frozen: list[Leaf], batch: PyTree
+    loss_fn: PerExampleLoss,
+    params: dict[str, Array],
+    frozen: list[Leaf],
+    batch: PyTree,
+    groups: Groups | None = None,
 ) -> Coverage:
     """The coverage of `params` under `loss_fn`; refuses one that couples examples."""
     check_uncoupled(loss_fn, params, batch)
     return Coverage(
-        dpsgd.coverage(loss_fn, params, batch),
+        dpsgd.coverage(loss_fn, params, batch, groups),
         tuple((leaf.path, leaf.kind, np.shape(leaf.value)) for leaf in frozen),
     )
 

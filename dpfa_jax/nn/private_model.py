@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from dpfa_jax.core import ArgumentError
+from dpfa_jax.dpsgd.parameters import Groups
 from dpfa_jax.nn.coverage import Coverage, covered
 from dpfa_jax.nn.parts import Leaf, Parts
 
@@ -99,7 +100,10 @@ class PrivateModel:
         return jax.tree_util.Partial(losses, self.frozen)
 
     def coverage(
-        self, loss_fn: Callable[[PyTree, PyTree], Float[Array, " batch"]], batch: PyTree
+        self,
+        loss_fn: Callable[[PyTree, PyTree], Float[Array, " batch"]],
+        batch: PyTree,
+        groups: Groups | None = None,
     ) -> Coverage:
         """How each parameter's per-example gradient is made, and what stays frozen. Print it.
 
@@ -108,10 +112,11 @@ class PrivateModel:
         Args:
           loss_fn: as `loss` gives it.
           batch: a batch of at least one example; public or made up, since an error shows its loss.
+          groups: the plan's clip groups. None: each parameter is in one.
 
         Errors: CoverageError for a loss that couples the rows of a batch; those of `loss`.
         """
-        return covered(loss_fn, self.params, self._frozen_leaves(), batch)
+        return covered(loss_fn, self.params, self._frozen_leaves(), batch, groups)
 
     def _frozen_leaves(self) -> list[Leaf]:
         return [leaf for leaf in self.parts.leaves if leaf.path in self.frozen]

@@ -18,14 +18,16 @@ class Resumed(NamedTuple):
     Attributes:
       state: the newest that was saved; the first one where none was.
       charged: steps of the plan that the ledger has paid for, those that were lost among them.
-        Take `plan.steps - charged` more, with batches from `first_step=charged` on.
+        Batches go on from `first_step=charged`.
       lost: charged steps that did not shape `state`. They stay charged: what they drew may have
-        been seen.
+        been seen. (With correlated noise the last charge is rounded up to a cycle.)
+      left: steps that may still be charged.
     """
 
     state: DPState
     charged: int
     lost: int
+    left: int
 
 
 class StateCheckpoints:
@@ -33,13 +35,13 @@ class StateCheckpoints:
 
     Noise keys are not saved. `charge` draws new ones, so a step that is taken again after a crash
     never has the key of the one that was lost, and is paid for again. Nor is past noise saved
-    (`noise_bands` > 1), which is secret: it starts afresh. One process at a time.
+    (`noise_bands` > 1), which is secret: it starts afresh. One process at a time, and one ledger
+    file a model: charges of two models with one release cannot be told apart.
 
         with LedgerFile.open(path) as ledger, StateCheckpoints(folder, plan) as checkpoints:
-            state, charged, lost = checkpoints.restore(dp.init(params), ledger)
-            left = plan.steps - charged
-            batches = plan.index_batches(np.random.default_rng(), left, first_step=charged)
-            for indices in batches:
+            begun = checkpoints.restore(dp.init(params), ledger)
+            state, rng = begun.state, np.random.default_rng()
+            for indices in plan.index_batches(rng, begun.left, first_step=begun.charged):
                 ledger, noise_key = charge(ledger, plan.release)
                 batch, is_real = take_batch(examples, indices)
                 state = dp.step(state, batch, is_real, noise_key)
@@ -58,6 +60,7 @@ class StateCheckpoints:
     def __init__(self, folder: str | os.PathLike[str], plan: DPSGDPlan):
         self._plan = plan
         self._checkpoints = Checkpoints(Path(folder))
+        self._newest = -1
 
     def restore(self, first: DPState, ledger_file: LedgerFile) -> Resumed:
         """The newest state, or `first` where none was saved.
@@ -77,16 +80,27 @@ class StateCheckpoints:
             state = saved._replace(
                 step=np.asarray(saved.step, np.int32), noise_memory=state.noise_memory
             )
+            self._newest = int(state.step)
         charged = self._charged(state, ledger_file)
-        return Resumed(state, charged, charged - int(state.step))
+        left = max(0, self._plan.steps - charged)
+        return Resumed(state, charged, charged - int(state.step), left)
 
     def save(self, state: DPState, ledger_file: LedgerFile) -> None:
-        """Starts writing `state`; returns before it is on the disk.
+        """Starts writing `state`, once; returns before it is on the disk.
 
-        Errors: LedgerError for a state with more steps than the ledger has paid for; RunError where
-        it cannot be written, which may show at the next call or on leaving `with`.
+        Errors: LedgerError for a state with more steps than the ledger has paid for, or fewer than
+        the newest saved; RunError where it cannot be written, which may show at the next call or on
+        leaving `with`.
         """
         self._charged(state, ledger_file)
+        if int(state.step) == self._newest:
+            return
+        if int(state.step) < self._newest:
+            raise LedgerError(
+                f"state.step = {int(state.step)}: a state with {self._newest} steps is saved here "
+                "already. Go on from what restore gives, or save into another folder."
+            )
+        self._newest = int(state.step)
         note = CheckpointNote(int(state.step), ledger_file.head, 0.0, [])
         self._checkpoints.save(_released(state), note)
 

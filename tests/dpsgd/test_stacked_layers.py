@@ -285,6 +285,39 @@ def test_a_model_may_be_stacked_whole():
         np.testing.assert_allclose(leaf, right, rtol=2e-5, atol=1e-6)
 
 
+def test_a_loop_before_the_loss_finishes_nothing():
+    """Gradients that a fused forward pass makes: whether an example counts is not known yet."""
+
+    @jax.custom_vjp
+    def fused(weights, x):
+        return jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), None), x, weights)[0]
+
+    def forward(weights, x):
+        def body(x, w):
+            out = jnp.tanh(x @ w)
+            return out, jnp.einsum("bti,bto->io", x, out)
+
+        return jax.lax.scan(body, x, weights)
+
+    fused.defvjp(forward, lambda made, d: (made, 0 * d))
+    params = {"blocks": jnp.ones((LAYERS, WIDTH, WIDTH)), "head": jnp.ones(WIDTH)}
+
+    def loss(params, batch):
+        return (fused(params["blocks"], batch["x"]) @ params["head"]).mean(axis=1)
+
+    groups, norms = dpsgd.per_layer_groups(params, 0.3, stacked=STACKED)
+    real = np.ones(BATCH, bool)
+    found = summed(loss, params, batch_of(), real, groups, norms).gradients["blocks"]
+    each = [
+        np.asarray(forward(params["blocks"], row[None])[1], np.float64) for row in batch_of()["x"]
+    ]
+    norm = dict(zip(groups, norms, strict=True))[("blocks/0",)]
+    lengths = [np.linalg.norm(one.reshape(LAYERS, -1), axis=1) for one in each]
+    scales = [np.minimum(1.0, norm * (1.0 - CLIP_MARGIN) / length) for length in lengths]
+    expected = sum(one * scale[:, None, None] for one, scale in zip(each, scales, strict=True))
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
 def test_which_groups_a_loop_can_finish():
     """Those of slices with one number, and of nothing else."""
     assert columns_of([0, (1, 2), (3, 4), (3, 4)]) == [(1,), (2, 3)]

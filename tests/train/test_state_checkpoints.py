@@ -46,7 +46,7 @@ def test_what_was_charged_and_lost_stays_charged(tmp_path, changes):
         LedgerFile.open(tmp_path / "ledger.jsonl") as ledger,
         train.StateCheckpoints(tmp_path / "states", plan) as checkpoints,
     ):
-        state, charged, lost = checkpoints.restore(first, ledger)
+        state, charged, lost, _ = checkpoints.restore(first, ledger)
         assert (charged, lost, int(state.step)) == (4, 2, 2)
         for found, expected in zip(
             jax.tree.leaves(state._replace(noise_memory=())),
@@ -58,7 +58,7 @@ def test_what_was_charged_and_lost_stays_charged(tmp_path, changes):
         state, more = steps(dp, state, ledger, plan, 2)
         checkpoints.save(state, ledger)
         assert len({tuple(key) for key in keys + more}) == 6
-        assert checkpoints.restore(first, ledger)[1:] == (6, 2)
+        assert checkpoints.restore(first, ledger)[1:3] == (6, 2)
 
 
 def test_no_past_noise_goes_to_the_disk(tmp_path, monkeypatch):
@@ -97,3 +97,29 @@ def test_a_ledger_that_did_not_pay_is_refused(tmp_path):
             pytest.raises(LedgerError, match="expect_head"),
         ):
             reading.restore(first, ledger)
+
+
+def test_a_state_is_saved_once_and_none_before_it(tmp_path):
+    """Saving after the loop what the loop has saved is no fault; going back is one."""
+    plan, dp, first = parts()
+    with (
+        LedgerFile.create(tmp_path / "ledger.jsonl") as ledger,
+        train.StateCheckpoints(tmp_path / "s", plan) as checkpoints,
+    ):
+        one, _ = steps(dp, first, ledger, plan, 1)
+        two, _ = steps(dp, one, ledger, plan, 1)
+        checkpoints.save(two, ledger)
+        checkpoints.save(two, ledger)
+        with pytest.raises(LedgerError, match=r"state.step = 1: a state with 2 steps is saved"):
+            checkpoints.save(one, ledger)
+        assert checkpoints.restore(first, ledger).left == plan.steps - 2
+
+
+def test_a_cycle_charged_in_full_leaves_no_less_than_nothing(tmp_path):
+    plan, _, first = parts(noise_strategy=(0.8, 0.6))
+    with (
+        LedgerFile.create(tmp_path / "ledger.jsonl") as ledger,
+        train.StateCheckpoints(tmp_path / "s", plan) as checkpoints,
+    ):
+        charge(ledger, plan.release, count=plan.steps + 1)
+        assert checkpoints.restore(first, ledger).left == 0
