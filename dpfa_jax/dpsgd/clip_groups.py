@@ -26,7 +26,7 @@ from dpfa_jax.kernels.compensated import TwoFloat
 DEFAULT_PER_EXAMPLE_BYTES = 2**32
 
 
-class Set(NamedTuple):
+class GroupSet(NamedTuple):
     """Clip groups that share parameters, so that they must be clipped together: mostly one.
 
     Attributes:
@@ -50,16 +50,16 @@ def among(groups: Sequence[int], owner: Owner) -> Owner:
     return tuple(groups.index(each) for each in owner)
 
 
-def sets_of(leaf_groups: Sequence[Owner]) -> list[Set]:
+def sets_of(leaf_groups: Sequence[Owner]) -> list[GroupSet]:
     """The smallest sets such that no parameter has parts in two of them."""
-    found: list[Set] = []
+    found: list[GroupSet] = []
     for place, owner in enumerate(leaf_groups):
         own = set(groups_of(owner))
         meets = [each for each in found if not own.isdisjoint(each.groups)]
         found = [each for each in found if each not in meets]
         groups = own.union(*(each.groups for each in meets))
         members = [place, *(member for each in meets for member in each.members)]
-        found.append(Set(tuple(sorted(groups)), tuple(sorted(members))))
+        found.append(GroupSet(tuple(sorted(groups)), tuple(sorted(members))))
     return sorted(found)
 
 
@@ -266,7 +266,7 @@ def _added(
 def _check_memory(gradients: Sequence[LateGradient], rows: int, allowed: int) -> int:
     """What is left of `allowed` beside the gradients that the head has made for all examples."""
     kept = {part.path: rows * part.tail.example_bytes for part in gradients if part.tail.kept}
-    largest = max((part for part in gradients), key=lambda part: part.tail.example_bytes)
+    largest = max(gradients, key=lambda part: part.tail.example_bytes)
     if sum(kept.values()) > allowed:
         worst = max(kept, key=kept.__getitem__)
         raise ArgumentError(

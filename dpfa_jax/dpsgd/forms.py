@@ -101,7 +101,7 @@ def _product(eqn: jex.JaxprEqn, parts: Sequence[Part]) -> Product | None:
     return Product(operands, lambda made: made.reshape(shape_of(out)))
 
 
-def stacked(form: Product, mapped: Callable[..., Any], rounds: int) -> Product:
+def in_slices(form: Product, mapped: Callable[..., Any], rounds: int) -> Product:
     """The same for a gradient that a loop makes in slices: its rounds are more groups."""
 
     def operands(env: dict[jex.Var, Array]) -> tuple[Array, Array]:

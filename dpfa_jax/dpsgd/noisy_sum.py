@@ -73,11 +73,11 @@ def noisy_sum(plan: DPSGDPlan) -> optax.GradientTransformationExtraArgs:
     @jax.jit
     def mean_of(
         total: Array, step_key: Key[Array, ""], leaf_keys: UInt32[Array, "leaves 2"],
-        index: Array, stddev: _Number, grid: _Number,
+        index: Array, stddev: _Number, cell: _Number,
     ) -> Float32[Array, "..."]:  # fmt: skip
         divisor = release.expected_batch_size
         return parameter_noise.released_mean(
-            total, step_key, index, stddev=stddev, grid=grid, divisor=divisor, leaf_keys=leaf_keys
+            total, step_key, index, stddev=stddev, grid=cell, divisor=divisor, leaf_keys=leaf_keys
         )
 
     def init(params: PyTree) -> NoisySumState:

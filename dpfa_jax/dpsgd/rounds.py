@@ -33,7 +33,8 @@ class Rounds(NamedTuple):
     """What one loop of a split finishes.
 
     Attributes:
-      members: the parameters whose gradients it makes.
+      loop: where the head makes the gradients, a slice of each a round.
+      members: their parameters.
       owners: the clip groups of the slices of each.
       paths: their names.
     """

@@ -23,7 +23,7 @@ from dpfa_jax.dpsgd.equations import (
     value_of,
     varying_vars,
 )
-from dpfa_jax.dpsgd.forms import Product, Rows, form_of, stacked, with_rows
+from dpfa_jax.dpsgd.forms import Product, Rows, form_of, in_slices, with_rows
 from dpfa_jax.dpsgd.narrowing import narrowed
 from dpfa_jax.dpsgd.split import Finish, Tail
 
@@ -235,7 +235,7 @@ class Scope:
         if inner.cut == (body.jaxpr.outvars[place],):
             return None
         outer = [body.outside(var) for var in inner.cut]  # (outer variable, stacked by the loop)
-        axes = [0 if stacked else None for _, stacked in outer]
+        axes = [0 if is_stacked else None for _, is_stacked in outer]
 
         def mapped(function: Callable[..., Any], env: dict[jex.Var, Array]) -> Any:
             def of_values(*values: Array) -> Any:
@@ -251,7 +251,7 @@ class Scope:
         form = inner.form if isinstance(inner.form, Product) else None
         if form is not None:
             form = (
-                stacked(form, mapped, eqn.params["length"])
+                in_slices(form, mapped, eqn.params["length"])
                 if body.loops
                 else Product(functools.partial(mapped, form.operands), form.finish)
             )
