@@ -42,7 +42,7 @@ def infinite_rows_dropped(original):
 
 def clip_after_noise(original):
     def build(readout, normalised, noise):
-        drawn = epilogue._scaled_noise(readout.noise_stddevs, normalised.shape, noise)
+        drawn = epilogue._scaled_noise(readout, normalised, noise)
         return epilogue.clipped(readout, normalised + drawn)
 
     return build

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from dpfa_jax.clipping.trees import CLIP_MARGIN
+from dpfa_jax.dpsgd import clip_groups
 from dpfa_jax.dpsgd import clipped_sum as module
 from dpfa_jax.dpsgd.forms import Rows
 from dpfa_jax.dpsgd.late_gradients import LateGradient
@@ -171,9 +172,9 @@ def test_tables_stay_rows_inside_shard_map(monkeypatch):
 def test_what_several_gradients_are_made_from_is_counted_once(monkeypatch):
     """Queries, keys and values of one input, the second of two groups."""
     seen = []
-    count = module.source_bytes
+    count = clip_groups.source_bytes
     monkeypatch.setattr(
-        module,
+        clip_groups,
         "source_bytes",
         lambda parts: seen.append(count(parts)) or count(parts),
     )

@@ -175,19 +175,6 @@ def test_vmap_of_a_bias_gradient():
     assert np.array_equal(nested, x.reshape(2, 2, 3, 2).sum(2, keepdims=True))
 
 
-def test_gradient_of_a_bias_that_a_row_shares():
-    """V8: it moves the log-sum-exp of its rows, and nothing else."""
-    rng = np.random.default_rng(0)
-    bias, lse, pulled = (
-        jnp.asarray(rng.standard_normal(s)) for s in ((1, 2, 5, 1), *[(3, 5, 2)] * 2)
-    )
-    lse = lse.at[0, 1].set(-jnp.inf)
-    assert not backend._of_rows(bias, lse, None).any()
-    seen = np.where(np.isneginf(lse), 0.0, pulled)
-    found = backend._of_rows(bias, lse, pulled)
-    np.testing.assert_allclose(found[0, :, :, 0], seen.sum(0).T, rtol=1e-5, atol=1e-6)
-
-
 def relative(x, y):
     return np.linalg.norm(np.asarray(x, np.float64) - y) / np.linalg.norm(y)
 
