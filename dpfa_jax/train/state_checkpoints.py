@@ -36,7 +36,7 @@ class StateCheckpoints:
     Noise keys are not saved. `charge` draws new ones, so a step that is taken again after a crash
     never has the key of the one that was lost, and is paid for again. Nor is past noise saved
     (`noise_bands` > 1), which is secret: it starts afresh. One process at a time, and one ledger
-    file a model: charges of two models with one release cannot be told apart.
+    file a model: charges of two models with one release cannot be told apart. A loop::
 
         with LedgerFile.open(path) as ledger, StateCheckpoints(folder, plan) as checkpoints:
             begun = checkpoints.restore(dp.init(params), ledger)
