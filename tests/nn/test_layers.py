@@ -89,8 +89,7 @@ class Scanned(nnx.Module):
     def __call__(self, tokens):
         @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
         def run(x, block):
-            run_block = lambda block, x: block(x)  # noqa: E731
-            return (nnx.remat(run_block) if self.recomputes else run_block)(block, x)
+            return nnx.remat(type(block).__call__)(block, x) if self.recomputes else block(x)
 
         return run(self.embed(tokens), self.blocks)
 
