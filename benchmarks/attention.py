@@ -15,7 +15,10 @@ Where asked for by name, `dpfa_example_inside` and `dpfa_example_after` (with `_
 stated) make the noise of `dpfa_example` in the kernel, or in a pass after it, whatever is faster.
 `dpfa_memory` is the sum form over a private memory with 16 bits a value. `dpfa_any_order` allows
 gradients whose last bits differ between runs, as those of the peers may; `dpfa` does not. Masks
-"array" (B, 1, T, S) and "bias" (1, N, T, S) are arguments, for those that take them.
+"boolean" (B, 1, T, S) and "bias" (1, N, T, S) are arguments, for those that take them, and
+"learned_bias" is a bias that has a gradient too:
+
+    python benchmarks/attention.py --masks boolean bias learned_bias --head-sizes 128 --shapes 1
 """
 
 import argparse
@@ -92,27 +95,31 @@ def run(arguments: argparse.Namespace) -> None:
         in_turn(commands, environment, limits, done)
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("--output", help="JSON file to write, after each case")
+    made.add_argument("--shapes", type=int, default=len(SHAPES), help="the first so many of them")
+    made.add_argument("--head-sizes", nargs="+", type=int, default=HEAD_SIZES)
+    made.add_argument("--implementations", nargs="+", help="some of them; all where left out")
+    made.add_argument(
+        "--masks",
+        nargs="+",
+        default=["full", "causal"],
+        choices=("full", "causal", "boolean", "bias", "learned_bias"),
+    )
+    made.add_argument("--seconds", type=float, default=0.3, help="of timing, for each figure")
+    made.add_argument(
+        "--at-once", type=int, default=4, help="cases that set up at once; they are timed in turn"
+    )
+    made.add_argument("--limit-seconds", type=float, default=math.inf, help="of the whole run")
+    return made
+
+
 def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         print(json.dumps(child(json.loads(sys.argv[2]))))
         return
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", help="JSON file to write, after each case")
-    parser.add_argument("--shapes", type=int, default=len(SHAPES), help="the first so many of them")
-    parser.add_argument("--head-sizes", nargs="+", type=int, default=HEAD_SIZES)
-    parser.add_argument("--implementations", nargs="+", help="some of them; all where left out")
-    parser.add_argument(
-        "--masks",
-        nargs="+",
-        default=["full", "causal"],
-        choices=("full", "causal", "array", "bias"),
-    )
-    parser.add_argument("--seconds", type=float, default=0.3, help="of timing, for each figure")
-    parser.add_argument(
-        "--at-once", type=int, default=4, help="cases that set up at once; they are timed in turn"
-    )
-    parser.add_argument("--limit-seconds", type=float, default=math.inf, help="of the whole run")
-    run(parser.parse_args())
+    run(parser().parse_args())
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ PLACES = {
     for place in ("inside", "after")
     for bounded in ("", "_bound")
 }
+BIASES = ("bias", "learned_bias")  # the second has a gradient
 BOUND = 12.0  # of logits, public; those of iid normal inputs have a standard deviation of 1
 
 
@@ -50,9 +51,14 @@ def inputs(shape: tuple[int, ...], sets: int) -> list[tuple[jax.Array, ...]]:
     return drawn
 
 
-def forward_and_backward(function: Callable[..., jax.Array]) -> Callable[..., Any]:
-    def run(query: jax.Array, key: jax.Array, value: jax.Array, *more: jax.Array) -> Any:
-        output, pull = jax.vjp(lambda q, k, v: function(q, k, v, *more), query, key, value)
+def forward_and_backward(
+    function: Callable[..., jax.Array], differentiated: int = 3
+) -> Callable[..., Any]:
+    """The call, and gradients of so many of its first arguments: query, key, value, bias."""
+
+    def run(query: jax.Array, *others: jax.Array) -> Any:
+        own, rest = others[: differentiated - 1], others[differentiated - 1 :]
+        output, pull = jax.vjp(lambda *first: function(*first, *rest), query, *own)
         return output, pull(query)  # a cotangent like any other: iid normal
 
     return run
@@ -61,9 +67,9 @@ def forward_and_backward(function: Callable[..., jax.Array]) -> Callable[..., An
 def pairs_of(shape: tuple[int, ...], mask: str) -> tuple[jax.Array, ...]:
     """The array that goes with a call: nothing, a boolean mask or an additive bias."""
     batch, length, heads, *_ = shape
-    if mask == "array":
+    if mask == "boolean":
         return (jax.random.uniform(jax.random.key(7), (batch, 1, length, length)) < 0.8,)
-    if mask == "bias":
+    if mask in BIASES:
         return (jax.random.normal(jax.random.key(7), (1, heads, length, length), jnp.bfloat16),)
     return ()
 
@@ -72,8 +78,8 @@ def implementations(
     shape: tuple[int, ...], mask: str
 ) -> dict[str, tuple[Callable[..., jax.Array], bool]]:
     """Name -> (function of query, key, value and, where the flag says so, a noise key)."""
-    if mask in ("array", "bias"):
-        name = "mask" if mask == "array" else "bias"
+    if mask == "boolean" or mask in BIASES:
+        name = "mask" if mask == "boolean" else "bias"
 
         def with_pairs(attention: Callable[..., jax.Array]) -> Any:
             return lambda q, k, v, pairs: attention(q, k, v, **{name: pairs}), False
@@ -254,7 +260,8 @@ def programs_of(
         if name in PLACES:
             found["forward_backward", name] = (forward_and_backward(function), with_keys)
         elif not is_noisy and name != "cudnn_posthoc":
-            found["forward_backward", name] = (forward_and_backward(function), sets)
+            learned = 4 if mask == "learned_bias" else 3
+            found["forward_backward", name] = (forward_and_backward(function, learned), sets)
     return dict(sorted(found.items(), key=lambda item: item[0][0]))  # by direction
 
 

@@ -15,6 +15,7 @@ import functools
 import importlib.metadata
 import json
 import pathlib
+import shlex
 import sys
 
 import jax
@@ -127,12 +128,16 @@ def scorer(source: str, setting: Setting):
     return score
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("--data", choices=("digits", "mnist"), required=True)
+    made.add_argument("--out", type=pathlib.Path, required=True)
+    return made
+
+
 def main() -> None:
     """Compares all candidates and writes one row each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", choices=("digits", "mnist"), required=True)
-    parser.add_argument("--out", type=pathlib.Path, required=True)
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     rows, scorers = [], {}
     for setting in candidates(arguments.data):
         program = dataclasses.replace(setting, learning_rate=0.0)
@@ -145,7 +150,7 @@ def main() -> None:
     result = {
         "device": str(jax.devices()[0].device_kind),
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(["python", *sys.argv]),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
         "configurations_tried": len(rows),
         "rows": rows,

@@ -16,6 +16,7 @@ import functools
 import importlib.metadata
 import json
 import pathlib
+import shlex
 import sys
 
 import jax
@@ -133,12 +134,16 @@ def accuracy(setting: Setting, data: ClassificationData, model: Classifier, seed
     return float(jnp.mean(guesses == labels[held]))
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("--out", type=pathlib.Path, required=True)
+    made.add_argument("--first", type=int, default=None, help="compare only so many candidates")
+    return made
+
+
 def main() -> None:
     """Compares all candidates and writes one row each."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=pathlib.Path, required=True)
-    parser.add_argument("--first", type=int, default=None, help="compare only so many candidates")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     rows = []
     for setting in candidates()[: arguments.first]:
         data = load_data("r8", max_length=setting.max_length)
@@ -156,7 +161,7 @@ def main() -> None:
     result = {
         "device": str(jax.devices()[0].device_kind),
         "date": datetime.date.today().isoformat(),
-        "command": " ".join(sys.argv),
+        "command": shlex.join(["python", *sys.argv]),
         "versions": {name: importlib.metadata.version(name) for name in ("jax", "flax", "optax")},
         "configurations_tried": len(rows),
         "rows": rows,

@@ -129,12 +129,16 @@ def torch_rows() -> list[dict]:
     return rows
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__)
+    made.add_argument("--output")
+    made.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
+    made.add_argument("--noise-only", action="store_true", help="leave the products out")
+    return made
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--output")
-    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16"))
-    parser.add_argument("--noise-only", action="store_true", help="leave the products out")
-    options = parser.parse_args()
+    options = parser().parse_args()
     rows = []
     for shape in () if options.noise_only else SHAPES:
         batch, tokens, *sizes = shape

@@ -1,6 +1,6 @@
 """The main job with several seeds: accuracy, time and memory at epsilon 3, from whole runs.
 
-    python benchmarks/main_job.py --seeds 0 1 2 --out benchmarks/results/cpu/main-job.json
+    python benchmarks/main_job.py --seeds 0 1 2 --out benchmarks/results/cpu/<date>-main-job.json
 
 Each seed is one `dpfa train` in a process of its own, so that imports and compilation count.
 """
@@ -9,6 +9,7 @@ import argparse
 import datetime
 import json
 import pathlib
+import shlex
 import statistics
 import subprocess
 import sys
@@ -30,11 +31,15 @@ def run(seed: int, arguments: list[str]) -> dict[str, object]:
     return row | {name: report[name] for name in names} | {"_report": report}
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__)
+    made.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    made.add_argument("--out", type=pathlib.Path, required=True)
+    return made
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=pathlib.Path, required=True)
-    options, arguments = parser.parse_known_args()
+    options, arguments = parser().parse_known_args()
     rows = [run(seed, arguments) for seed in options.seeds]
     report = rows[-1]["_report"]
     for row in rows:
@@ -43,8 +48,7 @@ def main() -> None:
     result = {
         "device": report["device"],
         "date": datetime.date.today().isoformat(),
-        "command": "python benchmarks/main_job.py --seeds "
-        + " ".join([*map(str, options.seeds), *arguments]),
+        "command": shlex.join(["python", *sys.argv]),
         "versions": report["versions"],
         "data": report["data"]["name"],
         "accuracy_mean": statistics.fmean(accuracies),

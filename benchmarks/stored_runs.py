@@ -5,6 +5,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,11 +17,17 @@ def begun(script: str, packages: Sequence[str]) -> dict[str, Any]:
     return {
         "device": _device(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": f"python {script} " + " ".join(sys.argv[1:]),
+        "command": shlex.join(["python", script, *sys.argv[1:]]),
         "versions": {"python": platform.python_version()} | _versions(packages),
         "rows": [],
         "left_out": [],
     }
+
+
+def commands(stored: dict[str, Any]) -> list[str]:
+    """What repeats a stored run, in order; those after the first add to its file."""
+    command = stored["command"]
+    return command.split("; ") if isinstance(command, str) else list(command)
 
 
 def child_environment() -> dict[str, str]:

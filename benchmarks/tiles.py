@@ -348,15 +348,19 @@ def measure(task: Task, seconds: float) -> tuple[dict[str, Any], list[dict[str, 
     return (best if is_better else rows[0])["tile"], rows
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("--output", help="JSON file for all timings")
+    made.add_argument("--table", type=Path, help="the table; in the package where left out")
+    made.add_argument("--backends", nargs="+", default=["mosaic_gpu"], help="or triton")
+    made.add_argument("--head-sizes", nargs="+", type=int, default=[64, 128, 256])
+    made.add_argument("--seconds", type=float, default=0.15, help="of timing, a candidate")
+    made.add_argument("--limit-seconds", type=float, default=math.inf, help="start no key after")
+    return made
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", help="JSON file for all timings")
-    parser.add_argument("--table", type=Path, help="the table; in the package where left out")
-    parser.add_argument("--backends", nargs="+", default=["mosaic_gpu"], help="or triton")
-    parser.add_argument("--head-sizes", nargs="+", type=int, default=[64, 128, 256])
-    parser.add_argument("--seconds", type=float, default=0.15, help="of timing, a candidate")
-    parser.add_argument("--limit-seconds", type=float, default=math.inf, help="start no key after")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     began = time.perf_counter()
     kind = tile_tables.device_kind()
     if kind is None:

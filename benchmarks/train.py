@@ -251,11 +251,7 @@ def child(words: Mapping[str, Any]) -> dict[str, Any]:
         raise ModuleNotFoundError(f"{error}: {PEERS[row.method]}") from error
 
 
-def main() -> None:
-    if sys.argv[1:2] == ["--child"]:
-        print(json.dumps(child(json.loads(sys.argv[2]))))
-        return
-    began = time.monotonic()
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", help="JSON file to write, after each row")
     parser.add_argument(
@@ -303,7 +299,15 @@ def main() -> None:
         type=int,
         help="that a largest batch is to fit; what the device tells if none",
     )
-    arguments = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--child"]:
+        print(json.dumps(child(json.loads(sys.argv[2]))))
+        return
+    began = time.monotonic()
+    arguments = parser().parse_args()
     limits = Limits(
         arguments.row_limit_seconds,
         arguments.timing_limit_seconds,
@@ -314,7 +318,7 @@ def main() -> None:
             run(arguments, Results(arguments.largest_of, json.load(file)), limits)
         return
     if arguments.output and (arguments.add_to or os.path.exists(arguments.output)):
-        parser.error(f"{arguments.output} would be written anew: --add-to FILE keeps its rows")
+        parser().error(f"{arguments.output} would be written anew: --add-to FILE keeps its rows")
     result = begun("benchmarks/train.py", ("jax", "jax-privacy", "torch", "opacus", "fastDP"))
     if arguments.add_to:
         result = added_to(arguments.add_to, result)

@@ -197,12 +197,16 @@ def measure(job: Job, seconds: float) -> tuple[float, float]:
     return statistics.median(times), max(times) - min(times)
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("--output", help="JSON file to write")
+    made.add_argument("--seconds", type=float, default=0.1, help="of timing, for each figure")
+    made.add_argument("--tiles", action="store_true", help="other tile sizes too")
+    return made
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", help="JSON file to write")
-    parser.add_argument("--seconds", type=float, default=0.1, help="of timing, for each figure")
-    parser.add_argument("--tiles", action="store_true", help="other tile sizes too")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     started = time.perf_counter()
     todo = [
         job

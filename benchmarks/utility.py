@@ -106,13 +106,17 @@ def _row(mode: str, epsilon: float | None, seed: int, accuracy: float, seconds: 
     return row
 
 
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    made.add_argument("--output", help="JSON file to write")
+    made.add_argument("--seeds", type=int, default=SEEDS)
+    made.add_argument("--epsilons", type=float, nargs="+", default=EPSILONS)
+    made.add_argument("--steps", type=int, help="fewer than the main job's, to try the script")
+    return made
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", help="JSON file to write")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
-    parser.add_argument("--epsilons", type=float, nargs="+", default=EPSILONS)
-    parser.add_argument("--steps", type=int, help="fewer than the main job's, to try the script")
-    arguments = parser.parse_args()
+    arguments = parser().parse_args()
     settings = defaults_for("r8")
     if arguments.steps is not None:
         settings = dataclasses.replace(settings, steps=arguments.steps)
