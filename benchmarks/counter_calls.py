@@ -1,11 +1,14 @@
 """The calls whose kernels a profiler counts, each made once, warm, in one process.
 
+Several processes build at the same time; one after the other has the device and is counted.
+
 The profiler counts only between `cuProfilerStart` and `cuProfilerStop`. A kernel of no use, whose
 name says which case follows, runs before each case: so a report of many cases can be told apart.
 """
 
 import ctypes
-from collections.abc import Callable
+import fcntl
+from collections.abc import Callable, Iterable
 from concurrent import futures
 from typing import Any
 
@@ -68,9 +71,8 @@ class Profiler:
             raise RuntimeError(f"{name} returned {code}")
 
 
-def count(cases: list[Case]) -> list[dict[str, Any]]:
-    """Runs all, counted; returns those that could not be run, with reasons."""
-    failed = []
+def count(cases: list[Case], lock: str) -> list[dict[str, Any]]:
+    """Runs all, counted, while it holds the lock file; returns those that failed, with reasons."""
     with futures.ThreadPoolExecutor() as pool:
         building = [pool.submit(prepared, case) for case in cases]
         marks = [
@@ -78,7 +80,14 @@ def count(cases: list[Case]) -> list[dict[str, Any]]:
             for i in range(len(cases))
         ]
     profiler = Profiler()
-    for case, built, mark in zip(cases, building, marks, strict=True):
+    with open(lock, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return _counted(profiler, zip(cases, building, marks, strict=True))
+
+
+def _counted(profiler: Profiler, prepared: Iterable[tuple[Case, Any, Any]]) -> list[dict[str, Any]]:
+    failed = []
+    for case, built, mark in prepared:
         try:
             (program, arguments), begin = built.result(), mark.result()
             own = arguments()

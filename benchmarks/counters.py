@@ -7,8 +7,8 @@ caches flushed before (the profiler's default): times are those of a kernel alon
 device, not the benchmark's. `counters` are per cent of the peak over the kernel's time where
 `metrics`, which says what of the profiler's each is, has "pct"; `ghz` is cycles over time. `stalls`
 are warps that wait for that reason, on average, whenever an instruction is issued. Kernels of less
-than 5 microseconds have no row. A group of cases shares a process; what fails is in `left_out`,
-with its reason.
+than 5 microseconds have no row. A group of cases shares a process; groups compile
+at the same time and are counted one after the other. What fails is in `left_out`, with its reason.
 """
 
 import argparse
@@ -23,18 +23,18 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Mapping, Sequence
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
 from counter_cases import GROUPS, MARK, METRICS, STALLS, Case
 from stored_runs import begun, child_environment, write
 
-GROUP_SECONDS = 150.0
 LEAST_NANOSECONDS = 5000.0
 PLACES = ("/usr/local/cuda*/bin/ncu", "/opt/nvidia/nsight-compute/*/ncu")
 SHOWN = ("ghz", "tensor", "issue", "alu", "fma", "xu")
+FLAGS = "--xla_gpu_enable_command_buffer= --xla_gpu_autotune_level=0"
 FOUND_MARK = re.compile(MARK.format(r"(\d+)"))
 
 
@@ -64,20 +64,25 @@ def printed(command: Sequence[str], seconds: float, more: Mapping[str, str] | No
         raise ProfilerError(f"ended after {seconds:.0f} seconds: {last}") from None
 
 
-def report_of(ncu: str, cases: Sequence[Case], metrics: Sequence[str], seconds: float) -> Any:
-    """The raw page of a report of these cases as CSV, and the cases that failed."""
+def report_of(
+    ncu: str, cases: Sequence[Case], metrics: Sequence[str], seconds: float, lock: str
+) -> Any:
+    """The raw page of a report of these cases as CSV, and the cases that failed.
+
+    lock: a file that the process holds while it is counted.
+    """
     environment = {
         # Buffers of their own: the profiler saves and restores what a kernel may write. Kernels
-        # launched one by one: in a graph they are not its kernels.
+        # launched one by one: in a graph they are not its kernels. No tuning beside a count.
         "XLA_PYTHON_CLIENT_ALLOCATOR": "platform",
-        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} --xla_gpu_enable_command_buffer=".strip(),
+        "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS}".strip(),
     }
     with tempfile.TemporaryDirectory() as folder:
         report, failures = Path(folder, "report.ncu-rep"), Path(folder, "failed.json")
         command = [
             ncu, "--target-processes", "all", "--profile-from-start", "off",
             "--clock-control", "none", "--metrics", ",".join(metrics), "--export", str(report),
-            sys.executable, __file__, "--child", json.dumps(cases), str(failures),
+            sys.executable, __file__, "--child", json.dumps(cases), str(failures), lock,
         ]  # fmt: skip
         told = printed(command, seconds, environment)
         failed = json.loads(failures.read_text()) if failures.exists() else []
@@ -145,19 +150,19 @@ def known(ncu: str, metrics: Sequence[str]) -> list[str]:
     return [x for x in metrics if x.startswith("launch__") or x.split(".")[0] in listed]
 
 
-def counted(ncu: str, cases: Sequence[Case], metrics: list[str], seconds: float) -> Any:
-    """Rows, what failed, and the metrics that were asked for at last."""
+def counted(ncu: str, cases: Sequence[Case], seconds: float, lock: str) -> Any:
+    """Rows, and what failed."""
+    metrics = [*METRICS.values(), *STALLS.values()]
     try:
-        page, failed = report_of(ncu, cases, metrics, seconds)
+        page, failed = report_of(ncu, cases, metrics, seconds, lock)
     except ProfilerError:
         # A profiler that refuses all for one metric's sake names it, in words that change.
         served = known(ncu, metrics)
         if not served or len(served) == len(metrics):
             raise
-        metrics = served
-        page, failed = report_of(ncu, cases, metrics, seconds)
+        page, failed = report_of(ncu, cases, served, seconds, lock)
     rows, missing = rows_of(page, cases)
-    return rows, failed + [{"why": f"no metric {x}"} for x in missing], metrics
+    return rows, failed + [{"why": f"no metric {x}"} for x in missing]
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -166,23 +171,23 @@ def run(arguments: argparse.Namespace) -> int:
     result = begun("benchmarks/counters.py", ("jax",))
     result["profiler"] = printed([ncu, "--version"], 60.0).strip().splitlines()[-1]
     result["metrics"] = METRICS | STALLS
-    metrics = list(result["metrics"].values())
-    end = time.monotonic() + arguments.limit_seconds
-    for group in arguments.groups:
-        left = min(GROUP_SECONDS, end - time.monotonic())
-        try:
-            if left <= 0.0:
-                raise ProfilerError("the time limit of the run")
-            rows, failed, metrics = counted(ncu, GROUPS[group], metrics, left)
-        except ProfilerError as error:
-            rows, failed = [], [{"why": str(error)}]
-        result["rows"] += rows
-        result["left_out"] += [{"group": group} | x for x in failed]
-        for x in failed:
-            print(f"{group}: left out: {x}", flush=True)
-        for row in rows:
-            print(line_of(row), flush=True)
-        write(result, arguments.output)
+    with tempfile.NamedTemporaryFile() as lock, futures.ThreadPoolExecutor() as pool:
+        counting = {
+            pool.submit(counted, ncu, GROUPS[group], arguments.limit_seconds, lock.name): group
+            for group in arguments.groups
+        }
+        for done in futures.as_completed(counting):
+            try:
+                rows, failed = done.result()
+            except ProfilerError as error:
+                rows, failed = [], [{"why": str(error)}]
+            result["rows"] += rows
+            result["left_out"] += [{"group": counting[done]} | x for x in failed]
+            for x in failed:
+                print(f"{counting[done]}: left out: {x}", flush=True)
+            for row in rows:
+                print(line_of(row), flush=True)
+            write(result, arguments.output)
     return 0 if result["rows"] else 1
 
 
@@ -196,24 +201,24 @@ def line_of(row: dict[str, Any]) -> str:
     )
 
 
-def child(cases: str, failures: str) -> None:
+def child(cases: str, failures: str, lock: str) -> None:
     from counter_calls import count
 
     found = [Case(tuple(shape), *more) for shape, *more in json.loads(cases)]
-    Path(failures).write_text(json.dumps(count(found)))
+    Path(failures).write_text(json.dumps(count(found, lock)))
 
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     made.add_argument("--output", help="JSON file to write, after each group")
     made.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS))
-    made.add_argument("--limit-seconds", type=float, default=math.inf, help="of the whole run")
+    made.add_argument("--limit-seconds", type=float, default=600.0, help="of each group")
     return made
 
 
 def main() -> int:
     if sys.argv[1:2] == ["--child"]:
-        child(*sys.argv[2:4])
+        child(*sys.argv[2:5])
         return 0
     try:
         return run(parser().parse_args())

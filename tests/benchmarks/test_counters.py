@@ -97,7 +97,7 @@ elif {absent!r} in words[words.index("--metrics") + 1] or {memory!r} in words:
     print("==ERROR== refused")
 else:
     pathlib.Path(words[words.index("--export") + 1]).write_text("report")
-    pathlib.Path(words[-1]).write_text('[{{"why": "a case of its own"}}]')
+    pathlib.Path(words[-2]).write_text('[{{"why": "a case of its own"}}]')
 """)
     ncu.chmod(0o755)
     monkeypatch.setattr(bench, "profiler", lambda: str(ncu))
