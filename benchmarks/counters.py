@@ -162,7 +162,9 @@ def counted(ncu: str, cases: Sequence[Case], seconds: float, lock: str) -> Any:
             raise
         page, failed = report_of(ncu, cases, served, seconds, lock)
     rows, missing = rows_of(page, cases)
-    return rows, failed + [{"why": f"no metric {x}"} for x in missing]
+    if missing:
+        failed = [*failed, {"why": f"no metric {', '.join(missing)}"}]
+    return rows, failed
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -1,10 +1,11 @@
 """Figures and tables of stored results, for the documentation.
 
-    python benchmarks/plot.py                           all results -> docs/benchmarks.md
+    python benchmarks/plot.py                           the newest results -> docs/benchmarks.md
     python benchmarks/plot.py RESULTS.json FIGURE.svg   one figure
 
 Attention results: `attention_figure`. Training results: time of a step and peak memory
-against the non-private step, for each model. Utility results: accuracy against epsilon.
+against the non-private step, for each model. Utility results: accuracy against epsilon. Counters
+of kernels: a table. Figures of results that a newer run has replaced are removed.
 """
 
 import argparse
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import attention_figure
+from stored_runs import commands, newest
 
 Rows = list[dict[str, Any]]
 ROOT = Path(__file__).parents[1]
@@ -192,36 +194,72 @@ def attention_table(rows: Rows) -> str:
     return _table(*attention_figure.table(rows))
 
 
+def counters_table(rows: Rows) -> str:
+    names = ("ghz", "tensor", "issue", "alu", "fma", "xu")
+    case = ("B", "T", "H", "K", "D", "mask", "implementation")
+    lines = [
+        (", ".join(str(row[name]) for name in case),
+         f"`{row['kernel'].removesuffix('_mosaic_gpu_kernel')[:48]}`",
+         f"{row['milliseconds']:.3f}", *(_short(row["counters"].get(name)) for name in names),
+         ", ".join(f"{name} {value:.2f}" for name, value in row["stalls"].items()
+                   if name != "selected" and value >= 0.1))
+        for row in rows
+    ]  # fmt: skip
+    header = ("B, T, H, K, D, mask", "kernel", "ms", "GHz", *names[1:], "warps stalled an issue")
+    return _table(header, lines)
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}"
+
+
 SECTIONS = {
     "train": ("Training steps", "A whole step: forward, backward, clipping, noise, AdamW.",
               train_table),
     "utility": ("Utility on Reuters R8", "The main job with each kind of clipping, and without "
                 "privacy, on the official test split.", utility_table),
     "attention": ("Attention", "Milliseconds, medians; compare those of a line.", attention_table),
+    "counters": ("Counters of attention kernels", "One launch of each kernel alone; per cent of "
+                 "the peak where no unit is given.", counters_table),
 }  # fmt: skip
+# The one that reproduces the page, where there is such a device.
+AGAIN = "`python benchmarks/again.py; python benchmarks/plot.py`"
 
 
 def page(results: Path, docs: Path) -> Path:
-    """docs/benchmarks.md: a table, and mostly a figure, of each stored result, newest first."""
+    """docs/benchmarks.md: a table, and mostly a figure, of the last run of each thing.
+
+    A figure of a result that is not in it is removed.
+    """
     parts = [
         "# Benchmarks",
         "Made by `dpfa bench plot` from `benchmarks/results`; each file there names its device, "
         "date, command and versions. Compare figures of one file only.",
+        f"{AGAIN} repeats what README and docs cite of the kind of device at hand (files of its "
+        "tests too), each by the command in its file and into a new file, and makes this page "
+        "anew; `python benchmarks/again.py FILE` repeats one. Figures of another kind of device "
+        "need that device.",
     ]
+    drawn = set()
     for name, (title, text, table) in SECTIONS.items():
-        for file in sorted(results.glob(f"*/*-{name}.json"), key=lambda f: f.name, reverse=True):
+        for file in newest(results.glob(f"*/*-{name}.json")):
             found = json.loads(file.read_text(encoding="utf-8"))
+            shown = "; ".join(f"`{command.strip()}`" for command in commands(found))
             parts += [
                 f"## {title}, {found['device']}, {found['date']}",
-                f"{text} From `benchmarks/results/{file.parent.name}/{file.name}`: "
-                f"`{found['command'].strip()}`.",
+                f"{text} From `benchmarks/results/{file.parent.name}/{file.name}`: {shown}.",
             ]
-            if name != "attention" or len({row["T"] for row in found["rows"]}) > 1:
-                figure = f"figures/{file.parent.name}-{file.stem}.svg"
-                draw(file, docs / figure)
-                parts.append(f"![{title}]({figure})")
+            has_lengths = len({row.get("T") for row in found["rows"]}) > 1
+            if name in ("train", "utility") or (name == "attention" and has_lengths):
+                figure = docs / "figures" / f"{file.parent.name}-{file.stem}.svg"
+                draw(file, figure)
+                drawn.add(figure)
+                parts.append(f"![{title}](figures/{figure.name})")
             parts.append(table(_by_case(found["rows"])))
             parts += [f"Left out: {row}." for row in _left_out(found)]
+    for figure in (docs / "figures").glob("*-????-??-??-*.svg"):
+        if figure not in drawn:
+            figure.unlink()
     path = docs / "benchmarks.md"
     path.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     return path
@@ -247,6 +285,8 @@ def _left_out(found: dict[str, Any]) -> list[str]:
         if "model" in row:
             case = f"{row['model']}, T = {row['T']}, batch {row['batch']}, {row['what']}"
             method = NAMES.get(row["method"], row["method"])
+        elif "B" not in row:  # of counters: a group
+            case, method = row["group"], row.get("implementation", "all")
         else:  # of attention: a whole case has no implementation
             case = ", ".join(f"{name} = {row[name]}" for name in ("B", "T", "H", "K", "D"))
             case += f", {row['mask']}, {row.get('direction', 'all')}"

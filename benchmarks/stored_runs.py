@@ -1,4 +1,7 @@
-"""What every stored run says of itself: device, date, command and versions."""
+"""What every stored run says of itself, device, date, command and versions, and where it lies.
+
+A file is benchmarks/results/<kind of device>/<date>-<what>.json.
+"""
 
 import datetime
 import importlib.metadata
@@ -8,15 +11,16 @@ import platform
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 
 def begun(script: str, packages: Sequence[str]) -> dict[str, Any]:
     """A run without rows, as `script` was called; `packages`: those whose versions matter."""
     return {
-        "device": _device(),
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "device": device(),
+        "date": today(),
         "command": shlex.join(["python", script, *sys.argv[1:]]),
         "versions": {"python": platform.python_version()} | _versions(packages),
         "rows": [],
@@ -24,10 +28,32 @@ def begun(script: str, packages: Sequence[str]) -> dict[str, Any]:
     }
 
 
+def today() -> str:
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
+
+
 def commands(stored: dict[str, Any]) -> list[str]:
     """What repeats a stored run, in order; those after the first add to its file."""
     command = stored["command"]
     return command.split("; ") if isinstance(command, str) else list(command)
+
+
+def dated(file: Path, date: str) -> Path:
+    """The name of a later run of the same."""
+    return file.with_name(date + file.name[len(date) :])
+
+
+def newest(files: Iterable[Path]) -> list[Path]:
+    """The last run of each thing on each kind of device, the newest of all first."""
+    last: dict[Path, Path] = {}
+    for file in sorted(files, key=lambda file: file.name):
+        last[dated(file, "0000-00-00")] = file
+    return sorted(last.values(), key=lambda file: file.name, reverse=True)
+
+
+def is_of(file: Path, kind: str) -> bool:
+    """Whether a result is of this kind of device: nvidia-h200/... of "NVIDIA H200"."""
+    return f"{kind.lower().replace(' ', '-')}-".startswith(f"{file.parent.name}-")
 
 
 def child_environment() -> dict[str, str]:
@@ -45,7 +71,8 @@ def write(result: dict[str, Any], path: str | None) -> None:
     os.replace(path + ".part", path)
 
 
-def _device() -> str:
+def device() -> str:
+    """The kind of the first device, as JAX names it."""
     # Asked for by another process: this one leaves the device alone.
     code = "import jax; print(jax.devices()[0].device_kind)"
     done = subprocess.run(

@@ -112,3 +112,34 @@ def test_what_is_in_the_docs_is_what_is_stored(tmp_path, monkeypatch):
     assert made == (plot.DOCS / "benchmarks.md").read_text(), "run `dpfa bench plot`"
     named = set(re.findall(r"\((figures/\S+\.svg)\)", made))
     assert named == {f"figures/{file.name}" for file in (plot.DOCS / "figures").glob("*.svg")}
+
+
+def test_the_page_has_the_last_run_of_each_and_no_other_figure(tmp_path):
+    """A file is replaced by a later one of the same device and name, and by no other."""
+    results, docs = tmp_path / "results", tmp_path / "docs"
+    for kind, name in (("gpu", "2026-01-02-train"), ("gpu", "2026-01-03-train"),
+                       ("gpu", "2026-01-01-short-train"), ("other", "2026-01-02-train")):  # fmt: skip
+        _stored(results / kind / f"{name}.json", [_step("nonprivate", 80.0), _step("flat", 90.0)])
+    kept = {
+        f"{x}-train.svg" for x in ("gpu-2026-01-03", "gpu-2026-01-01-short", "other-2026-01-02")
+    }
+    (docs / "figures").mkdir(parents=True)
+    (docs / "figures" / "gpu-2026-01-02-train.svg").write_text("an older one")
+    text = plot.page(results, docs).read_text()
+    assert {x.name for x in (docs / "figures").iterdir()} == kept
+    assert all(name in text for name in kept) and "gpu/2026-01-02-train.json" not in text
+    assert "again.py" in text
+
+
+def test_counters_are_a_table(tmp_path):
+    row = _call("dpfa", 0.5) | {"kernel": "dpfa_attention_forward_mosaic_gpu_kernel"}
+    row["counters"] = {"ghz": 1.7251, "tensor": 68.38, "issue": 35.0, "alu": 18.0, "fma": 9.0}
+    row["stalls"] = {"wait": 2.5, "selected": 1.0, "gmma": 0.46, "sleeping": 0.01}
+    failed = {"group": "peer", "why": "no profiler"}
+    path = tmp_path / "results" / "gpu" / "2026-01-02-counters.json"
+    _stored(path, [row], left_out=[failed], command=["python x.py", "python y.py"])
+    (tmp_path / "docs").mkdir()
+    text = plot.page(tmp_path / "results", tmp_path / "docs").read_text()
+    case = "| 8, 2048, 16, 16, 128, full, dpfa | `dpfa_attention_forward` | 0.500 |"
+    assert f"{case} 1.73 | 68.4 | 35 | 18 | 9 | – | wait 2.50, gmma 0.46 |" in text
+    assert "peer: all (`no profiler`)" in text and "`python x.py`; `python y.py`" in text
