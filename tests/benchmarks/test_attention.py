@@ -30,6 +30,20 @@ def test_the_grid_has_every_head_size_and_length(bench):
         assert all(batch * length >= bench.TOKENS for batch, length, *_ in shapes)
 
 
+@pytest.mark.parametrize(
+    ("mask", "gradients"), [("full", 3), ("boolean", 3), ("bias", 3), ("learned_bias", 4)]
+)
+def test_a_learned_bias_has_a_gradient_and_a_constant_none(bench, mask, gradients):
+    import attention_calls
+
+    programs = attention_calls.programs_of((1, 16, 2, 2, 64), mask, ["dpfa"])
+    function, sets = programs["forward_backward", "dpfa"]
+    assert len(sets[0]) == (3 if mask == "full" else 4)
+    output, found = function(*sets[0])
+    assert output.shape == (1, 16, 2, 64) and len(found) == gradients
+    assert all(abs(x.astype("float32")).max() > 0 for x in found)
+
+
 @pytest.mark.slow
 def test_what_was_measured_is_in_the_file(bench, tmp_path, monkeypatch):
     """Two cases in two processes; what does not serve a CPU is left out, with its reason."""
