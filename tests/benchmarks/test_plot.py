@@ -117,9 +117,9 @@ def test_what_is_in_the_docs_is_what_is_stored(tmp_path, monkeypatch):
 def test_the_page_has_the_last_run_of_each_and_no_other_figure(tmp_path):
     """A file is replaced by a later one of the same device and name, and by no other."""
     results, docs = tmp_path / "results", tmp_path / "docs"
-    for kind, name in (("gpu", "2026-01-02-train"), ("gpu", "2026-01-03-train"),
-                       ("gpu", "2026-01-01-short-train"), ("other", "2026-01-02-train")):  # fmt: skip
-        _stored(results / kind / f"{name}.json", [_step("nonprivate", 80.0), _step("flat", 90.0)])
+    for name in ("gpu/2026-01-02-train", "gpu/2026-01-03-train", "gpu/2026-01-01-short-train",
+                 "other/2026-01-02-train"):  # fmt: skip
+        _stored(results / f"{name}.json", [_step("nonprivate", 80.0), _step("flat", 90.0)])
     kept = {
         f"{x}-train.svg" for x in ("gpu-2026-01-03", "gpu-2026-01-01-short", "other-2026-01-02")
     }
