@@ -6,6 +6,7 @@ in pieces stays so: each knows the global index of its elements.
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -58,24 +59,26 @@ def released_mean(
     """
     total = jnp.asarray(total).astype(jnp.float32)
     if not implementations.uses_kernel(implementation, lambda: cannot(total, stddev)):
-        return _by_xla(total, noise_key, leaf_index, stddev, grid, divisor)
-    numbers = jnp.stack([jnp.asarray(x, jnp.float32) for x in (stddev, grid, divisor)])
-    return _by_kernel(total, noise_key, jnp.uint32(leaf_index), numbers, leaf_keys)
+        return by_xla(total, noise_key, leaf_index, stddev, grid, divisor)
+    numbers = (stddev, grid, divisor)
+    return or_by_xla(_by_elements, by_xla, (total,), noise_key, leaf_index, numbers, leaf_keys)
 
 
 def cannot(total: Float[Array, "..."], stddev: Number = 1.0) -> str | None:
     """None if the Hopper kernel serves this leaf, else why not, in one sentence."""
-    reason = device.cannot_pieces(total)
-    if reason is not None:
-        return reason
+    return device.cannot_pieces(total) or cannot_leaf(total.size, stddev)
+
+
+def cannot_leaf(size: int, stddev: Number) -> str | None:
+    """None if the kernel serves leaves of so many numbers and such noise, else why not."""
     if np.ndim(stddev):
         return "its parts have standard deviations of their own"
-    if total.size < FEWEST or total.size > MOST or total.size % 4:
-        return f"{total.size} numbers are fewer than {FEWEST}, more than {MOST} or no multiple of 4"
+    if size < FEWEST or size > MOST or size % 4:
+        return f"{size} numbers are fewer than {FEWEST}, more than {MOST} or no multiple of 4"
     return None
 
 
-def _by_xla(
+def by_xla(
     total: Float32[Array, "..."],
     noise_key: Key[Array, ""],
     leaf_index: int | UInt32[Array, ""],
@@ -83,8 +86,9 @@ def _by_xla(
     grid: Number,
     divisor: Number,
 ) -> Float32[Array, "..."]:
+    """`released_mean` by XLA."""
     noise = stddev * fields.parameter_noise(noise_key, leaf_index, total.shape)
-    return grids.snap(total + noise, grid) / divisor
+    return grids.snap_once(total + noise, grid) / divisor
 
 
 def of_piece(
@@ -108,44 +112,54 @@ def of_piece(
         element = sum(x * jnp.uint32(n) for x, n in zip(places, strides, strict=True))
         noise_key = jax.random.wrap_key_data(key_words, impl=kind)
         noise = fields.parameter_noise_at(noise_key, leaf[0], jnp.asarray(element))
-        return (grids.snap(piece + numbers[0] * noise, numbers[1]) / numbers[2],)
+        return (grids.snap_once(piece + numbers[0] * noise, numbers[1]) / numbers[2],)
     from dpfa_jax.kernels.mosaic_gpu import parameter_noise as kernel
 
     start = index[0][:1] * jnp.uint32(strides[0])
-    operands = (piece.reshape(-1), leaf_keys, row, numbers, start)
+    # The kernel adds rows: this is one row, as it is.
+    operands = (piece.reshape(1, -1), jnp.ones(1), leaf_keys, row, numbers, start)
     axes = manual_axes.varying_axes(*operands)
     varying = (manual_axes.vary_over(x, axes) for x in operands)
     return (kernel.released_mean(*varying, interpret=interpret).reshape(piece.shape),)
 
 
-def _by_kernel(
-    total: Float32[Array, "..."],
+def _by_elements(total: Float32[Array, "..."], *whole: Array, kind: Any) -> Float32[Array, "..."]:
+    function = functools.partial(of_piece, total.shape, kind)
+    return by_elements(function, total.ndim, len(whole))(total, *whole)[0]
+
+
+def or_by_xla(
+    by_kernel: Callable[..., Array],
+    by_xla: Callable[..., Array],
+    arrays: tuple[Array, ...],
     noise_key: Key[Array, ""],
-    leaf_index: UInt32[Array, ""],
-    numbers: Float32[Array, "3"],
+    leaf_index: int | UInt32[Array, ""],
+    numbers: tuple[Number, Number, Number],
     leaf_keys: UInt32[Array, "leaves 2"] | None,
 ) -> Float32[Array, "..."]:
-    """The kernel; under `vmap` XLA, whatever of it is mapped."""
-    kind = jax.random.key_impl(noise_key)
-    key_words, row = keys.key_words(noise_key), leaf_index.astype(jnp.int32)
-    if leaf_keys is None:
-        leaf_keys, row = counters.bind_parameter(key_words, leaf_index)[None], jnp.int32(0)
+    """`by_kernel`; under `vmap` `by_xla`, whatever of it is mapped.
 
-    @jax.custom_batching.custom_vmap
-    def run(total: Array, *whole: Array) -> Array:
-        function = functools.partial(of_piece, total.shape, kind)
-        (mean,) = by_elements(function, total.ndim, len(whole))(total, *whole)
-        return mean
+    Args:
+      by_kernel: (*arrays, keys bound to leaves, this leaf's row (1,) among them, (stddev, grid,
+        divisor), key words, leaf index (1,), `kind` of the key) -> the released mean.
+      by_xla: (*arrays, noise key, leaf index, stddev, grid, divisor) -> the same.
+    """
+    kind = jax.random.key_impl(noise_key)
+    leaf = jnp.uint32(leaf_index)
+    key_words, row = keys.key_words(noise_key), leaf.astype(jnp.int32)
+    if leaf_keys is None:
+        leaf_keys, row = counters.bind_parameter(key_words, leaf)[None], jnp.int32(0)
+    run = jax.custom_batching.custom_vmap(functools.partial(by_kernel, kind=kind))
 
     @run.def_vmap
     def _(axis_size: int, in_batched: list[bool], *operands: Array) -> tuple[Array, bool]:
-        def one(
-            total: Array, _keys: Array, _row: Array, numbers: Array, key_words: Array, leaf: Array
-        ) -> Array:
+        def one(*operands: Array) -> Array:
+            *arrays, _keys, _row, numbers, key_words, leaf = operands
             key = jax.random.wrap_key_data(key_words, impl=kind)
-            return _by_xla(total, key, leaf[0], numbers[0], numbers[1], numbers[2])
+            return by_xla(*arrays, key, leaf[0], *numbers)
 
         axes = [0 if is_batched else None for is_batched in in_batched]
         return jax.vmap(one, in_axes=axes, axis_size=axis_size)(*operands), True
 
-    return run(total, leaf_keys, row[None], numbers, key_words, leaf_index[None])
+    stacked = jnp.stack([jnp.asarray(x, jnp.float32) for x in numbers])
+    return run(*arrays, leaf_keys, row[None], stacked, key_words, leaf[None])

@@ -1,5 +1,6 @@
 """Released values lie on a public grid, which hides how floating point rounded them."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float32
 
@@ -24,3 +25,12 @@ def snap(x: Float32[Array, "..."], grid: float | Float32[Array, "..."]) -> Float
     shift = jnp.where(multiples < 0.0, jnp.float32(-(2.0**23)), jnp.float32(2.0**23))
     rounded = (multiples + shift) - shift
     return jnp.where(jnp.abs(multiples) < jnp.float32(2.0**23), rounded, multiples) * grid
+
+
+def snap_once(x: Float32[Array, "..."], grid: float | Float32[Array, "..."]) -> Array:
+    """`snap` for what XLA makes and releases: one value, whoever reads it.
+
+    XLA may compute a fused value anew for each reader, contracted and hence rounded another way:
+    next to a border of the grid two readers would see two values. Not inside kernels.
+    """
+    return jax.lax.optimization_barrier(snap(x, grid))

@@ -1,8 +1,8 @@
-"""Noise on the sum of one parameter, made in registers in the pass that writes the released mean.
+"""Noise on a sum of rows, made in registers in the pass that adds them and writes the released mean.
 
-Each thread owns four neighbouring numbers at a time: two counter blocks, one 16-byte load, one
-16-byte store. The last program begins early enough to end with the array: what it shares with the
-one before is computed twice, to the same bits.
+Each thread owns four neighbouring numbers at a time: of each row one load of four, two counter
+blocks, one 16-byte store. The last program begins early enough to end with the array: what it
+shares with the one before is computed twice, to the same bits.
 """
 
 from typing import Any
@@ -22,44 +22,73 @@ from dpfa_jax.noise.normals import normal_pair
 from dpfa_jax.noise.threefry import threefry2x32
 
 VECTOR = 4  # float32 numbers of one 16-byte access
-BLOCK = 2048  # numbers of one program: four accesses a thread
+BLOCK = 2048  # numbers of one program: four accesses a thread and row
+TOGETHER = 4  # rows whose loads are in flight together
 
 
 def released_mean(
-    total: jax.Array,
+    rows: jax.Array,
+    scales: jax.Array,
     leaf_keys: jax.Array,
     leaf_index: jax.Array,
     numbers: jax.Array,
     start: jax.Array | None = None,
     *,
     block: int = BLOCK,
+    together: int = TOGETHER,
     interpret: Any = None,
 ) -> jax.Array:
-    """snap(total + stddev * noise, grid) / divisor, `noise` as `noise.fields.parameter_noise`.
+    """snap(sum of scales * rows + stddev * noise, grid) / divisor.
+
+    The noise is that of `noise.fields.parameter_noise`.
 
     Args:
-      total: (n,) float32, n a multiple of 4 and at least `block`.
+      rows: (B, n) float32 or 16-bit floats, n a multiple of 4 and at least `block`. Added in
+        float32, in order.
+      scales: (B,) float32; a row of scale zero is left out, whatever it holds. A sum that exists
+        already is one row of scale 1.
       leaf_keys: (leaves, 2) uint32, row i bound to leaf i; the table is read here, so that no
         other kernel has to cut out a row for each leaf.
       leaf_index: (1,) int32, the leaf's row.
       numbers: (3,) float32: stddev, grid, divisor.
-      start: (1,) uint32, even: index in the leaf of the first number of `total`; None: 0.
+      start: (1,) uint32, even: index in the leaf of the first number of a row; None: 0.
       block: numbers of one program, a multiple of 512.
+      together: rows that are loaded before the first of them is added.
       interpret: parameters of the Mosaic GPU simulator, None on a GPU.
     """
-    size = total.shape[0]
+    count, size = rows.shape
     if start is None:
-        start = manual_axes.vary_over(jnp.zeros((1,), jnp.uint32), manual_axes.varying_axes(total))
+        start = manual_axes.vary_over(jnp.zeros((1,), jnp.uint32), manual_axes.varying_axes(rows))
     simulate = interpret is not None
 
-    def kernel(total_ref, keys_ref, leaf_ref, numbers_ref, start_ref, out_ref):
+    def kernel(rows_ref, scales_ref, keys_ref, leaf_ref, numbers_ref, start_ref, out_ref):
         begin = jnp.minimum(lax.axis_index(axes.BLOCKS) * block, size - block)
         own = pl.ds(begin, block)
         half = (block // 2,)
         layout = PairLayout(
             plgpu.Layout.WG_STRIDED((block,), VECTOR), plgpu.Layout.WG_STRIDED(half, VECTOR // 2)
         )
-        x = plgpu.load(total_ref.at[own], layout=layout.whole, optimized=False)
+
+        def added(total, first, members):
+            places = [first + member for member in range(members)]
+            held = [
+                plgpu.load(rows_ref.at[place, own], layout=layout.whole, optimized=False)
+                for place in places
+            ]
+            for place, row in zip(places, held, strict=True):
+                row = row.astype(jnp.float32)
+                scale = jnp.full_like(row, scales_ref[place])
+                # A select, not a product: 0 * NaN is NaN.
+                total = total + jnp.where(scale > 0.0, row, 0.0) * scale
+            return total
+
+        turns, rest = divmod(count, together)
+        total = plgpu.layout_cast(jnp.zeros((block,), jnp.float32), layout.whole)
+        if turns:
+            total = lax.fori_loop(
+                0, turns, lambda turn, total: added(total, turn * together, together), total
+            )
+        total = added(total, turns * together, rest)
         offset = plgpu.broadcasted_iota(jnp.uint32, half, 0, layout=layout.pairs)
         first = lax.convert_element_type(begin >> 1, jnp.uint32) + (start_ref[0] >> jnp.uint32(1))
         pair = first + offset
@@ -74,14 +103,14 @@ def released_mean(
         )
         noise = interleaved(*normal_pair(*words, more), layout, simulate=simulate)
         stddev, grid, divisor = (numbers_ref[i] for i in range(3))
-        out_ref[own] = snap(x + stddev * noise, grid) / divisor
+        out_ref[own] = snap(total + stddev * noise, grid) / divisor
 
     return plgpu.kernel(
         kernel,
-        out_type=manual_axes.result(total.shape, jnp.float32, total),
+        out_type=manual_axes.result((size,), jnp.float32, rows),
         grid=(pl.cdiv(size, block),),
         grid_names=(axes.BLOCKS,),
         compiler_params=plgpu.CompilerParams(approx_math=True),
         kernel_name="dpfa_parameter_noise",
         interpret=interpret,
-    )(total, leaf_keys, leaf_index, numbers, start)
+    )(rows, scales, leaf_keys, leaf_index, numbers, start)
