@@ -73,7 +73,7 @@ def released_counts(
     groups = len(release.l2_clip_norms)
     stddev, cell = release.noise_stddevs[groups], release.grids[groups]
     noise = stddev * fields.parameter_noise(noise_key, leaf_index, (groups,))
-    return grid.snap(centred_counts.astype(jnp.float32) + noise, cell)
+    return grid.snap_once(centred_counts.astype(jnp.float32) + noise, cell)
 
 
 def moved(

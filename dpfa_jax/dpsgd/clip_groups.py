@@ -18,6 +18,7 @@ from dpfa_jax.dpsgd.late_gradients import (
     source_bytes,
 )
 from dpfa_jax.dpsgd.parameters import Owner
+from dpfa_jax.dpsgd.released import Leaf, array_of, sums_of
 from dpfa_jax.dpsgd.split import Tail
 from dpfa_jax.kernels import compensated
 from dpfa_jax.kernels.compensated import TwoFloat
@@ -80,8 +81,8 @@ def clipped_groups(
     l2_clip_norms: Sequence[ClipNorm],
     leaf_groups: Sequence[Owner],
     per_example_bytes: int | None,
-) -> tuple[list[Float32[Array, "..."]], Float32[Array, " groups"]]:
-    """Clips each group of each example to its norm, and adds the examples.
+) -> tuple[list[Leaf], Float32[Array, " groups"]]:
+    """Clips each group of each example to its norm, and adds the examples, or releases their sum.
 
     Args:
       gradients: of all parameters, to be made.
@@ -90,8 +91,8 @@ def clipped_groups(
       leaf_groups: the group of each parameter, or of each slice of it.
       per_example_bytes: as `clipped_sum`'s.
 
-    Returns: (sums, float32, in the parameters' shapes; of each group half the number of unclipped
-    examples less clipped ones).
+    Returns: (sums, float32, in the parameters' shapes, or what their `release` made of them; of
+    each group half the number of unclipped examples less clipped ones).
     Errors: ArgumentError for gradients that cannot be kept within `per_example_bytes`, by name.
     """
     if not gradients:  # all are made in rounds of loops
@@ -101,7 +102,7 @@ def clipped_groups(
     sets = sets_of(leaf_groups)
     # As the backward pass gets to them, one after the other: else XLA may make all products first.
     sets.sort(key=lambda each: max(gradients[i].tail.ready for i in each.members))
-    sums: dict[int, Array] = {}
+    sums: dict[int, Leaf] = {}
     unclipped: dict[int, Array] = {}
     before: list[Array] = []
     for groups, members in sets:
@@ -110,16 +111,16 @@ def clipped_groups(
         norms = tuple(l2_clip_norms[group] for group in groups)
         owners = [among(groups, leaf_groups[i]) for i in members]
         late = zip(after(before, parts), owners, strict=True)
-        *found, halves = _clipped_set([_Part(*each, norms) for each in late], counts, memory)
+        found, halves = _clipped_set([_Part(*each, norms) for each in late], counts, memory)
         sums.update(zip(members, found, strict=True))
         unclipped.update(zip(groups, halves, strict=True))
-        before = found if any(part.values for part in parts) else before
+        before = [*map(array_of, found)] if any(part.values for part in parts) else before
     ordered = [unclipped[group] for group in range(len(l2_clip_norms))]
     return [sums[i] for i in range(len(gradients))], jnp.stack(ordered)
 
 
 def total(
-    sums_of: Callable[[PyTree], list[Array]], pieces: PyTree, zeros: list[Array]
+    sums_of_piece: Callable[[PyTree], list[Array]], pieces: PyTree, zeros: list[Array]
 ) -> list[Float32[Array, "..."]]:
     """Sums over `pieces`, rounded once.
 
@@ -128,7 +129,7 @@ def total(
     """
 
     def add(so_far: list[TwoFloat], piece: PyTree) -> tuple[list[TwoFloat], None]:
-        parts = zip(so_far, sums_of(piece), strict=True)
+        parts = zip(so_far, sums_of_piece(piece), strict=True)
         return [compensated.add(old, part) for old, part in parts], None
 
     start = [TwoFloat(zero, zero) for zero in zeros]
@@ -168,14 +169,14 @@ class _Part(NamedTuple):
         cut = made.reshape(rows * slices, -1)
         return trees.squared_norms(cut, jnp.tile(units, rows)[:, None]).reshape(rows, slices)
 
-    def summed(self, made: trees.PerExample, scales: Float32[Array, "rows groups"]) -> Array:
+    def summed(self, made: trees.PerExample, scales: Float32[Array, "rows groups"]) -> Leaf:
         return self.late.summed(made, scales[:, np.asarray(self.owner)])
 
 
 def _clipped_set(
     parts: list[_Part], counts: Bool[Array, " micro"], memory: int
-) -> list[Float32[Array, "..."]]:
-    """Clipped sums of one set, its gradients made within `memory` bytes; last its counts."""
+) -> tuple[list[Leaf], Float32[Array, " groups"]]:
+    """(clipped sums of one set, its gradients made within `memory` bytes; its counts)."""
     together = sum(part.late.tail.example_bytes for part in parts if not part.late.tail.kept)
     if together <= memory:
         most = memory // together if together else counts.shape[0]
@@ -184,25 +185,27 @@ def _clipped_set(
     sizes = [memory // max(1, part.late.tail.example_bytes) for part in parts]  # of no numbers: any
     squares = [_measured(part, most) for part, most in zip(parts, sizes, strict=True)]
     scales = _scales(parts, squares, counts)
-    sums: list[Array] = []
+    sums: list[Leaf] = []
     for part, most in zip(parts, sizes, strict=True):
-        sums += _added(_weighted, [part], scales, most)[:-1]
-    return [*sums, trees.centred_count(scales)]
+        sums += _added(_weighted, [part], scales, most)[0]
+    return sums, trees.centred_count(scales)
 
 
-def _clipped(parts: list[_Part], counts: Bool[Array, " chunk"]) -> list[Float32[Array, "..."]]:
+def _clipped(
+    parts: list[_Part], counts: Bool[Array, " chunk"]
+) -> tuple[list[Leaf], Float32[Array, " groups"]]:
     made = [part.made() for part in parts]
     squares = [part.squares(one) for part, one in zip(parts, made, strict=True)]
     scales = _scales(parts, squares, counts)
     sums = [part.summed(one, scales) for part, one in zip(parts, made, strict=True)]
-    return [*sums, trees.centred_count(scales)]
+    return sums, trees.centred_count(scales)
 
 
 def _weighted(
     parts: list[_Part], scales: Float32[Array, "chunk groups"]
-) -> list[Float32[Array, "..."]]:
+) -> tuple[list[Leaf], Float32[Array, " groups"]]:
     sums = [part.summed(part.made(), scales) for part in parts]
-    return [*sums, trees.centred_count(scales)]
+    return sums, trees.centred_count(scales)
 
 
 def _scales(
@@ -235,16 +238,16 @@ def _measured(part: _Part, most: int) -> Float32[Array, "micro slices"]:
 
 
 def _added(
-    sums_of: Callable[[list[_Part], Array], list[Array]],
+    clip: Callable[[list[_Part], Array], tuple[list[Leaf], Array]],
     parts: list[_Part],
     per_row: Array,
     most: int,
-) -> list[Float32[Array, "..."]]:
-    """Sums over the batch of `sums_of(gradients, their rows)`, `most` examples at a time."""
+) -> tuple[list[Leaf], Float32[Array, " groups"]]:
+    """Sums over the batch of `clip(gradients, their rows)`, `most` examples at a time."""
     rows = per_row.shape[0]
     size = largest_divisor(rows, most)
     if size == rows:
-        return sums_of(parts, per_row)
+        return clip(parts, per_row)
 
     def sums_of_chunk(chunk: tuple[list[list[Array]], Array]) -> list[Array]:
         values, these = chunk
@@ -252,7 +255,8 @@ def _added(
             part._replace(late=part.late.holding(own, size))
             for part, own in zip(parts, values, strict=True)
         ]
-        return sums_of(held, these)
+        found, halves = clip(held, these)
+        return [*sums_of(found), halves]
 
     halves = jnp.broadcast_to(zeros_like(per_row.ravel()[0]), (len(parts[0].norms),))
     zeros = [*(zeros_like(part.late.parameter) for part in parts), halves]
@@ -260,7 +264,8 @@ def _added(
         [part.late.chunks(most) for part in parts],
         per_row.reshape(-1, size, *per_row.shape[1:]),
     )
-    return total(sums_of_chunk, chunks, zeros)
+    *sums, halves = total(sums_of_chunk, chunks, zeros)
+    return [*sums], halves
 
 
 def _check_memory(gradients: Sequence[LateGradient], rows: int, allowed: int) -> int:

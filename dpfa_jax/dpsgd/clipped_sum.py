@@ -31,6 +31,7 @@ from dpfa_jax.dpsgd.coupling import check_uncoupled
 from dpfa_jax.dpsgd.deferral import defer
 from dpfa_jax.dpsgd.late_gradients import ClipNorm, late_gradients
 from dpfa_jax.dpsgd.parameters import Owner, leaf_paths
+from dpfa_jax.dpsgd.released import Leaf, Release, sums_of
 from dpfa_jax.dpsgd.rounds import Rounds, columns_of
 from dpfa_jax.dpsgd.split import Split
 
@@ -41,12 +42,25 @@ class ClippedSum(NamedTuple):
     """What a batch adds up to. NOT private: noise is due.
 
     Attributes:
-      gradients: float32 sums of clipped gradients, shaped like the parameters.
+      gradients: float32 sums of clipped gradients, shaped like the parameters. A leaf that has
+        left with its noise is a `Released`, which nothing takes for a sum.
       centred_counts: for each clip group, unclipped examples minus clipped ones, halved.
     """
 
     gradients: PyTree
     centred_counts: Float32[Array, " groups"]
+
+
+class LateSum(NamedTuple):
+    """A sum whose gradients are due, where the batch is one micro-batch; else the sum.
+
+    Attributes:
+      sources: all that the sum is computed from: whatever tells on examples is among them.
+      added: (what each leaf is released by, if it is) -> the sum. Only of a whole micro-batch.
+    """
+
+    sources: list[Array]
+    added: Callable[[Sequence[Release | None]], ClippedSum]
 
 
 def clipped_sum(
@@ -81,6 +95,31 @@ def clipped_sum(
     for gradients that cannot be kept within `per_example_bytes`, by name; CoverageError for a loss
     that couples examples (`coupling.check_uncoupled`).
     """
+    late = late_sum(
+        loss_fn,
+        params,
+        batch,
+        is_real,
+        l2_clip_norms=l2_clip_norms,
+        leaf_groups=leaf_groups,
+        micro_batch_size=micro_batch_size,
+        per_example_bytes=per_example_bytes,
+    )
+    return late.added([None] * len(leaf_groups))
+
+
+def late_sum(
+    loss_fn: PerExampleLoss,
+    params: PyTree,
+    batch: PyTree,
+    is_real: Bool[Array, " batch"],
+    *,
+    l2_clip_norms: Sequence[ClipNorm],
+    leaf_groups: tuple[Owner, ...],
+    micro_batch_size: int,
+    per_example_bytes: int | None,
+) -> LateSum:
+    """`clipped_sum` in two steps, so that noise can be made ready between them."""
     _check_batch(batch, is_real.shape[0], micro_batch_size)
     params = _local(params, (batch, is_real))
     leaves, structure = jax.tree.flatten(params)
@@ -95,13 +134,17 @@ def clipped_sum(
         owners = tuple(groups_of(leaf_groups[i]) for i in members)
         rounds.append(Rounds(loop, members, owners, tuple(paths[i] for i in members)))
 
-    def sum_of(examples: PyTree, real: Bool[Array, " micro"]) -> list[Float32[Array, "..."]]:
+    def made_from(examples: PyTree, real: Bool[Array, " micro"]) -> list[Array]:
         def head(example: PyTree, is_real: Bool[Array, ""]) -> list[Array]:
             work = [each.work(leaves, is_real, l2_clip_norms, per_example_bytes) for each in rounds]
             return split.head([*leaves, *jax.tree.leaves(example)], work)
 
         out_axes = [0 if mapped else None for mapped in split.mapped]
-        values = jax.vmap(head, out_axes=out_axes)(examples, real)
+        return jax.vmap(head, out_axes=out_axes)(examples, real)
+
+    def sum_of(
+        values: list[Array], real: Bool[Array, " micro"], releases: Sequence[Release | None]
+    ) -> tuple[list[Leaf], Float32[Array, " groups"]]:
         loss, *gradients = late_gradients(
             split.tails,
             values,
@@ -109,6 +152,7 @@ def clipped_sum(
             real.shape[0],
             ["loss", *(paths[i] for i in late)],
             [leaves[0], *(leaves[i] for i in late)],
+            [None, *(releases[i] for i in late)],
         )
         found, halves = clipped_groups(
             gradients,
@@ -120,26 +164,32 @@ def clipped_sum(
         sums = dict(zip(late, found, strict=True))
         counts = dict(zip(late_groups, halves, strict=True))
         for each in rounds:
-            *found, halves = (values[i] for i in each.loop.results)
-            sums.update(zip(each.members, found, strict=True))
+            *stacked, halves = (values[i] for i in each.loop.results)
+            sums.update(zip(each.members, stacked, strict=True))
             counts.update(each.counts(halves))
         ordered = [counts[group] for group in range(len(l2_clip_norms))]
-        return [*(sums[i] for i in range(len(leaves))), jnp.stack(ordered)]
+        return [sums[i] for i in range(len(leaves))], jnp.stack(ordered)
 
-    def result(sums: list[Array]) -> ClippedSum:
-        return ClippedSum(jax.tree.unflatten(structure, sums[:-1]), sums[-1])
+    def result(sums: Sequence[Leaf], counts: Float32[Array, " groups"]) -> ClippedSum:
+        return ClippedSum(jax.tree.unflatten(structure, sums), counts)
 
     if is_real.shape[0] == micro_batch_size:
-        return result(sum_of(batch, is_real))
+        values = made_from(batch, is_real)
+        return LateSum([*values, is_real], lambda by: result(*sum_of(values, is_real, by)))
 
     # Micro-batch j takes rows j, j + rows/micro, ...: where the batch is sharded over devices, each
     # micro-batch then has rows on all of them, and no row moves.
     def interleaved(x: Array) -> Array:
         return jnp.swapaxes(x.reshape(micro_batch_size, -1, *x.shape[1:]), 0, 1)
 
+    def sum_of_micro_batch(micro: tuple[PyTree, Array]) -> list[Float32[Array, "..."]]:
+        sums, halves = sum_of(made_from(*micro), micro[1], [None] * len(leaves))
+        return [*sums_of(sums), halves]
+
     micro_batches = jax.tree.map(interleaved, (batch, is_real))
     zeros = [*map(zeros_like, leaves), jnp.stack([zeros_like(is_real[0])] * len(l2_clip_norms))]
-    return result(total(lambda micro: sum_of(*micro), micro_batches, zeros))
+    *sums, halves = total(sum_of_micro_batch, micro_batches, zeros)
+    return LateSum([*sums, halves], lambda _: result(sums, halves))
 
 
 def _split_for(

@@ -74,5 +74,6 @@ def correlated(
     # One by one and not as a product of matrices, which may round to fewer bits on a GPU.
     for place in range(depth):
         independent = independent - weights[place] * memory[place]
-    noise = independent * jnp.float32(1.0 / strategy[0])
+    # One value: what later steps take back is what this one adds.
+    noise = jax.lax.optimization_barrier(independent * jnp.float32(1.0 / strategy[0]))
     return noise, memory.at[step % depth].set(noise)

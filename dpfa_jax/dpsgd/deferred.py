@@ -60,7 +60,7 @@ def tail_of(
         form = Rows(of_values(form.entries), form.size)
         made = jax.eval_shape(form.entries, *shapes)[1]
     if isinstance(form, Product):
-        form = Product(of_values(form.operands), form.finish)
+        form = dataclasses.replace(form, operands=of_values(form.operands))
     places = tuple(order[var] for var in item.cut)
     kept = item.cut == (out,)
     repeatable = (item.repeatable or isinstance(form, Rows)) and not item.recomputes

@@ -34,10 +34,14 @@ class Product:
     Attributes:
       operands: values of the cut -> (left (G, T, I), right (G, T, O)).
       finish: (G, I, O) -> the gradient. Linear, and it keeps norms.
+      axes: how many axes of the gradient G, I and O are; None where it has been reshaped since.
+      in_order: whether `finish` is a mere reshape: element e stays element e.
     """
 
     operands: Callable[..., tuple[Array, Array]]
     finish: Callable[[Array], Array]
+    axes: tuple[int, int, int] | None = None
+    in_order: bool = False
 
 
 class Part(Protocol):
@@ -71,11 +75,43 @@ def form_of(eqn: jex.JaxprEqn, parts: Sequence[Part], makers: Makers) -> Rows | 
         return None
     if name == "convert_element_type":
         return form
+    if name == "transpose" and eqn.params["permutation"] == _swap(form.axes):
+        return _swapped(form, shape_of(eqn.outvars[0]))
     if name in ("copy", "copy_p", "neg", "reshape", "squeeze", "transpose"):
         finish, operand = form.finish, eqn.invars[0]
         assert isinstance(operand, jex.Var)
-        return Product(form.operands, lambda made: apply(eqn, {operand: finish(made)})[0])
+        in_order = form.in_order and name not in ("neg", "transpose")
+        axes = form.axes if name in ("copy", "copy_p") else None
+
+        def after(made: Array) -> Array:
+            return apply(eqn, {operand: finish(made)})[0]
+
+        return Product(form.operands, after, axes, in_order)
     return None
+
+
+def _swap(axes: tuple[int, int, int] | None) -> tuple[int, ...] | None:
+    """The permutation that swaps the axes of I and O."""
+    if axes is None:
+        return None
+    groups, left, right = axes
+    middle = groups + left
+    return (*range(groups), *range(middle, middle + right), *range(groups, middle))
+
+
+def _swapped(form: Product, shape: tuple[int, ...]) -> Product:
+    """The transposed product, of `shape`: the operands change places, and nothing is transposed.
+
+    `jax.grad` makes the gradient of a weight matrix (O, I), and transposes it.
+    """
+    assert form.axes is not None
+    groups, left, right = form.axes
+
+    def operands(*values: Any) -> tuple[Array, Array]:
+        first, second = form.operands(*values)
+        return second, first
+
+    return Product(operands, lambda made: made.reshape(shape), (groups, right, left), True)
 
 
 def _product(eqn: jex.JaxprEqn, parts: Sequence[Part]) -> Product | None:
@@ -98,7 +134,13 @@ def _product(eqn: jex.JaxprEqn, parts: Sequence[Part]) -> Product | None:
             matrix(right, right_groups, right_contracted),
         )
 
-    return Product(operands, lambda made: made.reshape(shape_of(out)))
+    groups = len(left_groups)
+    left, right = (
+        len(shape_of(atom)) - groups - len(contracted)
+        for atom, contracted in zip(eqn.invars, (left_contracted, right_contracted), strict=True)
+    )
+    shape = shape_of(out)
+    return Product(operands, lambda made: made.reshape(shape), (groups, left, right), True)
 
 
 def in_slices(form: Product, mapped: Callable[..., Any], rounds: int) -> Product:
@@ -111,7 +153,7 @@ def in_slices(form: Product, mapped: Callable[..., Any], rounds: int) -> Product
     def finish(made: Array) -> Array:
         return jax.vmap(form.finish)(made.reshape(rounds, -1, *made.shape[1:]))
 
-    return Product(operands, finish)
+    return Product(operands, finish, in_order=form.in_order)
 
 
 def _rows(eqn: jex.JaxprEqn, parts: Sequence[Part], makers: Makers) -> Rows | None:

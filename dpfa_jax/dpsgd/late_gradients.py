@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-from jaxtyping import Array, Float32
+from jaxtyping import Array, Float, Float32
 
 from dpfa_jax.clipping import trees
 from dpfa_jax.dpsgd.forms import Product, Rows
+from dpfa_jax.dpsgd.released import Release, Released
 from dpfa_jax.dpsgd.split import Tail
 from dpfa_jax.kernels import gradient_products
 
@@ -25,6 +26,7 @@ class LateGradient:
       tail: makes the gradient of one example.
       values: what it is made from; with a leading axis of `rows` examples where `mapped`.
       parameter: the parameter itself.
+      release: has the sum of all examples leave with its noise, if that is wanted.
     """
 
     path: str
@@ -33,6 +35,7 @@ class LateGradient:
     mapped: tuple[bool, ...]
     rows: int
     parameter: Array
+    release: Release | None = None
 
     def chunks(self, most: int) -> list[Array]:
         """The mapped values in pieces of equal size, `most` examples or fewer each."""
@@ -42,11 +45,11 @@ class LateGradient:
         return [value.reshape(*shape, *value.shape[1:]) for value, mapped in held if mapped]
 
     def holding(self, values: list[Array], rows: int) -> "LateGradient":
-        """The same for other examples: one piece of `chunks`."""
+        """The same for other examples: one piece of `chunks`, whose sum is not the batch's."""
         new = iter(values)
         held = zip(self.values, self.mapped, strict=True)
         chosen = tuple(next(new) if mapped else value for value, mapped in held)
-        return dataclasses.replace(self, values=chosen, rows=rows)
+        return dataclasses.replace(self, values=chosen, rows=rows, release=None)
 
     def made(self, l2_clip_norm: ClipNorm | None) -> trees.PerExample:
         """The gradients. The barrier keeps what is measured the same numbers as what is added."""
@@ -67,13 +70,28 @@ class LateGradient:
         self,
         made: trees.PerExample,
         scales: Float32[Array, " rows"] | Float32[Array, "rows slices"],
-    ) -> Float32[Array, "..."]:
-        """Weighted sum of what was made, in the parameter's shape."""
+    ) -> Float32[Array, "..."] | Released:
+        """Weighted sum of what was made, in the parameter's shape; or what is released of it."""
+        rows = self._rows(made)
+        if self.release is not None and rows is not None and scales.ndim == 1:
+            released = self.release(rows, scales)
+            if released is not None:
+                return released
         total = trees.weighted_sum(made, scales)
         if isinstance(made, trees.Measured):
             assert isinstance(self.tail.form, Product)
             total = self.tail.form.finish(total)
         return self.tail.finish(total)
+
+    def _rows(self, made: trees.PerExample) -> Float[Array, "rows ..."] | None:
+        """What was made, where its elements are the parameter's in their order."""
+        if isinstance(made, trees.TableRows) or self.tail.made.shape != self.parameter.shape:
+            return None  # of one shape `tail.finish` changes nothing: it puts zeros around
+        if not isinstance(made, trees.Measured):
+            return made
+        assert isinstance(self.tail.form, Product)
+        shape = (self.rows, *self.parameter.shape)
+        return made.values.reshape(shape) if self.tail.form.in_order else None
 
     def _operands(self, l2_clip_norm: ClipNorm | None) -> tuple[Array, Array] | None:
         """Operands of the matrix product that this gradient is, where a kernel makes it."""
@@ -103,11 +121,14 @@ def late_gradients(
     rows: int,
     paths: Sequence[str],
     parameters: Sequence[Array],
+    releases: Sequence[Release | None] | None = None,
 ) -> list[LateGradient]:
     """What each of `tails` makes, of the parameters with these paths, of `rows` examples.
 
-    `values`: what the head or the round made, with an axis of examples where `mapped`.
+    `values`: what the head or the round made, with an axis of examples where `mapped`. `releases`:
+    for each what its sum is to leave by, where these are all examples of the batch.
     """
+    releases = [None] * len(tails) if releases is None else releases
     return [
         LateGradient(
             path,
@@ -116,8 +137,9 @@ def late_gradients(
             tuple(mapped[i] for i in tail.cut),
             rows,
             parameter,
+            release,
         )
-        for tail, path, parameter in zip(tails, paths, parameters, strict=True)
+        for tail, path, parameter, release in zip(tails, paths, parameters, releases, strict=True)
     ]
 
 

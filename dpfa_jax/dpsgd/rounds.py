@@ -15,6 +15,7 @@ from jaxtyping import Array, Bool, Float, Float32, PyTree
 from dpfa_jax.dpsgd.clip_groups import clipped_groups, sets_of
 from dpfa_jax.dpsgd.late_gradients import ClipNorm, late_gradients
 from dpfa_jax.dpsgd.parameters import Owner
+from dpfa_jax.dpsgd.released import sums_of
 from dpfa_jax.dpsgd.split import Finish, Loop
 
 
@@ -87,7 +88,7 @@ class Rounds(NamedTuple):
                 leaf_groups=[columns.index(owner) for owner in self.owners],
                 per_example_bytes=per_example_bytes,
             )
-            return [*sums, halves]
+            return [*sums_of(sums), halves]
 
         @jax.custom_batching.custom_vmap
         def one(counts: Bool[Array, ""], values: list[Array], given: PyTree) -> list[Array]:

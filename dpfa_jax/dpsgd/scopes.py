@@ -253,7 +253,7 @@ class Scope:
             form = (
                 in_slices(form, mapped, eqn.params["length"])
                 if body.loops
-                else Product(functools.partial(mapped, form.operands), form.finish)
+                else dataclasses.replace(form, operands=functools.partial(mapped, form.operands))
             )
         make = functools.partial(mapped, inner.make)
         again = inner.recomputes

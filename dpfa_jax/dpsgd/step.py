@@ -11,17 +11,13 @@ from jax.sharding import AbstractMesh, NamedSharding
 from jaxtyping import Array, Bool, Float32, Int, Key, PyTree
 
 from dpfa_jax.core import ArgumentError, BudgetExceededError
-from dpfa_jax.dpsgd.clipped_sum import PerExampleLoss, clipped_sum
-from dpfa_jax.dpsgd.noisy_sum import (
-    TRAINING_LAYER,
-    NoisySumState,
-    check_noise_key,
-    check_state,
-    noisy_sum,
-)
+from dpfa_jax.dpsgd.clipped_sum import PerExampleLoss, late_sum
+from dpfa_jax.dpsgd.noise_state import NoisySumState, check_noise_key, check_state
+from dpfa_jax.dpsgd.noisy_sum import noisy_sum
 from dpfa_jax.dpsgd.parameters import check_parameters, leaf_groups
 from dpfa_jax.dpsgd.plan import DPSGDPlan
 from dpfa_jax.dpsgd.step_checks import check_optimizer, check_rows, check_split
+from dpfa_jax.dpsgd.sum_noise import TRAINING_LAYER, noise_of
 from dpfa_jax.noise import hazards
 
 _ClipNorms = Float32[Array, " groups"] | tuple[()]
@@ -109,14 +105,14 @@ def make_dp_step(
         raise ArgumentError(
             "optimizer", optimizer, "not an optax transformation", "Pass e.g. optax.adam(1e-3)."
         )
-    release, noise = plan.release, noisy_sum(plan)
+    release, draw = plan.release, noise_of(plan)
     is_adaptive = release.adaptive_clipping is not None
     generator = release.record().generator
     is_partial = isinstance(loss_fn, jax.tree_util.Partial)
     held, held_structure = jax.tree.flatten(loss_fn) if is_partial else ([], None)
 
     def init(params: PyTree) -> DPState:
-        first = noise.init(params)
+        first = noisy_sum(plan).init(params)
         check_optimizer(optimizer, params)
         return DPState(np.zeros((), np.int32), params, optimizer.init(params), *first[1:])
 
@@ -132,7 +128,7 @@ def make_dp_step(
         held: list[Array],
     ) -> tuple[PyTree, PyTree, _ClipNorms, PyTree]:
         before = NoisySumState(step_number, l2_clip_norms, noise_memory)
-        total = clipped_sum(
+        late = late_sum(
             jax.tree.unflatten(held_structure, held) if is_partial else loss_fn,
             params,
             batch,
@@ -142,12 +138,12 @@ def make_dp_step(
             micro_batch_size=plan.micro_batch_size,
             per_example_bytes=plan.per_example_bytes,
         )
-        if axis_name is not None:
-            total = jax.lax.psum(total, axis_name)
-        sums, counts = total
-        means, after = noise.update(
-            sums, before, params, noise_key=noise_key, centred_counts=counts
-        )
+        noise = draw(noise_key, before, like=params, sources=late.sources)
+        if axis_name is None:
+            total = late.added(noise.releases())
+        else:  # parts of the batch, so parts of sums: noise is due when they are together
+            total = jax.lax.psum(late.added([None] * len(jax.tree.leaves(params))), axis_name)
+        means, after = noise.released(*total)
         updates, opt_state = optimizer.update(means, opt_state, params)
         return optax.apply_updates(params, updates), opt_state, *after[1:]
 

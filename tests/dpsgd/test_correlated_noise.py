@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import importlib
 import math
 
 import dp_accounting
@@ -17,7 +16,7 @@ from jax_privacy.experimental import accounting as jax_privacy_accounting
 from dpfa_jax import accounting, dpsgd
 from dpfa_jax.accounting import Budget, Ledger, dp_event, epsilon, record
 from dpfa_jax.core import ArgumentError, BudgetExceededError, KeyReuseError
-from dpfa_jax.dpsgd import correlated_noise
+from dpfa_jax.dpsgd import correlated_noise, sum_noise
 from dpfa_jax.noise.keys import insecure_test_key, new_noise_key
 from dpfa_jax.release import TrainingRelease, sensitivity
 
@@ -100,8 +99,7 @@ def forgotten(original):
 )
 def test_the_mutant_is_caught(build, monkeypatch):
     """V16."""
-    module = importlib.import_module("dpfa_jax.dpsgd.noisy_sum")
-    monkeypatch.setattr(module, "correlated", build(correlated_noise.correlated))
+    monkeypatch.setattr(sum_noise, "correlated", build(correlated_noise.correlated))
     with pytest.raises(AssertionError):
         check_strategy_times_noise_is_independent_noise()
 

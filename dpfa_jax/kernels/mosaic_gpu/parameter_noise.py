@@ -1,4 +1,4 @@
-"""Noise on a sum of rows, made in registers in the pass that adds them and writes the released mean.
+"""Noise on a sum of rows, made in registers in the pass that adds them and writes the mean.
 
 Each thread owns four neighbouring numbers at a time: of each row one load of four, two counter
 blocks, one 16-byte store. The last program begins early enough to end with the array: what it
