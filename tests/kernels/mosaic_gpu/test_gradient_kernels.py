@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.sharding import Mesh, PartitionSpec
 
 from dpfa_jax.kernels import gradient_products as products
-from dpfa_jax.kernels import parameter_noise
+from dpfa_jax.kernels import parameter_noise, released_rows
 from dpfa_jax.kernels.mosaic_gpu import device
 from dpfa_jax.kernels.mosaic_gpu import gradient_products as product_kernel
 from dpfa_jax.kernels.mosaic_gpu import parameter_noise as noise_kernel
@@ -20,6 +20,7 @@ from dpfa_jax.noise.threefry import threefry2x32
 
 SIMULATE = plgpu.InterpretGPUParams()
 TEAMS = ProductTiles(rows=64, columns=64, tokens=32, stages=2, buffers=1)
+ROWS = ((4, jnp.float32), (3, jnp.float16))  # with and without rows left after pairs
 TOGETHER = ProductTiles(rows=64, columns=64, members=2, tokens=32, stages=3, buffers=1)
 
 
@@ -80,21 +81,41 @@ def test_weighted_sum_adds_the_stored_products():
     assert np.abs(np.asarray(total.sum(0)) - exact).max() <= 2.0**-22 * np.abs(exact).max()
 
 
+def noised(rows, scales, size, **more):
+    """(the kernel's mean, XLA's), in cells of the grid."""
+    key, numbers = insecure_test_key(3), jnp.asarray([1.5, 2.0**-10, 250.0], jnp.float32)
+    table = counters.bind_parameter(key_words(key), jnp.arange(7, dtype=jnp.uint32))
+    mean = noise_kernel.released_mean(
+        rows, scales, table, jnp.asarray([5]), numbers, block=512, interpret=SIMULATE, **more
+    )
+    exact = released_rows.released_mean_of_rows(
+        rows, scales, key, 5, stddev=1.5, grid=2.0**-10, divisor=250.0, implementation="xla"
+    )
+    assert mean.shape == exact.shape == (size,)
+    return (np.asarray(x, np.float64) * 250 * 2**10 for x in (mean, exact))
+
+
 @pytest.mark.parametrize("size", [512, pytest.param(516, marks=pytest.mark.slow)])
 def test_noise_is_the_oracle_s(size):
     """V10, V12: words by global index; the last of two programs overlaps the first."""
-    key = insecure_test_key(3)
-    total = draw(size, dtype=jnp.float32)
-    numbers = jnp.asarray([1.5, 2.0**-10, 250.0], jnp.float32)
-    table = counters.bind_parameter(key_words(key), jnp.arange(7, dtype=jnp.uint32))
-    mean = noise_kernel.released_mean(
-        total, table, jnp.asarray([5]), numbers, block=512, interpret=SIMULATE
-    )
-    exact = parameter_noise.released_mean(
-        total, key, 5, stddev=1.5, grid=2.0**-10, divisor=250.0, implementation="xla"
-    )
-    cells = np.abs(np.asarray(mean, np.float64) - np.asarray(exact, np.float64)) * 250 * 2**10
-    assert cells.max() <= 1.01
+    mine, theirs = noised(draw(1, size, dtype=jnp.float32), jnp.ones(1), size)
+    assert np.abs(mine - theirs).max() <= 1.01
+
+
+@pytest.mark.parametrize(
+    ("count", "dtype"),
+    [(5, jnp.bfloat16), *(pytest.param(*x, marks=pytest.mark.slow) for x in ROWS)],
+)
+def test_rows_are_added_and_noised_in_one_pass(count, dtype):
+    """V4, V8, V12: two together, then what is left; a row of scale zero is NaN, and left out."""
+    rows = draw(count, 512, dtype=dtype).at[1].set(jnp.nan)
+    scales = jnp.linspace(0.2, 1.0, count).at[1].set(0.0)
+    mine, theirs = noised(rows, scales, 512, together=2)
+    assert np.abs(mine - theirs).max() <= 1.01
+    assert np.mean(mine != theirs) < 0.02
+    # Negative control: one row more moves nearly every number by many cells.
+    _, other = noised(rows, scales.at[2].set(0.0), 512, together=2)
+    assert np.median(np.abs(mine - other)) > 100
 
 
 def test_a_piece_has_its_own_elements():
@@ -124,8 +145,9 @@ def test_the_pair_whose_radius_goes_on():
     more, _ = threefry2x32(words[0], words[1], jnp.uint32(1), jnp.uint32(pair))
     assert int(w0) == 0
     numbers = jnp.asarray([1.0, 2.0**-14, 1.0], jnp.float32)
+    rows, leaf = (jnp.zeros((1, 1024)), jnp.ones(1)), jnp.asarray([0])
     mean = noise_kernel.released_mean(
-        jnp.zeros(1024), words[None], jnp.asarray([0]), numbers, block=512, interpret=SIMULATE
+        *rows, words[None], leaf, numbers, block=512, interpret=SIMULATE
     )
     found = np.asarray(mean)[2 * pair : 2 * pair + 2]
     long, short = (np.ravel(normal_pair(w0, w1, third)) for third in (more, None))
@@ -177,6 +199,26 @@ def test_noise_lowers_and_vmap_falls_to_xla(hopper):
         jax.vmap(mean, in_axes=(0, None)), struct(2, 512, 100, dtype=jnp.float32), stddev
     )
     assert "dpfa_parameter_noise" not in mapped
+
+
+def test_rows_lower_and_vmap_falls_to_xla(hopper):
+    """One kernel, which reads the rows as they are; none inside shard_map, where sums are due."""
+
+    def mean(rows, scales, stddev=1.0):
+        return released_rows.released_mean_of_rows(
+            rows, scales, insecure_test_key(0), 0, stddev=stddev, grid=0.5, divisor=2.0
+        )
+
+    rows, scales = struct(6, 512, 100), struct(6, dtype=jnp.float32)
+    text = lower(mean, rows, scales)
+    assert text.count("custom_call @mosaic_gpu") == 1 and "6x512x100xf32" not in text
+    lower(mean, struct(3, 512, 100, dtype=jnp.float32), struct(3, dtype=jnp.float32))
+    mapped = lower(jax.vmap(mean, in_axes=(0, None)), struct(2, *rows.shape), scales)
+    assert "mosaic_gpu" not in mapped
+    mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
+    specs = (PartitionSpec("data"),) * 2
+    shard = jax.shard_map(mean, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("data"))
+    assert "mosaic_gpu" not in lower(shard, rows, scales)
 
 
 def test_tiles():
