@@ -201,7 +201,7 @@ SHARDED = """
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
 from helpers.dpsgd_cases import *
-from helpers.dpsgd_cases import _reader
+from helpers.dpsgd_cases import reader
 from dpfa_jax.core import ArgumentError
 
 def linear(params, batch):
@@ -218,7 +218,7 @@ for clip in CLIPS:
             mesh = jax.make_mesh((devices,), ("data",), axis_types=(kind,))
             place = lambda tree, spec: jax.device_put(tree, NamedSharding(mesh, spec))
             plan = plan_of(l2_clip_norm=clip, micro_batch_size=8)
-            dp = dpsgd.make_dp_step(linear, _reader(), plan)
+            dp = dpsgd.make_dp_step(linear, reader(), plan)
             state = dp.init(place({"w": jnp.zeros(25)}, P()))
             split = place((batch, real), P("data"))
             out = dp.step(state, *split, key)
@@ -229,7 +229,7 @@ for clip in CLIPS:
         if devices == 1:
             continue
         plan = plan_of(l2_clip_norm=clip, micro_batch_size=2)
-        dp = dpsgd.make_dp_step(linear, _reader(), plan, axis_name="data")
+        dp = dpsgd.make_dp_step(linear, reader(), plan, axis_name="data")
         sharded = jax.shard_map(dp.step, mesh=mesh, in_specs=(P(), P("data"), P("data"), P()),
                                 out_specs=P())
         found.append(np.asarray(jax.jit(sharded)(state, batch, real, key).opt_state["w"]))
@@ -239,7 +239,7 @@ for clip in CLIPS:
         else:
             assert np.abs(other - found[0]).max() <= plan.release.grids[0] / 8
             assert np.mean(other != found[0]) <= 0.08
-    unnamed = dpsgd.make_dp_step(linear, _reader(), plan_of())
+    unnamed = dpsgd.make_dp_step(linear, reader(), plan_of())
     try:
         jax.jit(jax.shard_map(unnamed.step, mesh=mesh, in_specs=(P(), P("data"), P("data"), P()),
                               out_specs=P(), check_vma=False))(state, batch, real, key)

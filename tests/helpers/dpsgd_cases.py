@@ -86,14 +86,14 @@ class Released:
 def release_once(plan, batch, is_real, *, seed=0, step_number=0, loss=loss_fn, params=None):
     """Runs the built step with optax.sgd(-1) from zero-like parameters and reads off the sums."""
     params = params_of() if params is None else params
-    dp = dpsgd.make_dp_step(loss, _reader(), plan)
+    dp = dpsgd.make_dp_step(loss, reader(), plan)
     state = dp.init(params)._replace(step=np.asarray(step_number, np.int32))
     state = dp.step(state, batch, jnp.asarray(is_real), insecure_test_key(seed))
     expected = plan.release.expected_batch_size
     return Released(plan, jax.tree.map(lambda mean: mean * expected, state.opt_state))
 
 
-def _reader() -> optax.GradientTransformation:
+def reader() -> optax.GradientTransformation:
     """Keeps the released gradient as its state and moves nothing, so no rounding hides it."""
 
     def update(means, state, params=None):
@@ -179,7 +179,7 @@ def check_division_by_the_expected_batch_size() -> None:
 
 def _noises(plan, steps: int) -> np.ndarray:
     """(steps, PARAMETERS) released sums of empty batches under one key."""
-    dp = dpsgd.make_dp_step(loss_fn, _reader(), plan)
+    dp = dpsgd.make_dp_step(loss_fn, reader(), plan)
 
     @jax.jit
     def run(state, batch, noise_key):
