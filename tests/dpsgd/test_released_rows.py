@@ -14,10 +14,11 @@ from dpfa_jax.core import ArgumentError
 from dpfa_jax.dpsgd.adaptive_clipping import noise_for
 from dpfa_jax.dpsgd.clipped_sum import clipped_sum, split_gradient
 from dpfa_jax.dpsgd.equations import inlined
+from dpfa_jax.dpsgd.leaf_noise import LeafNoise
 from dpfa_jax.dpsgd.noise_state import NoisySumState
 from dpfa_jax.dpsgd.parameters import leaf_groups
 from dpfa_jax.dpsgd.released import Released, sums_of
-from dpfa_jax.dpsgd.sum_noise import TRAINING_LAYER, SumNoise, noise_of
+from dpfa_jax.dpsgd.sum_noise import TRAINING_LAYER, noise_of
 from dpfa_jax.kernels import gradient_products, released_rows
 from dpfa_jax.noise import bind, fields, grid, insecure_test_key, key_words
 from dpfa_jax.release import AdaptiveClipping
@@ -62,14 +63,14 @@ def loss(params, batch):
 @pytest.fixture
 def one_pass(monkeypatch):
     """As where kernels serve; gives the places of the leaves that left so."""
-    left, release = [], SumNoise._release
+    left, release = [], LeafNoise.of_rows
 
     def noted(self, leaf, rows, scales):
         found = release(self, leaf, rows, scales)
         left.extend([] if found is None else [found.leaf])
         return found
 
-    monkeypatch.setattr(SumNoise, "_release", noted)
+    monkeypatch.setattr(LeafNoise, "of_rows", noted)
     monkeypatch.setattr(gradient_products, "chosen", lambda *operands: True)
     monkeypatch.setattr(released_rows, "chosen", lambda rows, stddev: np.ndim(stddev) == 0)
     return left
