@@ -18,12 +18,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dpfa_jax.clipping import weighted_sum
 from dpfa_jax.kernels.gradient_products import (
     gradient_product_squares,
     gradient_products,
     weighted_product_sum,
 )
 from dpfa_jax.kernels.parameter_noise import released_mean
+from dpfa_jax.kernels.released_rows import released_mean_of_rows
 from dpfa_jax.noise import insecure_test_key
 
 # B, T, I, O: the layers of GPT-2-small
@@ -35,6 +37,7 @@ SHAPES = (
     (32, 1024, 768, 50304),
 )
 PARAMETERS = 124_475_904
+NUMBERS, EXAMPLES = 16_777_216, (8, 16, 32)  # of one leaf whose rows are added and noised
 ROUNDS = 5
 
 
@@ -75,6 +78,28 @@ def noises() -> dict[str, Callable[..., Any]]:
         ),
         "released mean mosaic_gpu": lambda total: mean(total, "mosaic_gpu"),
         "released mean xla": lambda total: mean(total, "xla"),
+    }
+
+
+def rows_and_noise() -> dict[str, Callable[..., Any]]:
+    """What a step does between products and optimizer: two passes, one, and the floor of one."""
+    numbers = {"stddev": 1.5, "grid": 2.0**-10, "divisor": 250.0}
+
+    def mean(rows: jax.Array, scales: jax.Array, kind: str) -> jax.Array:
+        key = insecure_test_key(3)
+        return released_mean_of_rows(rows, scales, key, 0, implementation=kind, **numbers)
+
+    def two_passes(rows: jax.Array, scales: jax.Array) -> jax.Array:
+        total = jax.lax.optimization_barrier(weighted_sum(rows, scales))
+        key = insecure_test_key(3)
+        return released_mean(total, key, 0, implementation="mosaic_gpu", **numbers)
+
+    return {
+        "copy of the bytes": lambda rows, _: jnp.sum(rows, axis=0, dtype=jnp.float32),
+        "weighted sum by xla": weighted_sum,
+        "weighted sum by xla, then noise kernel": two_passes,
+        "released mean of rows mosaic_gpu": lambda rows, scales: mean(rows, scales, "mosaic_gpu"),
+        "released mean of rows xla": lambda rows, scales: mean(rows, scales, "xla"),
     }
 
 
@@ -150,6 +175,12 @@ def main() -> None:
         about = dict(zip(("B", "T", "I", "O"), shape, strict=True)) | {"dtype": options.dtype}
         calls = 4 if max(sizes) > 10_000 else 10
         rows += [about | one for one in timed(products(), operands, calls)]
+    for count in EXAMPLES:
+        drawn = jax.random.normal(jax.random.key(2), (count, NUMBERS), options.dtype)
+        scales = jnp.linspace(0.2, 1.0, count, dtype=jnp.float32)
+        about = {"B": count, "numbers": NUMBERS, "dtype": options.dtype}
+        rows += [about | one for one in timed(rows_and_noise(), (drawn, scales), 10)]
+        del drawn
     total = jax.random.normal(jax.random.key(1), (PARAMETERS,))
     rows += [{"numbers": PARAMETERS} | one for one in timed(noises(), (total,), 10) + torch_rows()]
     for one in rows:

@@ -103,12 +103,14 @@ def expected_of(one, examples, real):
         stddevs, grids = noise_for(release, jnp.asarray(release.l2_clip_norms))
 
     @jax.jit
-    def noise(key):
+    def noise(key):  # an element's noise goes by its flat index: of all leaves, as many as of any
         words = bind(key_words(key), jnp.zeros((), jnp.int32), TRAINING_LAYER)
         step_key = jax.random.wrap_key_data(words, impl=jax.random.key_impl(key))
-        return [fields.parameter_noise(step_key, i, x.shape) for i, x in enumerate(sums.values())]
+        draw = jax.vmap(lambda leaf: fields.parameter_noise(step_key, leaf, (96,)))
+        return draw(jnp.arange(LEAVES, dtype=jnp.uint32))
 
-    parts = zip(sums.values(), noise(key), groups, strict=True)
+    drawn = [z[: x.size].reshape(x.shape) for z, x in zip(noise(key), sums.values(), strict=True)]
+    parts = zip(sums.values(), drawn, groups, strict=True)
     return [
         (np.asarray(total, np.float64) + float(stddevs[group]) * np.asarray(z), float(grids[group]))
         for total, z, group in parts
@@ -148,7 +150,7 @@ PARTS = {
 }
 
 
-SLOW = {"correlated": pytest.mark.slow, "micro-batches": pytest.mark.slow}
+SLOW = dict.fromkeys(("correlated", "micro-batches", "slices"), pytest.mark.slow)
 
 
 @pytest.mark.parametrize(
@@ -252,7 +254,7 @@ def test_a_released_mean_is_one_value_for_all_readers(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "name", ["adaptive", "correlated", pytest.param("flat", marks=pytest.mark.slow)]
+    "name", ["correlated", *(pytest.param(x, marks=pytest.mark.slow) for x in ("flat", "adaptive"))]
 )
 def test_a_barrier_is_between_sums_and_results(name, monkeypatch):
     """V12: for means, clip norms from counts, and noise that is kept. Control: without it."""
