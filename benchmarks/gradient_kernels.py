@@ -8,6 +8,7 @@ Medians over queued calls on iid normal inputs, in milliseconds; torch by events
 import argparse
 import concurrent.futures
 import datetime
+import functools
 import json
 import statistics
 import sys
@@ -24,6 +25,7 @@ from dpfa_jax.kernels.gradient_products import (
     gradient_products,
     weighted_product_sum,
 )
+from dpfa_jax.kernels.mosaic_gpu import parameter_noise as noise_kernel
 from dpfa_jax.kernels.parameter_noise import released_mean
 from dpfa_jax.kernels.released_rows import released_mean_of_rows
 from dpfa_jax.noise import insecure_test_key
@@ -94,6 +96,18 @@ def rows_and_noise() -> dict[str, Callable[..., Any]]:
         key = insecure_test_key(3)
         return released_mean(total, key, 0, implementation="mosaic_gpu", **numbers)
 
+    def kernel(rows: jax.Array, scales: jax.Array, **options: int) -> jax.Array:
+        table = jnp.zeros((1, 2), jnp.uint32)
+        return noise_kernel.released_mean(
+            rows,
+            scales,
+            table,
+            jnp.zeros(1, jnp.int32),
+            jnp.asarray([*numbers.values()]),
+            **options,
+        )
+
+    tried = {"1024 numbers": {"block": 1024}, "8 rows": {"together": 8}, "2 rows": {"together": 2}}
     return {
         "plain sum by xla (the same bytes)": lambda rows, _: jnp.sum(
             rows, axis=0, dtype=jnp.float32
@@ -102,6 +116,10 @@ def rows_and_noise() -> dict[str, Callable[..., Any]]:
         "weighted sum by xla, then noise kernel": two_passes,
         "released mean of rows mosaic_gpu": lambda rows, scales: mean(rows, scales, "mosaic_gpu"),
         "released mean of rows xla": lambda rows, scales: mean(rows, scales, "xla"),
+        **{
+            f"released mean of rows mosaic_gpu, {name}": functools.partial(kernel, **options)
+            for name, options in tried.items()
+        },
     }
 
 

@@ -10,7 +10,7 @@ import pytest
 from helpers.dpsgd_cases import plan_of, reader
 
 from dpfa_jax import dpsgd
-from dpfa_jax.core import ArgumentError
+from dpfa_jax.core import ArgumentError, KeyReuseError
 from dpfa_jax.dpsgd.adaptive_clipping import noise_for
 from dpfa_jax.dpsgd.clipped_sum import clipped_sum, split_gradient
 from dpfa_jax.dpsgd.equations import inlined
@@ -20,7 +20,7 @@ from dpfa_jax.dpsgd.parameters import leaf_groups
 from dpfa_jax.dpsgd.released import Released, sums_of
 from dpfa_jax.dpsgd.sum_noise import TRAINING_LAYER, noise_of
 from dpfa_jax.kernels import gradient_products, released_rows
-from dpfa_jax.noise import bind, fields, grid, insecure_test_key, key_words
+from dpfa_jax.noise import bind, fields, grid, insecure_test_key, key_words, new_noise_key
 from dpfa_jax.release import AdaptiveClipping
 
 ROWS, TOKENS = 16, 6
@@ -199,6 +199,23 @@ def test_what_has_left_is_no_sum_and_stays_its_own_leaf():
     noisy = dpsgd.noisy_sum(plan("flat", noise_strategy=(0.8, 0.6)))
     with pytest.raises(ArgumentError, match="Released"):
         noisy.update(means, noisy.init(params()), noise_key=insecure_test_key(0))
+
+
+def test_data_that_a_loss_closes_over_is_seen_before_any_noise(one_pass):
+    """V11: noise is drawn before the sums are there, from what they are made from."""
+    key = new_noise_key()
+
+    def stepped(weight):
+        dp = dpsgd.make_dp_step(
+            lambda p, b: weight * loss(p, b),
+            optax.sgd(0.1),
+            plan("flat", insecure_test_noise=False),
+        )
+        return dp.step(dp.init(params()), batch(), jnp.ones(ROWS, bool), key).params
+
+    with pytest.raises(KeyReuseError, match="vmap maps the data"):
+        jax.vmap(stepped)(jnp.arange(3.0))
+    assert one_pass == [0, 1] or one_pass == [1, 0]
 
 
 def turned(params, batch):
