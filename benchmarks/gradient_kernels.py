@@ -109,9 +109,8 @@ def rows_and_noise() -> dict[str, Callable[..., Any]]:
 
     tried = {"1024 numbers": {"block": 1024}, "8 rows": {"together": 8}, "2 rows": {"together": 2}}
     return {
-        "plain sum by xla (the same bytes)": lambda rows, _: jnp.sum(
-            rows, axis=0, dtype=jnp.float32
-        ),
+        # The pass reads 2 B bytes a number and writes 4: half of them, there and back.
+        "copy of as many bytes": lambda rows, _: rows[: rows.shape[0] // 2 + 1] * 2.0,
         "weighted sum by xla": weighted_sum,
         "weighted sum by xla, then noise kernel": two_passes,
         "released mean of rows mosaic_gpu": lambda rows, scales: mean(rows, scales, "mosaic_gpu"),
