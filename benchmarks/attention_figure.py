@@ -7,6 +7,7 @@ Rows = list[dict[str, Any]]
 CASE = ("direction", "B", "T", "H", "K", "D", "mask")
 DIRECTIONS = {"forward": "forward", "forward_backward": "forward and backward"}
 # Products of attention: two forward, five backward.
+MASKS = ("full", "causal")  # that have figures
 PRODUCTS = {"forward": 2, "forward_backward": 7}
 SKIPPED = {"causal": 0.5}  # part of the work that a mask spares
 
@@ -23,9 +24,7 @@ def draw(found: dict[str, Any], figure: Any) -> None:
 
     Time over that of cuDNN, TFLOP/s with the matrix product's as the ceiling, and peak memory.
     """
-    rows = [
-        row for row in found["rows"] if row["H"] == row["K"] and row["mask"] in ("full", "causal")
-    ]
+    rows = [row for row in found["rows"] if row["H"] == row["K"] and row["mask"] in MASKS]
     columns = sorted(
         {(row["D"], row["mask"]) for row in rows}, key=lambda c: (c[0], c[1] != "full")
     )

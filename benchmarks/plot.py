@@ -249,7 +249,8 @@ def page(results: Path, docs: Path) -> Path:
                 f"## {title}, {found['device']}, {found['date']}",
                 f"{text} From `benchmarks/results/{file.parent.name}/{file.name}`: {shown}.",
             ]
-            has_lengths = len({row.get("T") for row in found["rows"]}) > 1
+            drawn_rows = [row for row in found["rows"] if row.get("mask") in attention_figure.MASKS]
+            has_lengths = len({row["T"] for row in drawn_rows}) > 1
             if name in ("train", "utility") or (name == "attention" and has_lengths):
                 figure = docs / "figures" / f"{file.parent.name}-{file.stem}.svg"
                 draw(file, figure)

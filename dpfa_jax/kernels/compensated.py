@@ -52,12 +52,15 @@ def divide(x: TwoFloat, y: TwoFloat) -> TwoFloat:
     return two_sum(first, remainder / y.high)
 
 
-def snap(x: TwoFloat, grid: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """The multiple of `grid` (a power of two) nearest x, as float32."""
+def snap_once(x: TwoFloat, grid: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """The multiple of `grid` (a power of two) nearest x, as float32: one value for all readers.
+
+    As `noise.grid.snap_once`; not inside kernels.
+    """
     scaled = x.high / grid
     near = jnp.round(scaled)
     rest = (scaled - near) + x.low / grid
-    return (near + jnp.round(rest)) * grid
+    return jax.lax.optimization_barrier((near + jnp.round(rest)) * grid)
 
 
 def _upper_half(a: Float[Array, "*shape"]) -> Float[Array, "*shape"]:

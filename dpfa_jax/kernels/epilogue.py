@@ -21,7 +21,8 @@ from dpfa_jax.kernels.base import (
 )
 from dpfa_jax.kernels.compensated import TwoFloat
 from dpfa_jax.kernels.partitioning import by_batch_and_heads
-from dpfa_jax.noise import attention_noise, snap
+from dpfa_jax.noise import attention_noise
+from dpfa_jax.noise.grid import snap_once
 
 
 def clipped(
@@ -77,7 +78,7 @@ def example(
 ) -> Float[Array, "B T N H"]:
     """Clipped, noised and snapped output in float32."""
     drawn = _scaled_noise(readout, normalised, noise)
-    return snap(clipped(readout, normalised) + drawn, _per_head(readout.grids))
+    return snap_once(clipped(readout, normalised) + drawn, _per_head(readout.grids))
 
 
 def memory(
@@ -92,9 +93,9 @@ def memory(
     if readout.form == "ratio":
         answer = ratio(sums)
         drawn = _scaled_noise(readout, answer.high, noise)
-        return compensated.snap(compensated.add(answer, drawn), _per_head(readout.grids))
+        return compensated.snap_once(compensated.add(answer, drawn), _per_head(readout.grids))
     drawn = _scaled_noise(readout, sums.high, noise)
-    released = compensated.snap(compensated.add(sums, drawn), _per_head(readout.grids))
+    released = compensated.snap_once(compensated.add(sums, drawn), _per_head(readout.grids))
     numerator, normaliser = released[..., :columns], released[..., columns:]
     return numerator / jnp.maximum(normaliser / readout.weight_scale, readout.floor)
 
