@@ -16,6 +16,8 @@ from dpfa_jax.kernels.blocked import Blocked
 from dpfa_jax.noise import insecure_test_key
 from dpfa_jax.release import ExampleRelease, RecordRelease
 
+pytestmark = pytest.mark.quickly_compiled
+
 ALPHA = 1e-3
 MU = 1.5  # claimed: sensitivity over noise deviation
 ROWS, KEYS, HEADS, SIZE = 2, 6, 2, 3

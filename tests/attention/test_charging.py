@@ -15,6 +15,8 @@ from dpfa_jax.dpsgd import DPSGDPlan, make_dp_step
 from dpfa_jax.noise import generator_of
 from dpfa_jax.release import ExampleRelease, TrainingRelease
 
+pytestmark = pytest.mark.quickly_compiled
+
 RELEASE = ExampleRelease(1.0, 10.0, 3, 2, 4)
 
 

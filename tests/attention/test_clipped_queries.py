@@ -14,6 +14,8 @@ from dpfa_jax.kernels import dispatch
 from dpfa_jax.noise import insecure_test_key
 from dpfa_jax.release import ExampleRelease
 
+pytestmark = pytest.mark.quickly_compiled
+
 RELEASE = ExampleRelease(10.0, 2.0**-14, 5, 2, 8, insecure_test_noise=True)
 CLIPPED = dataclasses.replace(RELEASE, query_key_clip_norm=1.5)
 KEY = insecure_test_key(3)

@@ -15,6 +15,8 @@ from dpfa_jax.kernels.blocked import Blocked
 from dpfa_jax.noise import insecure_test_key
 from dpfa_jax.release import sensitivity
 
+pytestmark = pytest.mark.quickly_compiled
+
 CHECKS = [value for name, value in vars(cases).items() if name.startswith("check_")]
 
 

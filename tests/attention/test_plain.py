@@ -10,6 +10,8 @@ import pytest
 
 from dpfa_jax.attention import dot_product_attention as attention
 
+pytestmark = pytest.mark.quickly_compiled
+
 BATCH, ROWS, KEYS, HEADS, KEY_HEADS, SIZE = 2, 5, 7, 4, 2, 8
 
 

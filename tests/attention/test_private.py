@@ -14,6 +14,8 @@ from dpfa_jax.core import ArgumentError, KeyReuseError, PrivateAutodiffError
 from dpfa_jax.noise import attention_noise, bind, insecure_test_key, key_words, new_noise_key
 from dpfa_jax.release import ExampleRelease, RecordRelease
 
+pytestmark = pytest.mark.quickly_compiled
+
 BATCH, ROWS, KEYS, HEADS, KEY_HEADS, SIZE = 3, 5, 11, 4, 2, 8
 EXAMPLE = ExampleRelease(0.5, 1.0, ROWS, HEADS, SIZE, insecure_test_noise=True)
 WHOLE = dataclasses.replace(EXAMPLE, clip="example")

@@ -22,6 +22,8 @@ from dpfa_jax.kernels import tile_tables
 from dpfa_jax.release import TrainingRelease
 from dpfa_jax.train import TrainConfig
 
+pytestmark = pytest.mark.quickly_compiled
+
 
 @pytest.fixture
 def csv(tmp_path):

@@ -2,16 +2,14 @@
 
 import dataclasses
 import math
-import os
 import re
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import forced_devices
 from helpers.dpsgd_cases import PARAMETERS, batch_of, loss_fn, params_of, plan_of
 
 from dpfa_jax import dpsgd
@@ -22,6 +20,8 @@ from dpfa_jax.dpsgd.clipped_sum import clipped_sum
 from dpfa_jax.noise import fields, grid
 from dpfa_jax.noise.keys import insecure_test_key
 from dpfa_jax.release import AdaptiveClipping, TrainingRelease, noise_grid
+
+pytestmark = pytest.mark.quickly_compiled
 
 GROUPS = (("bias", "head"), ("kernel",))
 ADAPTIVE = AdaptiveClipping(quantile=0.75, learning_rate=0.02, budget_share=0.5)
@@ -277,19 +277,7 @@ print("all equal")
 @pytest.mark.slow
 def test_sharding_does_not_change_norms_or_memory():
     """V10: counts are added over the shards before they are noised, once."""
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=2",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "all equal", done.stderr[-3000:]
+    assert forced_devices.printed(2, "-c", SHARDED, is_optimised=True) == "all equal"
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,8 @@ from dpfa_jax.dpsgd.coverage import coverage
 from dpfa_jax.dpsgd.late_gradients import LateGradient
 from dpfa_jax.kernels import gradient_products
 
+pytestmark = pytest.mark.quickly_compiled
+
 
 def clipped_sum(*arguments, **named):
     return module.clipped_sum(*arguments, **named).gradients

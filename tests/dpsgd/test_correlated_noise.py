@@ -20,6 +20,8 @@ from dpfa_jax.dpsgd import correlated_noise, sum_noise
 from dpfa_jax.noise.keys import insecure_test_key, new_noise_key
 from dpfa_jax.release import TrainingRelease, sensitivity
 
+pytestmark = pytest.mark.quickly_compiled
+
 STRATEGY = (0.75, 0.5, 0.375, 0.25)
 
 

@@ -16,6 +16,8 @@ from helpers.dpsgd_cases import (
 
 from dpfa_jax.clipping.trees import CLIP_MARGIN
 
+pytestmark = pytest.mark.quickly_compiled
+
 
 def theirs(batch, real, l2_clip_norm):
     """jax_privacy 2.0: examples that are not real are left out; those not finite count as zero."""

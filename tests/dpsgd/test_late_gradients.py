@@ -14,6 +14,8 @@ from dpfa_jax.dpsgd import clipped_sum as module
 from dpfa_jax.dpsgd.forms import Rows
 from dpfa_jax.dpsgd.late_gradients import LateGradient
 
+pytestmark = pytest.mark.quickly_compiled
+
 
 def clipped_sum(*arguments, **named):
     return module.clipped_sum(*arguments, **named).gradients

@@ -14,6 +14,8 @@ from dpfa_jax.clipping import trees
 from dpfa_jax.dpsgd import step, sum_noise
 from dpfa_jax.noise import fields, grid
 
+pytestmark = pytest.mark.quickly_compiled
+
 QUICK = (
     "no_clip",
     "nan_passes",

@@ -20,6 +20,8 @@ from helpers.dpsgd_cases import (
 from dpfa_jax import accounting, dpsgd
 from dpfa_jax.core import ArgumentError
 
+pytestmark = pytest.mark.quickly_compiled
+
 NESTED = {"encoder": [{"kernel": np.ones((3, 4)), "bias": np.ones(4)}] * 2, "head": np.ones(6)}
 
 

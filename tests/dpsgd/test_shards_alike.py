@@ -13,6 +13,8 @@ from dpfa_jax import dpsgd
 from dpfa_jax.core import ArgumentError
 from dpfa_jax.noise import insecure_test_key
 
+pytestmark = pytest.mark.quickly_compiled
+
 ROWS, WIDTH = 8, 4
 PLAN = plan_of(num_parameters=WIDTH, truncated_batch_size=ROWS, micro_batch_size=ROWS)
 SUMS = {"w": jnp.arange(WIDTH, dtype=jnp.float32)}

@@ -1,15 +1,13 @@
 """Clip groups of slices, where parameters of all layers are stacked for `scan` (V8, V10, V23)."""
 
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers import forced_devices
 from helpers.clipping_oracle import QUICKLY_COMPILED, gradients_by_grad
 from helpers.dpsgd_cases import plan_of
 
@@ -22,6 +20,8 @@ from dpfa_jax.dpsgd.parameters import leaf_groups
 from dpfa_jax.dpsgd.rounds import columns_of
 from dpfa_jax.noise import insecure_test_key
 from dpfa_jax.release import AdaptiveClipping
+
+pytestmark = pytest.mark.quickly_compiled
 
 LAYERS, WIDTH, LENGTH, BATCH = 3, 8, 4, 6
 
@@ -384,16 +384,4 @@ print("all equal")
 
 def test_shards_clip_inside_their_loops():
     """V10: by shard_map and by jit with sharded rows, on four devices."""
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join([*(path for path in sys.path if path), "tests"]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", SHARDED],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "all equal", done.stderr[-3000:]
+    assert forced_devices.printed(4, "-c", SHARDED) == "all equal"

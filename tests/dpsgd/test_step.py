@@ -1,9 +1,6 @@
 """The built step as a program: what it holds, what it returns, what does not change it."""
 
 import dataclasses
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +8,14 @@ import numpy as np
 import optax
 import optax.contrib
 import pytest
+from helpers import forced_devices
 from helpers.dpsgd_cases import batch_of, flat, loss_fn, params_of, plan_of, release_once
 
 from dpfa_jax import dpsgd
 from dpfa_jax.core import ArgumentError, KeyReuseError
 from dpfa_jax.noise.keys import insecure_test_key, new_noise_key
+
+pytestmark = pytest.mark.quickly_compiled
 
 
 def primitives(jaxpr) -> list[str]:
@@ -277,16 +277,6 @@ def test_sharding_does_not_change_what_is_released(clips, devices):
 
     So are examples that each shard holds, and any where types do not tell (check_vma=False).
     """
-    environment = os.environ | {
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
-        "JAX_PLATFORMS": "cpu",
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", f"CLIPS, DEVICES = {clips}, {devices}\n{SHARDED}"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.stdout.strip() == "all equal", done.stderr[-3000:]
+    program = f"CLIPS, DEVICES = {clips}, {devices}\n{SHARDED}"
+    is_optimised = len(clips) > 1  # in the long suite
+    assert forced_devices.printed(8, "-c", program, is_optimised=is_optimised) == "all equal"

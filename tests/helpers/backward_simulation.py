@@ -1,12 +1,9 @@
 """Hopper backward kernels in the Mosaic GPU simulator, against float64."""
 
-import os
-import subprocess
-import sys
-
 import jax.numpy as jnp
 import numpy as np
 from helpers import attention_oracle as oracle
+from helpers import forced_devices
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dpfa_jax.kernels.base import AttentionSpec
@@ -84,14 +81,5 @@ def in_a_process(file, *arguments):
 
     Fewer threads than barriers that are waited on at once never come back.
     """
-    flags = "--xla_force_host_platform_device_count=8"
-    done = subprocess.run(
-        [sys.executable, file, *arguments],
-        env={**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    return [float(x) for x in done.stdout.split()]
+    printed = forced_devices.printed(8, file, *arguments, timeout=300)
+    return [float(x) for x in printed.split()]

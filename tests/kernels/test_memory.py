@@ -11,6 +11,8 @@ from dpfa_jax.kernels import compensated, epilogue, memory_loop, reference, soft
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, MemoryReadout
 from dpfa_jax.release import sensitivity
 
+pytestmark = pytest.mark.quickly_compiled
+
 C, SIZE = 1.0, 8
 ETA = sensitivity.ACCUMULATION_SLACK
 

@@ -13,6 +13,8 @@ from dpfa_jax.attention import checks, dot_product_attention
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, Plain
 from dpfa_jax.kernels.public_maximum import SHIFT, has_public_maximum
 
+pytestmark = pytest.mark.quickly_compiled
+
 
 def inputs(dtype, bias=None):
     x = jax.ShapeDtypeStruct((1, 2, 1, 8), dtype)

@@ -18,6 +18,8 @@ from dpfa_jax.kernels.triton import tile_choice as triton_choice
 from dpfa_jax.kernels.triton import tiles as triton_tiles
 from dpfa_jax.kernels.triton.backend import TritonBackend
 
+pytestmark = pytest.mark.quickly_compiled
+
 FULL, CAUSAL = AttentionSpec(1.0), AttentionSpec(1.0, is_causal=True)
 FREE = AttentionSpec(1.0, deterministic=False)
 NOISY = AttentionSpec(1.0, readout=ExampleReadout(0.3, (0.5,) * 2, (2.0**-5,) * 2))

@@ -11,6 +11,8 @@ from helpers.flax_models import FAMILIES, embedding
 from dpfa_jax import dpsgd, nn
 from dpfa_jax.clipping import trees
 
+pytestmark = pytest.mark.quickly_compiled
+
 SLOW = pytest.mark.slow
 ROWS, TOKENS, WIDTH = 4, 5, 8
 # The loss does not depend on what is added to every key alike.

@@ -15,6 +15,8 @@ from dpfa_jax.dpsgd import DPSGDPlan, make_dp_step
 from dpfa_jax.noise import insecure_test_key
 from dpfa_jax.release import TrainingRelease
 
+pytestmark = pytest.mark.quickly_compiled
+
 
 class Small(nnx.Module):
     """Both kinds of linear layer, one of them under two names."""

@@ -10,6 +10,8 @@ from dpfa_jax.nn import Decoder, Encoder, MultiHeadAttention, attention_fn
 from dpfa_jax.noise import insecure_test_key
 from dpfa_jax.release import ExampleRelease
 
+pytestmark = pytest.mark.quickly_compiled
+
 SLOW = pytest.mark.slow
 RELEASE = ExampleRelease(
     1.0, 2.0, query_length=5, num_heads=4, head_dim=4, insecure_test_noise=True

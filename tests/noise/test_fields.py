@@ -1,12 +1,10 @@
-import os
-import subprocess
-import sys
 import textwrap
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import forced_devices
 from helpers.statistics import correlation_p_value
 
 from dpfa_jax.core import ArgumentError
@@ -132,8 +130,4 @@ def test_sharding_does_not_change_the_noise():
             assert np.abs(np.asarray(out) - whole).max() < 2e-6, n
         print("same")
     """)
-    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
-    done = subprocess.run(
-        [sys.executable, "-c", program], env={**os.environ, **flags}, capture_output=True, text=True
-    )
-    assert done.stdout.strip() == "same", done.stderr
+    assert forced_devices.printed(8, "-c", program, is_optimised=True) == "same"

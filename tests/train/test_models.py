@@ -9,6 +9,8 @@ from dpfa_jax.train.data import ClassificationData
 from dpfa_jax.train.defaults import DEFAULTS, defaults_for
 from dpfa_jax.train.models import build_model
 
+pytestmark = pytest.mark.quickly_compiled
+
 VOCABULARY, LENGTH, CLASSES = 50, 6, 3
 
 

@@ -22,6 +22,8 @@ from dpfa_jax.train.progress import PlainProgress
 from dpfa_jax.train.run_folder import RunFolder
 from dpfa_jax.train.run_ledger import create_run_ledger, open_run_ledger
 
+pytestmark = pytest.mark.quickly_compiled
+
 
 @pytest.fixture(scope="module")
 def csv(tmp_path_factory):

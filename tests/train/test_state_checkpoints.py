@@ -12,6 +12,8 @@ from dpfa_jax.core import LedgerError
 from dpfa_jax.release import AdaptiveClipping
 from dpfa_jax.train.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.quickly_compiled
+
 
 def parts(**changes):
     plan = plan_of(steps=6, insecure_test_noise=False, **changes)

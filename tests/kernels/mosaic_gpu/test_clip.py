@@ -7,6 +7,8 @@ import pytest
 
 from dpfa_jax.kernels.mosaic_gpu import noise
 
+pytestmark = pytest.mark.quickly_compiled
+
 
 def norms(x, bound):
     found = np.asarray(jax.jit(lambda x: noise.clip_rows(x, bound))(x), np.float64)

@@ -18,6 +18,8 @@ from dpfa_jax.kernels.mosaic_gpu.gradient_products import SUM_TILE, ProductTiles
 from dpfa_jax.noise import counters, insecure_test_key, key_words, normal_pair
 from dpfa_jax.noise.threefry import threefry2x32
 
+pytestmark = pytest.mark.quickly_compiled
+
 SIMULATE = plgpu.InterpretGPUParams()
 TEAMS = ProductTiles(rows=64, columns=64, tokens=32, stages=2, buffers=1)
 ROWS = ((4, jnp.float32), (3, jnp.float16))  # with and without rows left after pairs

@@ -19,6 +19,8 @@ from dpfa_jax.kernels.mosaic_gpu import backend
 from dpfa_jax.kernels.public_maximum import has_public_maximum
 from dpfa_jax.noise import attention_noise
 
+pytestmark = pytest.mark.quickly_compiled
+
 BACKEND = backend.MosaicGpuBackend(interpret=plgpu.InterpretGPUParams())
 # Where the noise of an example release is made.
 PLACES = {

@@ -12,6 +12,8 @@ from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, ExampleReadout
 from dpfa_jax.kernels.mosaic_gpu import backend, release_pass
 from dpfa_jax.noise import attention_noise
 
+pytestmark = pytest.mark.quickly_compiled
+
 SIMULATE = plgpu.InterpretGPUParams()
 AFTER = backend.MosaicGpuBackend(name="after", interpret=SIMULATE, noise_pass=True)
 INSIDE = backend.MosaicGpuBackend(name="inside", interpret=SIMULATE, noise_pass=False)

@@ -18,6 +18,8 @@ from dpfa_jax.kernels.mosaic_gpu import row_clip as kernel
 from dpfa_jax.noise import insecure_test_key
 from dpfa_jax.release import ExampleRelease
 
+pytestmark = pytest.mark.quickly_compiled
+
 SIMULATE = plgpu.InterpretGPUParams()
 BFLOAT16, FLOAT16 = jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float16)
 FLOAT32 = jnp.dtype(jnp.float32)

@@ -20,6 +20,8 @@ from dpfa_jax.kernels.triton.backend import TritonBackend
 from dpfa_jax.kernels.triton.noise import Stream
 from dpfa_jax.noise import attention_noise
 
+pytestmark = pytest.mark.quickly_compiled
+
 BACKEND = TritonBackend(interpret=True)
 NOISE, GRIDS = (0.5, 0.25, 0.5, 1.0), (2.0**-5, 2.0**-6, 2.0**-5, 2.0**-4)
 EXAMPLE = ExampleReadout(0.3, NOISE, GRIDS)

@@ -1,10 +1,7 @@
 """V10 on eight devices, the kernels as plain JAX: the same numbers, and no gather under jit."""
 
-import os
-import subprocess
-import sys
-
 import pytest
+from helpers import forced_devices
 
 PROGRAM = """
 import sys
@@ -89,14 +86,4 @@ def test_eight_devices(part):
 
     Explicit axes are in test_lowering.py: the interpreter knows nothing of varying axes.
     """
-    flags = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    environment = {**os.environ, "XLA_FLAGS": flags, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", PROGRAM, part],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stdout.strip() == "passed"
+    assert forced_devices.printed(8, "-c", PROGRAM, part) == "passed"

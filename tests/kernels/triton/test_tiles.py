@@ -9,6 +9,8 @@ from helpers import attention_oracle as oracle
 from dpfa_jax.kernels.base import AttentionSpec
 from dpfa_jax.kernels.triton import tiles
 
+pytestmark = pytest.mark.quickly_compiled
+
 BLOCK_Q, BLOCK_KV = 8, 16
 SIZES = ((1, 1), (8, 16), (45, 37), (32, 64), (20, 90))
 
