@@ -336,10 +336,20 @@ def test_doctor_passes_and_fails(capsys, monkeypatch):
     ("case", "result", "change"),
     [
         ("plain, head size 64, float32", "output", lambda x: x * 1.00001),
-        ("plain, head size 256, float32", "key", lambda x: x.at[0, 3, 1, 255].add(1e-4)),
-        ("causal, bfloat16", "query", lambda x: x * 1.05),
+        pytest.param(
+            "plain, head size 256, float32",
+            "key",
+            lambda x: x.at[0, 3, 1, 255].add(1e-4),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param("causal, bfloat16", "query", lambda x: x * 1.05, marks=pytest.mark.slow),
         ("mask and bias, float16", "bias", lambda x: x * 1.05),
-        ("lengths and window, bfloat16", "value", lambda x: x.at[1, 77].set(x[1, 40])),
+        pytest.param(
+            "lengths and window, bfloat16",
+            "value",
+            lambda x: x.at[1, 77].set(x[1, 40]),
+            marks=pytest.mark.slow,
+        ),
         ("private example, float32", "output", lambda x: x.at[1, 7, 2, 5].add(0.125)),
         ("private memory, bfloat16", "output", lambda x: x.at[0, 99, 3, 63].add(0.05)),
     ],

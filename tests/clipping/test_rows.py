@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -164,29 +166,26 @@ def test_integers_are_no_storage_type():
         clip_rows_stored(jnp.ones((2, 3), jnp.int32), 1.0)
 
 
-@pytest.mark.parametrize("direction", [pytest.param("forward", marks=pytest.mark.slow), "reverse"])
+@pytest.mark.parametrize("direction", ["forward", "reverse"])
 def test_derivative_at_every_magnitude(direction):
     """V8: against the closed form in float64, from subnormal rows to the largest."""
     rng = np.random.default_rng(5)
     row, tangent = rng.standard_normal((2, 9))
-    for exponent in range(-126, 119, 3):
-        x = jnp.asarray(row * 2.0**exponent, jnp.float32)
-        exact = np.asarray(x, np.float64)
-        norm = np.linalg.norm(exact)
-        for bound in (1e-6, 1.0, 1e6):
-            if direction == "forward":
-                _, found = jax.jvp(
-                    lambda x, bound=bound: clip_rows(x, bound),
-                    (x,),
-                    (jnp.asarray(tangent, jnp.float32),),
-                )
-            else:
-                _, pull = jax.vjp(lambda x, bound=bound: clip_rows(x, bound), x)
-                (found,) = pull(jnp.asarray(tangent, jnp.float32))
-            expected = tangent
-            if norm > bound:
-                unit = exact / norm
-                expected = (tangent - unit * (unit @ tangent)) * (bound / norm)
-            away = np.linalg.norm(np.asarray(found, np.float64) - expected)
-            # The bound is kept with a margin; below 2^-126 float32 has nothing.
-            assert away <= 1e-5 * np.linalg.norm(expected) + 2.0**-126 * 9, (exponent, bound)
+    exponents = np.arange(-126, 119, 3)
+    x = jnp.asarray(row * 2.0 ** exponents[:, None], jnp.float32)
+    tangents = jnp.broadcast_to(jnp.asarray(tangent, jnp.float32), x.shape)
+    exact = np.asarray(x, np.float64)
+    norms = np.linalg.norm(exact, axis=1, keepdims=True)
+    units = exact / norms
+    for bound in (1e-6, 1.0, 1e6):
+        clip = functools.partial(clip_rows, l2_clip_norm=bound)
+        if direction == "forward":
+            _, found = jax.jvp(clip, (x,), (tangents,))
+        else:
+            (found,) = jax.vjp(clip, x)[1](tangents)
+        shrunk = (tangent - units * (units @ tangent)[:, None]) * (bound / norms)
+        expected = np.where(norms > bound, shrunk, tangent)
+        away = np.linalg.norm(np.asarray(found, np.float64) - expected, axis=1)
+        # The bound is kept with a margin; below 2^-126 float32 has nothing.
+        allowed = 1e-5 * np.linalg.norm(expected, axis=1) + 2.0**-126 * 9
+        assert np.all(away <= allowed), (exponents[away > allowed], bound)

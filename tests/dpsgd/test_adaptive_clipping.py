@@ -345,12 +345,12 @@ def test_a_state_that_no_step_gave_is_refused_before_it_is_used(fields, paramete
     assert error.value.parameter == parameter
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, 0.0, -1.0, 1e-30])
-def test_inside_jit_a_clip_norm_that_no_step_keeps_releases_nothing(bad):
+def test_inside_jit_a_clip_norm_that_no_step_keeps_releases_nothing():
     """Where values are not known, all that comes out is NaN, whatever the examples are."""
     dp = dpsgd.make_dp_step(loss_fn, optax.sgd(0.1), adaptive_plan())
     state, step = dp.init(params_of()), jax.jit(dp.step)
     rest = batch_of(16), jnp.ones(16, bool), insecure_test_key(0)
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(step(state, *rest)))  # the control
-    after = step(state._replace(l2_clip_norms=jnp.float32([1.0, bad])), *rest)
-    assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(after.params))
+    for bad in (math.nan, math.inf, 0.0, -1.0, 1e-30):
+        after = step(state._replace(l2_clip_norms=jnp.float32([1.0, bad])), *rest)
+        assert all(np.isnan(leaf).all() for leaf in jax.tree.leaves(after.params)), bad

@@ -144,7 +144,12 @@ def test_the_calibrated_plan_keeps_its_budget():
 
 
 @pytest.mark.parametrize(
-    ("epochs", "steps"), [(3, 33), (0.1, 2), (512 / 5485 * 7, 7), (1e-9, 1), (10.0, 108)]
+    ("epochs", "steps"),
+    [
+        (3, 33),
+        (512 / 5485 * 7, 7),
+        *(pytest.param(*x, marks=pytest.mark.slow) for x in ((0.1, 2), (1e-9, 1), (10.0, 108))),
+    ],
 )
 def test_epochs_stand_for_steps(epochs, steps):
     """ceil(epochs * dataset_size / expected_batch_size), and never a step more by rounding."""

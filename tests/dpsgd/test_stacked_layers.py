@@ -109,10 +109,8 @@ def summed(loss, params, batch, real, groups, norms, micro_batch_size=BATCH, mem
 @pytest.mark.parametrize(
     ("loss", "kind", "memory"),
     [
-        ("scan of checkpoint", "a slice each", 2**24),
         ("scan", "a layer each", 1500),  # of one example: twice
         ("reversed", "norms of their own", 2**24),
-        ("scan of checkpoint", "across layers", 2**24),
         ("scan of checkpoint", "across layers", 4000),
         *(
             pytest.param(loss, kind, memory, marks=pytest.mark.slow)
@@ -230,7 +228,7 @@ def test_a_step_holds_one_layer_at_a_time():
     assert needed(()) >= 3.0
 
 
-@pytest.mark.parametrize("adapts", [False, True])
+@pytest.mark.parametrize("adapts", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_noise_and_norms_of_each_slice_are_its_own(adapts):
     """An empty batch: deviations by slice as released. Adaptive norms follow a slice's count."""
     params = params_of(LAYERS, 32)

@@ -83,14 +83,22 @@ class Released:
         return flat(self.sums)
 
 
-def release_once(plan, batch, is_real, *, seed=0, step_number=0, loss=loss_fn, params=None):
-    """Runs the built step with optax.sgd(-1) from zero-like parameters and reads off the sums."""
+def releasing(plan, *, loss=loss_fn, params=None):
+    """(batch, is_real) -> `Released`, by one built step, which is compiled once."""
     params = params_of() if params is None else params
     dp = dpsgd.make_dp_step(loss, reader(), plan)
-    state = dp.init(params)._replace(step=np.asarray(step_number, np.int32))
-    state = dp.step(state, batch, jnp.asarray(is_real), insecure_test_key(seed))
     expected = plan.release.expected_batch_size
-    return Released(plan, jax.tree.map(lambda mean: mean * expected, state.opt_state))
+
+    def release(batch, is_real, *, seed=0, step_number=0):
+        state = dp.init(params)._replace(step=np.asarray(step_number, np.int32))
+        state = dp.step(state, batch, jnp.asarray(is_real), insecure_test_key(seed))
+        return Released(plan, jax.tree.map(lambda mean: mean * expected, state.opt_state))
+
+    return release
+
+
+def release_once(plan, batch, is_real, *, loss=loss_fn, params=None):
+    return releasing(plan, loss=loss, params=params)(batch, is_real)
 
 
 def reader() -> optax.GradientTransformation:
@@ -117,8 +125,9 @@ def check_one_example_moves_the_sum_by_at_most_the_clip_norm() -> None:
     plan = plan_of(noise_multiplier=2.0**-8)
     batch, real = batch_of(16), np.arange(16) < 13
     batch["y"] *= 100.0
-    with_it = release_once(plan, batch, real).vector
-    without = release_once(plan, batch, real & (np.arange(16) != 4)).vector
+    release = releasing(plan)
+    with_it = release(batch, real).vector
+    without = release(batch, real & (np.arange(16) != 4)).vector
     slack = np.sqrt(PARAMETERS) * plan.release.grids[0]
     assert np.linalg.norm(with_it - without) <= 1.0 + slack
 
@@ -127,18 +136,20 @@ def check_non_finite_examples_count_as_zero() -> None:
     """An example with NaN or infinity leaves exactly the release of its absence."""
     plan = plan_of()
     batch, real = batch_of(16), np.arange(16) < 13
-    without = release_once(plan, batch, real & (np.arange(16) > 2)).vector
+    release = releasing(plan)
+    without = release(batch, real & (np.arange(16) > 2)).vector
     batch["x"][0], batch["x"][1], batch["y"][2] = np.nan, np.inf, -np.inf
-    np.testing.assert_array_equal(release_once(plan, batch, real).vector, without)
+    np.testing.assert_array_equal(release(batch, real).vector, without)
 
 
 def check_padding_counts_as_zero() -> None:
     """What a padding row holds is not seen."""
     plan = plan_of()
     batch, real = batch_of(16), np.arange(16) < 13
-    expected = release_once(plan, batch, real).vector
+    release = releasing(plan)
+    expected = release(batch, real).vector
     batch["x"][13:] = [[3.0], [np.nan], [np.inf]]
-    np.testing.assert_array_equal(release_once(plan, batch, real).vector, expected)
+    np.testing.assert_array_equal(release(batch, real).vector, expected)
 
 
 def check_noise_on_every_number() -> None:
@@ -171,9 +182,8 @@ def check_division_by_the_expected_batch_size() -> None:
     plan = plan_of(noise_multiplier=2.0**-12)
     batch = batch_of(16, scale=30.0)
     batch = {name: np.repeat(value[:1], 16, axis=0) for name, value in batch.items()}
-    one, four = (
-        np.linalg.norm(release_once(plan, batch, np.arange(16) < n).vector) for n in (1, 4)
-    )
+    release = releasing(plan)
+    one, four = (np.linalg.norm(release(batch, np.arange(16) < n).vector) for n in (1, 4))
     assert abs(one - 1.0) < 0.02 and abs(four - 4.0) < 0.02, (one, four)
 
 

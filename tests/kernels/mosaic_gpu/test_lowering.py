@@ -97,7 +97,10 @@ def test_gradient_after_a_pass_lowers():
     assert first == [2, 1]  # answer and log-sum-exp, release
 
 
-@pytest.mark.parametrize(("head_size", "is_any_order"), [(128, True), (256, False)])
+@pytest.mark.parametrize(
+    ("head_size", "is_any_order"),
+    [(128, True), pytest.param(256, False, marks=pytest.mark.slow)],
+)
 def test_sums_are_not_filled_before_the_cotangent_is_there(head_size, is_any_order, monkeypatch):
     """Constants would be, for all layers of a model at once."""
     monkeypatch.setattr(gradient_chunks, "WAVES", 0)  # several launches, which share their sums
@@ -257,7 +260,10 @@ def test_noise_inputs_are_due(readout):
         jax.eval_shape(functools.partial(BACKEND.forward, spec), shapes(noise=noise_shapes()))
 
 
-@pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.nothing_saveable])
+@pytest.mark.parametrize(
+    "policy",
+    [pytest.param(None, marks=pytest.mark.slow), jax.checkpoint_policies.nothing_saveable],
+)
 def test_checkpoint_and_maps_of_the_gradient_lower(policy):
     """`jax.checkpoint` runs the forward kernel again; maps of maps are folded into the batch."""
     inputs = shapes(rows=64, keys=64)

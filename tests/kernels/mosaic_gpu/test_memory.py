@@ -175,7 +175,7 @@ def test_released_multiples_are_those_of_integers(shift):
             {"head_size": 192, "dtype": jnp.float16},
             marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             AttentionSpec(0.1, is_causal=True, logits_soft_cap=5.0, readout=READOUT),
             {
                 "dtype": jnp.float16,
@@ -183,6 +183,7 @@ def test_released_multiples_are_those_of_integers(shift):
                 "key_lengths": jax.ShapeDtypeStruct((2,), jnp.int32),
                 "query_lengths": jax.ShapeDtypeStruct((2,), jnp.int32),
             },
+            marks=pytest.mark.slow,
         ),
     ],
 )

@@ -67,7 +67,7 @@ def cells_away(readout, found, answer, noise):
     ("rows", "heads", "size", "dtype"),
     [
         (72, 2, 64, jnp.bfloat16),
-        (8, 1, 64, jnp.float16),
+        pytest.param(8, 1, 64, jnp.float16, marks=pytest.mark.slow),
         (40, 1, 128, jnp.float16),
         (8, 2, 192, jnp.bfloat16),
         pytest.param(56, 1, 256, jnp.bfloat16, marks=pytest.mark.slow),
@@ -211,8 +211,20 @@ def test_rows_lie_evenly_in_lanes():
         assert release_pass.tile_rows(size) * lanes == release_pass.WARPS * 32
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-@pytest.mark.parametrize("size", [64, 128, 192, 256])
+@pytest.mark.parametrize(
+    ("size", "dtype"),
+    [
+        (64, jnp.bfloat16),
+        (128, jnp.float16),
+        (192, jnp.bfloat16),
+        (256, jnp.float16),
+        *(
+            pytest.param(size, dtype, marks=pytest.mark.slow)
+            for sizes, dtype in (((64, 192), jnp.float16), ((128, 256), jnp.bfloat16))
+            for size in sizes
+        ),
+    ],
+)
 def test_every_layout_lowers(size, dtype):
     """For CUDA: layouts, and both ends of the range of rows that a program begins at."""
     readout = ExampleReadout(1.0, (0.5,) * 3, (GRID,) * 3)
