@@ -8,10 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import attention_oracle as oracle
+from helpers.barriers import without_a_barrier
 
 from dpfa_jax.attention import dp_attention
 from dpfa_jax.core import ArgumentError, KeyReuseError, PrivateAutodiffError
-from dpfa_jax.noise import attention_noise, bind, insecure_test_key, key_words, new_noise_key
+from dpfa_jax.kernels import epilogue
+from dpfa_jax.noise import (
+    attention_noise,
+    bind,
+    insecure_test_key,
+    key_words,
+    new_noise_key,
+    snap,
+)
 from dpfa_jax.release import ExampleRelease, RecordRelease
 
 pytestmark = pytest.mark.quickly_compiled
@@ -230,6 +239,32 @@ def test_lowered_program(name):
         lambda k, *x: sum(dp_attention(*x, release=release, noise_key=k, layer=i) for i in (0, 1))
     )(KEY, *arrays)
     assert negative.jaxpr.outvars and str(negative).count("dpfa_guard_noise_key") == 2
+
+
+@pytest.mark.parametrize("backend", ["blocked", "reference"])
+@pytest.mark.parametrize("name", RELEASES)
+def test_an_answer_is_one_value_for_all_readers(name, backend, monkeypatch):
+    """V12: XLA may compute a fused value anew, rounded another way, for each that reads it."""
+    part = "example" if name in ("example", "whole") else "memory"
+    last, found = getattr(epilogue, part), []
+
+    def watched(readout, answer, noise):
+        parts, structure = jax.tree.flatten(answer)
+
+        def of(*parts):
+            return last(readout, jax.tree.unflatten(structure, parts), noise)
+
+        found.append(without_a_barrier(of, *parts))
+        with monkeypatch.context() as patch:
+            patch.setattr(epilogue, "snap_once", snap)
+            patch.setattr(jax.lax, "optimization_barrier", lambda x: x)
+            found.append(without_a_barrier(of, *parts))
+        return last(readout, answer, noise)
+
+    monkeypatch.setattr(epilogue, part, watched)
+    call = functools.partial(dp_attention, *draw(4), scale=0.123)  # no other test has traced it
+    call(release=RELEASES[name], noise_key=KEY, implementation=backend)
+    assert found[0] == set() and "input" in found[1]
 
 
 @pytest.mark.parametrize("name", ["example", "sum"])

@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from helpers.barriers import without_a_barrier
 from helpers.dpsgd_cases import plan_of, reader
 
 from dpfa_jax import dpsgd
 from dpfa_jax.core import ArgumentError, KeyReuseError
 from dpfa_jax.dpsgd.adaptive_clipping import noise_for
 from dpfa_jax.dpsgd.clipped_sum import clipped_sum, split_gradient
-from dpfa_jax.dpsgd.equations import inlined
 from dpfa_jax.dpsgd.leaf_noise import LeafNoise
 from dpfa_jax.dpsgd.noise_state import NoisySumState
 from dpfa_jax.dpsgd.parameters import leaf_groups
@@ -286,22 +286,3 @@ def test_a_barrier_is_between_sums_and_results(name, monkeypatch):
     assert not without_a_barrier(update, *inputs)
     monkeypatch.setattr(grid, "snap_once", grid.snap)
     assert "input" in without_a_barrier(update, *inputs)
-
-
-def without_a_barrier(function, *arguments) -> set[str]:
-    """Inputs and parts of the generator that results are made of with no barrier between."""
-    # A new function each time: JAX keeps what it has traced.
-    jaxpr = inlined(jax.make_jaxpr(lambda *x: function(*x))(*arguments).jaxpr)
-    maker = {out: eqn for eqn in jaxpr.eqns for out in eqn.outvars}
-    todo, seen, found = list(jaxpr.outvars), set(), set()
-    while todo:
-        atom = todo.pop()
-        if hasattr(atom, "val") or atom in seen:  # a literal
-            continue
-        seen.add(atom)
-        if atom in jaxpr.invars:
-            found.add("input")
-        elif atom in maker and maker[atom].primitive.name != "optimization_barrier":
-            found |= {"cos", "sin"} & {maker[atom].primitive.name}
-            todo += maker[atom].invars
-    return found
