@@ -256,22 +256,21 @@ def launch(
     pairs: PairArrays | None = None,
     step: int = 0,
     pair_stages: int | None = None,
-    column_parts: int = 1,
+    readers: int = COMPUTE_WARPGROUPS,
+    warpgroups: int = COMPUTE_WARPGROUPS + 1,
     **static,
 ):
     """Runs `body(arrays, *outputs, shared, barriers, simulate=..., **static)` on each program.
 
     With `pairs`, streamed in steps of `step` columns, the body's next argument is their reader, or
     None where there are none. `pair_stages`: slots of its ring, None: as many as of the tiles.
-    `column_parts`: as `PairReader`.
+    `readers`: as `PairReader`. `warpgroups`: of a program.
     """
     if pairs is not None:
         stages = pair_stages or static["tile"].stages
         arrays = arrays._replace(mask=pairs.mask, bias=pairs.bias)
-        pair_shared, pair_barriers = pair_tiles.scratch(pairs, stages, step, column_parts)
+        pair_shared, pair_barriers = pair_tiles.scratch(pairs, stages, step, readers)
         shared, barriers = shared | pair_shared, barriers | pair_barriers
-        if pair_tiles.is_shared_by_batch(pairs):
-            grid, names = grid[::-1], names[::-1]
     present = [x is not None for x in arrays]
     outputs = len(out_type)
 
@@ -284,7 +283,7 @@ def launch(
             if pairs.is_there:
                 shown = pairs._replace(mask=in_refs.mask, bias=in_refs.bias)
                 shared_refs, barrier_refs = rest[outputs:]
-                reader = PairReader(shown, shared_refs, barrier_refs, stages, step, column_parts)
+                reader = PairReader(shown, shared_refs, barrier_refs, stages, step, readers)
             rest.append(reader)
         body(in_refs, *rest, simulate=interpret is not None, **static)
 
@@ -294,7 +293,7 @@ def launch(
         scratch_types=(shared, barriers),
         grid=grid,
         grid_names=names,
-        num_threads=COMPUTE_WARPGROUPS + 1,
+        num_threads=warpgroups,
         thread_name=axes.WARPGROUP,
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
         kernel_name=name,

@@ -1,9 +1,9 @@
 """Backward above head size 128: dK and dV with logit gradients to memory, then dQ from those.
 
 A program of the first kernel owns 64 keys. The accumulators of dK and dV would not fit one
-warpgroup: each of the two makes one half of the columns, from weights and logit gradients that both
-made, 32 queries each, and share. The logit gradients of a chunk of the work also go to memory, from
-where a plain product makes dQ: five products, no atomics, the same bits on each run.
+warpgroup: two warpgroups make one half of the columns each, from weights and logit gradients that a
+third one makes and leaves in shared memory. The logit gradients of a chunk of the work also go to
+memory, from where a plain product makes dQ: five products, no atomics, the same bits on each run.
 """
 
 from typing import Any
@@ -40,12 +40,14 @@ from dpfa_jax.kernels.mosaic_gpu.tiles import (
 )
 
 BLOCK = WARPGROUP_ROWS
-PART = BLOCK // COMPUTE_WARPGROUPS  # queries whose weights one warpgroup makes
 PROGRAM_ROWS = COMPUTE_WARPGROUPS * BLOCK  # of the kernel of dQ
+# Of the kernel of dK and dV: warpgroups that own a half of the columns each, the one that makes the
+# weights, the one that loads. What they hold is all of a processor's registers.
+HALVES = COMPUTE_WARPGROUPS
+SCORES, PRODUCER = HALVES, HALVES + 1
+GRADIENT_REGISTERS, SCORE_REGISTERS, PRODUCER_REGISTERS = 160, 168, 24
 # Weights and logit gradients of a tile are read while those of the next one are written.
 SLOTS = 2
-# Parts of 32 queries are contracted alone: their rows hold no more bytes.
-SWIZZLE = PART * 2
 
 
 def _first_of(arrays: BackwardArrays) -> tuple[Any, Any, Any]:
@@ -77,140 +79,138 @@ def _key_value_body(
     warpgroup = lax.axis_index(axes.WARPGROUP)
     key_begin = first_block * BLOCK + chunk_begin
     num_queries, head_size = arrays.query.shape[1], arrays.query.shape[3]
-    half = head_size // COMPUTE_WARPGROUPS
+    half = head_size // HALVES
     key_length = key_length_of(arrays, batch, keys)
     steps = tiles.query_steps(spec, key_begin, BLOCK, BLOCK, num_queries)
     steps = tiles.within_key_length(steps, key_begin, BLOCK, key_length)
     count = steps.end - steps.begin
     total = group * count
     ring, cotangents = Ring(barriers, tile.stages), Ring(barriers, tile.cotangent_stages)
+    weights = Ring(barriers, SLOTS)
     dtype = arrays.query.dtype
     rows = (batch, pl.ds(key_begin, BLOCK), kv_head)
+    k_shared, v_shared = shared["key"], shared["value"]
 
-    @pl.when(warpgroup < COMPUTE_WARPGROUPS)
-    def compute():
+    @pl.when(warpgroup < HALVES)
+    def make_gradients():
         if not simulate:
-            plgpu.set_max_registers(240, action="increase")
-        part = pl.ds(warpgroup * PART, PART)
+            plgpu.set_max_registers(GRADIENT_REGISTERS, action="increase")
         columns = pl.ds(warpgroup * half, half)
-        k_shared, v_shared = shared["key"], shared["value"]
-        own = barriers["own"]
-        plgpu.copy_gmem_to_smem(arrays.key.at[(*rows, columns)], k_shared.at[warpgroup], own)
-        plgpu.copy_gmem_to_smem(arrays.value.at[(*rows, columns)], v_shared.at[warpgroup], own)
-        # The tile before the first one: its logit gradients are zero.
-        before = shared["ds"].at[SLOTS - 1, warpgroup]
-        before[...] = plgpu.layout_cast(jnp.zeros((BLOCK, PART), dtype), WGMMA)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(barriers["ds"].at[SLOTS - 1])
-        plgpu.barrier_wait(own)
-
-        def slot_of(done):
-            return lax.rem(jnp.int32(done + SLOTS), jnp.int32(SLOTS))
-
-        def products(acc, left, right, is_part_of_rows):
-            """acc += left right; `right` is a tile of the ring, a half of the columns each."""
-            for index in range(COMPUTE_WARPGROUPS):
-                if is_part_of_rows:
-                    plgpu.wgmma(acc, left.at[index], right.at[index].at[part].T)
-                else:
-                    queries = pl.ds(index * PART, PART)
-                    plgpu.wgmma(acc, left.at[index], right.at[warpgroup].at[queries])
-
-        def key_gradient(dk_acc, done):
-            """dK of one whole tile, whose logit gradients both warpgroups have made."""
-            slot = slot_of(done)
-            plgpu.barrier_wait(barriers["ds"].at[slot])
-            queries = shared["query"].at[ring.slot(jnp.maximum(done, 0))]
-            products(dk_acc, shared["ds"].at[slot], queries, False)
 
         def accumulate(dk_acc, dv_acc):
-            def one_head(member):
-                head = chunk_head * group + member
-                fixed = None
-                if pairs is not None:
-                    fixed = pairs.fixed(batch, kv_head * group + member, rows[1])
+            def free_last(done):
+                ring.free("query", done)
+                weights.free("ds", done)
 
-                def body(step, masked):
-                    done = member * count + step - steps.begin
-                    slot = slot_of(done)
-                    q_shared = shared["query"].at[ring.slot(done)]
-                    do_shared = shared["cotangent"].at[cotangents.slot(done)]
-                    shape = (BLOCK, PART)
+            @pl.loop(0, total)
+            def _(done):
+                slot = weights.slot(done)
+                cotangents.await_full("cotangent", done)
+                weights.await_full("p", done)
+                do_shared = shared["cotangent"].at[cotangents.slot(done), warpgroup]
+                plgpu.wgmma(dv_acc, shared["p"].at[slot], do_shared)
 
-                    def weights_and_products(s_acc, dp_acc):
-                        ring.await_full("query", done)
-                        key_gradient(dk_acc, done - 1)
-                        products(s_acc, k_shared, q_shared, True)
-                        cotangents.await_full("cotangent", done)
-                        products(dp_acc, v_shared, do_shared, True)
-                        lse2 = plgpu.load(shared["lse2"].at[ring.slot(done), part], layout=COLUMN)
-                        seen = None
-                        if masked:
-                            seen = visible(
-                                spec, shape, step * BLOCK + warpgroup * PART, key_begin,
-                                key_length, None, transposed=True,
-                            )  # fmt: skip
-                        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=COMPUTE_WARPGROUPS)
-                        shown, bias = read(pairs, done, warpgroup, fixed)
-                        p, slope = weights_of(spec, s, lse2, 1, seen, shown, bias)
-                        if pairs is not None:
-                            pairs.free(done)
-                        shared["p"].at[slot, warpgroup][...] = p.astype(dtype)
-                        plgpu.commit_smem()
-                        plgpu.barrier_arrive(barriers["p"].at[slot])
+                @pl.when(done > 0)
+                def _():
+                    plgpu.wgmma_wait(1)
+                    free_last(done - 1)
 
-                        @pl.when(done > 0)
-                        def _():
-                            ring.free("query", done - 1)
+                ring.await_full("query", done)
+                weights.await_full("ds", done)
+                q_shared = shared["query"].at[ring.slot(done), warpgroup]
+                plgpu.wgmma(dk_acc, shared["ds"].at[slot], q_shared)
+                plgpu.wgmma_wait(1)
+                cotangents.free("cotangent", done)
+                weights.free("p", done)
 
-                        plgpu.barrier_wait(barriers["p"].at[slot])
-                        products(dv_acc, shared["p"].at[slot], do_shared, False)
-                        delta = plgpu.load(shared["delta"].at[ring.slot(done), part], layout=COLUMN)
-                        dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=COMPUTE_WARPGROUPS)
-                        return logit_gradient(p, slope, dp, delta, 1)
-
-                    acc = plgpu.ACC(shape, jnp.float32)
-                    ds = pl.run_scoped(weights_and_products, acc, acc)
-                    ds_shared = shared["ds"].at[slot, warpgroup]
-                    # What was sent two tiles ago.
-                    plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
-                    ds_shared[...] = ds.astype(dtype)
-                    plgpu.commit_smem()
-                    plgpu.barrier_arrive(barriers["ds"].at[slot])
-                    queries = pl.ds(step * BLOCK + warpgroup * PART, PART)
-                    plgpu.copy_smem_to_gmem(
-                        ds_shared,
-                        logit_gradients.at[chunk_batch, head, pl.ds(chunk_begin, BLOCK), queries],
-                    )
-                    plgpu.wgmma_wait(0)
-                    cotangents.free("cotangent", done)
-
-                run_steps(steps, spec, body)
-
-            pl.loop(0, group)(one_head)
-
-            @pl.loop(0, jnp.minimum(total, 1))
-            def _(_):
-                key_gradient(dk_acc, total - 1)
-                plgpu.wgmma_wait(0)
-                ring.free("query", total - 1)
-
+            plgpu.wgmma_wait(0)
+            pl.when(total > 0)(lambda: free_last(total - 1))
             return dk_acc[...], dv_acc[...]
 
         acc = plgpu.ACC((BLOCK, half), jnp.float32)
         dk, dv = pl.run_scoped(accumulate, acc, acc)
-        pl.when(total == 0)(lambda: plgpu.barrier_wait(barriers["ds"].at[SLOTS - 1]))
-        # Both warpgroups have read keys and values for the last time.
+        plgpu.barrier_wait(barriers["own"])
+        # The last logit gradients are there: keys and values have been read for the last time.
         for staged, gradient, out in ((k_shared, dk * spec.scale, dk_out), (v_shared, dv, dv_out)):
             staged.at[warpgroup][...] = gradient.astype(dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(staged.at[warpgroup], out.at[(*rows, columns)])
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the writes end with the kernel
 
-    @pl.when(warpgroup == COMPUTE_WARPGROUPS)
+    @pl.when(warpgroup == SCORES)
+    def make_scores():
+        if not simulate:
+            plgpu.set_max_registers(SCORE_REGISTERS, action="increase")
+        shape = (BLOCK, BLOCK)
+        plgpu.barrier_wait(barriers["own"])
+
+        def product(acc, own, streamed):
+            for index in range(HALVES):
+                plgpu.wgmma(acc, own.at[index], streamed.at[index].T)
+
+        @pl.loop(0, group)
+        def _(member):
+            fixed = None
+            if pairs is not None:
+                fixed = pairs.fixed(batch, kv_head * group + member, rows[1])
+
+            def body(step, masked):
+                done = member * count + step - steps.begin
+                slot, row_slot = weights.slot(done), ring.slot(done)
+
+                def products(s_acc, dp_acc):
+                    product(s_acc, k_shared, shared["query"].at[row_slot])
+                    cotangents.await_full("cotangent", done)
+                    product(dp_acc, v_shared, shared["cotangent"].at[cotangents.slot(done)])
+                    s = plgpu.wgmma_accumulator_load(s_acc, wait_n=HALVES)
+                    lse2 = plgpu.load(shared["lse2"].at[row_slot], layout=COLUMN)
+                    seen = None
+                    if masked:
+                        seen = visible(
+                            spec, shape, step * BLOCK, key_begin, key_length, None, transposed=True
+                        )
+                    shown, bias = read(pairs, done, 0, fixed)
+                    p, slope = weights_of(spec, s, lse2, 1, seen, shown, bias)
+                    if pairs is not None:
+                        pairs.free(done)
+                    weights.await_free("p", done)
+                    shared["p"].at[slot][...] = p.astype(dtype)
+                    plgpu.commit_smem()
+                    plgpu.barrier_arrive(barriers["p"].at[slot])
+                    return p, slope, plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
+
+                ring.await_full("query", done)
+                acc = plgpu.ACC(shape, jnp.float32)
+                p, slope, dp = pl.run_scoped(products, acc, acc)
+                delta = plgpu.load(shared["delta"].at[row_slot], layout=COLUMN)
+                ds = logit_gradient(p, slope, dp, delta, 1)
+                weights.await_free("ds", done)
+                # What was sent `SLOTS` tiles ago.
+                plgpu.wait_smem_to_gmem(SLOTS - 1, wait_read_only=True)
+                ds_shared = shared["ds"].at[slot]
+                ds_shared[...] = ds.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.barrier_arrive(barriers["ds"].at[slot])
+                head = chunk_head * group + member
+                to = (chunk_batch, head, pl.ds(chunk_begin, BLOCK), pl.ds(step * BLOCK, BLOCK))
+                plgpu.copy_smem_to_gmem(ds_shared, logit_gradients.at[to])
+
+            run_steps(steps, spec, body)
+
+        weights.drain(("p", "ds"), total)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    @pl.when(warpgroup == PRODUCER)
     def produce():
         if not simulate:
-            plgpu.set_max_registers(24, action="decrease")
+            plgpu.set_max_registers(PRODUCER_REGISTERS, action="decrease")
+        for name, array in (("key", arrays.key), ("value", arrays.value)):
+            for index in range(HALVES):
+                plgpu.copy_gmem_to_smem(
+                    array.at[(*rows, pl.ds(index * half, half))],
+                    shared[name].at[index],
+                    barriers["own"],
+                )
 
         @pl.loop(0, group)
         def _(member):
@@ -226,7 +226,7 @@ def _key_value_body(
 
                 load_queries(
                     arrays, shared, barriers, ring, done, batch, head, step, BLOCK, load_pairs,
-                    parts=COMPUTE_WARPGROUPS, cotangents=cotangents,
+                    parts=HALVES, cotangents=cotangents,
                 )  # fmt: skip
 
         ring.drain(("query",), total)
@@ -377,14 +377,20 @@ def wide_backward(
         (chunks.batch, chunks.heads * group, chunks.key_blocks * BLOCK, rows), dtype
     )
 
-    def halves(*leading: int) -> Any:
-        shape = (*leading, COMPUTE_WARPGROUPS, BLOCK, head_size // COMPUTE_WARPGROUPS)
-        return tiled_shared(shape, dtype, swizzle=SWIZZLE)
+    # The columns of one half lie in whole rows of shared memory.
+    swizzle = 128 if head_size % (64 * HALVES) == 0 else 64
 
-    shared_by_both = tiled_shared((SLOTS, COMPUTE_WARPGROUPS, BLOCK, PART), dtype, swizzle=SWIZZLE)
+    def halves(*leading: int) -> Any:
+        return tiled_shared((*leading, HALVES, BLOCK, head_size // HALVES), dtype, swizzle=swizzle)
+
+    square = tiled_shared((SLOTS, BLOCK, BLOCK), dtype, swizzle=swizzle)
+    grid = {axes.HEADS: chunks.heads, axes.KEYS: chunks.key_blocks, axes.BATCH: chunks.batch}
+    if not tiles.is_dense(spec):
+        # The last axis runs fastest. Of uneven programs, the longest of all heads go first; even
+        # ones of a head run together, whose queries they share in the second-level cache.
+        grid = {name: grid[name] for name in (axes.KEYS, axes.HEADS, axes.BATCH)}
     turned = pair_tiles.arranged(mask, bias, rows=keys, is_turned=True)
     per_row = plgpu.SMEM((tile.stages, BLOCK), jnp.float32)
-    both = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=SLOTS)
 
     def keys_and_values(arrays: BackwardArrays) -> list[jax.Array]:
         """Logit gradients of a chunk, then dK and dV unless `arrays` has references to them."""
@@ -405,24 +411,24 @@ def wide_backward(
                 "cotangent": halves(tile.cotangent_stages),
                 "lse2": per_row,
                 "delta": per_row,
-                "p": shared_by_both,
-                "ds": shared_by_both,
+                "p": square,
+                "ds": square,
             },
             {
-                "own": plgpu.Barrier(num_arrivals=2 * COMPUTE_WARPGROUPS),
-                "p": both,
-                "ds": both,
-                **ring_barriers({"query": COMPUTE_WARPGROUPS + 2}, tile.stages),
-                **ring_barriers({"cotangent": COMPUTE_WARPGROUPS}, tile.cotangent_stages),
+                "own": plgpu.Barrier(num_arrivals=2 * HALVES),
+                **ring_barriers({"p": 1, "ds": 1}, SLOTS),
+                **ring_barriers({"query": HALVES + 2}, tile.stages),
+                **ring_barriers({"cotangent": HALVES}, tile.cotangent_stages),
             },
-            (chunks.heads, chunks.key_blocks, chunks.batch),
-            (axes.HEADS, axes.KEYS, axes.BATCH),
+            tuple(grid.values()),
+            tuple(grid),
             "dpfa_attention_backward_wide_kv",
             interpret,
             pairs=turned,
             step=BLOCK,
             pair_stages=tile.pair_stages,
-            column_parts=COMPUTE_WARPGROUPS,
+            readers=1,
+            warpgroups=PRODUCER + 1,
             **static,
         )
 

@@ -64,13 +64,19 @@ def chunks_of(
       block: keys of a block.
       processors: multiprocessors.
       is_even: whether all programs take about as long, as one wave of them must: with causality the
-        short ones of a second wave go where the first wave's were short.
+        longest takes twice the mean, and the short ones go where others were short.
     """
     block_bytes = rows * group * block * ITEM_BYTES
     # A program with one query head; one with `group` makes as many logit gradients.
     waves = math.ceil(WAVES / group) if is_even else WAVES
-    limit = max(LOGIT_GRADIENT_BYTES // block_bytes, waves * processors, 1)
-    limit = min(limit, MAX_PROGRAMS)
+
+    def most(waves: int) -> int:
+        limit = max(LOGIT_GRADIENT_BYTES // block_bytes, waves * processors, 1)
+        return min(limit, MAX_PROGRAMS)
+
+    limit = most(waves)
+    if is_even and key_blocks > limit:  # cut either way: as many waves in all, with less memory
+        limit = most(min(waves, 1))
     if batch * key_heads * key_blocks <= limit:
         return Chunks(batch, key_heads, key_blocks, (1, 1, 1))
     if key_heads * key_blocks <= limit:

@@ -122,11 +122,11 @@ def _packed(mask: jax.Array, is_turned: bool) -> jax.Array:
     return words.reshape(*words.shape[:3], -1, WARPGROUP_ROWS)
 
 
-def _copies(pairs: PairArrays) -> int:
+def _copies(pairs: PairArrays, readers: int) -> int:
     """Copies that fill one slot."""
     copies = int(pairs.mask_form in (Form.BITS, Form.COLUMNS))
     if pairs.bias_form is Form.TILES:
-        return copies + COMPUTE_WARPGROUPS
+        return copies + readers
     return copies + (pairs.bias_form is Form.COLUMNS)
 
 
@@ -146,36 +146,36 @@ def bytes_per_column(mask: Any, bias: Any) -> int | None:
 
 
 def is_shared_by_batch(pairs: PairArrays) -> bool:
-    """Whether each example reads the same tiles of bias: programs then start with the batch.
+    """Whether each example reads the same tiles of bias.
 
-    Those of one head run together, and find its keys, values and bias in the second-level cache.
+    Tiles of one head in all batch rows are then taken together, and find its bias in the
+    second-level cache.
     """
     return pairs.bias_form is Form.TILES and pairs.bias.shape[0] == 1
 
 
 def scratch(
-    pairs: PairArrays, stages: int, columns: int, column_parts: int = 1
+    pairs: PairArrays, stages: int, columns: int, readers: int = COMPUTE_WARPGROUPS
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Shared memory and barriers of the ring; `columns`, `column_parts`: as `PairReader`."""
-    copies = _copies(pairs)
+    """Shared memory and barriers of the ring; `columns`, `readers`: as `PairReader`."""
+    copies = _copies(pairs, readers)
     if not copies:
         return {}, {}
     shared = {}
     line = plgpu.SMEM((stages, columns), jnp.float32)
     if pairs.mask_form is Form.BITS:
-        groups = COMPUTE_WARPGROUPS // column_parts
-        words = (stages, columns // WORD, groups, WARPGROUP_ROWS)
+        words = (stages, columns // WORD, readers, WARPGROUP_ROWS)
         shared["mask"] = plgpu.SMEM(words, jnp.uint32)
     elif pairs.mask_form is Form.COLUMNS:
         shared["mask"] = line
     if pairs.bias_form is Form.TILES:
-        shape = (stages * COMPUTE_WARPGROUPS, WARPGROUP_ROWS, columns // column_parts)
+        shape = (stages * readers, WARPGROUP_ROWS, columns)
         shared["bias"] = tiled_shared(shape, pairs.bias.dtype)
     elif pairs.bias_form is Form.COLUMNS:
         shared["bias"] = line
     return shared, {
         "pairs": plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
-        "pairs_free": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages),
+        "pairs_free": plgpu.Barrier(num_arrivals=readers, num_barriers=stages),
     }
 
 
@@ -193,8 +193,7 @@ class PairReader:
       shared, barriers: the kernel's, with those of `scratch` among them.
       stages: slots of the ring.
       columns: of one step.
-      column_parts: 1: each warpgroup has 64 rows of its own and all columns of a step. 2: the two
-        have the same 64 rows, and each a half of the columns.
+      readers: warpgroups that read, each 64 rows of its own.
     """
 
     pairs: PairArrays
@@ -202,17 +201,11 @@ class PairReader:
     barriers: dict[str, Any]
     stages: int
     columns: int
-    column_parts: int = 1
+    readers: int = COMPUTE_WARPGROUPS
 
     @property
-    def _groups(self) -> int:
-        """Groups of 64 rows that a program owns."""
-        return COMPUTE_WARPGROUPS // self.column_parts
-
-    @property
-    def _width(self) -> int:
-        """Columns of a step that one warpgroup reads."""
-        return self.columns // self.column_parts
+    def _copies(self) -> int:
+        return _copies(self.pairs, self.readers)
 
     def _slot(self, count: Scalar) -> jax.Array:
         return lax.rem(jnp.int32(count), jnp.int32(self.stages))
@@ -222,7 +215,7 @@ class PairReader:
 
         `block`: which rows, in units of a program's; `step`: which columns.
         """
-        if not _copies(self.pairs):
+        if not self._copies:
             return
         slot = self._slot(count)
 
@@ -238,25 +231,23 @@ class PairReader:
         if self.pairs.mask_form is Form.BITS:
             count_words = self.columns // WORD
             words = pl.ds(step * count_words, count_words)
-            rows = pl.ds(block * self._groups, self._groups)
+            rows = pl.ds(block * self.readers, self.readers)
             copy(mask.at[(*place(mask, batch, head), words, rows)], self.shared["mask"].at[slot])
         elif self.pairs.mask_form is Form.COLUMNS:
             copy(mask.at[(*place(mask, batch, head), columns)], self.shared["mask"].at[slot])
         if self.pairs.bias_form is Form.TILES:
-            for piece in range(COMPUTE_WARPGROUPS):
-                group, part = divmod(piece, self.column_parts)
-                rows = pl.ds((block * self._groups + group) * WARPGROUP_ROWS, WARPGROUP_ROWS)
-                columns = pl.ds(step * self.columns + part * self._width, self._width)
+            for group in range(self.readers):
+                rows = pl.ds((block * self.readers + group) * WARPGROUP_ROWS, WARPGROUP_ROWS)
                 copy(
                     bias.at[(*place(bias, batch, head), rows, columns)],
-                    self.shared["bias"].at[slot * COMPUTE_WARPGROUPS + piece],
+                    self.shared["bias"].at[slot * self.readers + group],
                 )
         elif self.pairs.bias_form is Form.COLUMNS:
             copy(bias.at[(*place(bias, batch, head), columns)], self.shared["bias"].at[slot])
 
     def drain(self, total: Scalar) -> None:
         """Sees the last arrivals, so that no barrier ends in an unobserved phase."""
-        if not _copies(self.pairs):
+        if not self._copies:
             return
 
         @pl.loop(tiles.most(0, total - self.stages), total)
@@ -278,18 +269,15 @@ class PairReader:
     def read(
         self, count: Scalar, warpgroup: Scalar, fixed: Fixed
     ) -> tuple[jax.Array | None, jax.Array | None]:
-        """(which pairs the mask shows, bias in float32) of one warpgroup's part of a step."""
-        shape = (WARPGROUP_ROWS, self._width)
-        group, part = (warpgroup, 0) if self.column_parts == 1 else (0, warpgroup)
+        """(which pairs the mask shows, bias in float32) of one warpgroup's rows in a step."""
+        shape = (WARPGROUP_ROWS, self.columns)
         slot = self._slot(count)
 
         def of_columns(lines: Any) -> jax.Array:
-            line = lines.at[slot]
-            if self.column_parts > 1:
-                line = line.at[pl.ds(part * self._width, self._width)]
-            return lax.broadcast_in_dim(plgpu.load(line, layout=COLUMN), shape, [1])
+            line = plgpu.load(lines.at[slot], layout=COLUMN)
+            return lax.broadcast_in_dim(line, shape, [1])
 
-        if _copies(self.pairs):
+        if self._copies:
             plgpu.barrier_wait(self.barriers["pairs"].at[slot])
         seen, bias = fixed
         if seen is not None:
@@ -297,18 +285,15 @@ class PairReader:
         if bias is not None:
             bias = lax.broadcast_in_dim(bias, shape, [0])
         if self.pairs.mask_form is Form.BITS:
-            count_words = self._width // WORD
             words = [
-                plgpu.load(
-                    self.shared["mask"].at[slot, part * count_words + word, group], layout=ROW
-                )
-                for word in range(count_words)
+                plgpu.load(self.shared["mask"].at[slot, word, warpgroup], layout=ROW)
+                for word in range(self.columns // WORD)
             ]
             seen = _unpacked(words, shape)
         elif self.pairs.mask_form is Form.COLUMNS:
             seen = of_columns(self.shared["mask"]) > 0.5
         if self.pairs.bias_form is Form.TILES:
-            tile = self.shared["bias"].at[slot * COMPUTE_WARPGROUPS + warpgroup]
+            tile = self.shared["bias"].at[slot * self.readers + warpgroup]
             bias = plgpu.load(tile, layout=WGMMA).astype(jnp.float32)
         elif self.pairs.bias_form is Form.COLUMNS:
             bias = of_columns(self.shared["bias"])
@@ -316,12 +301,12 @@ class PairReader:
 
     def free(self, count: Scalar) -> None:
         """One warpgroup has used what it `read`."""
-        if _copies(self.pairs):
+        if self._copies:
             plgpu.barrier_arrive(self.barriers["pairs_free"].at[self._slot(count)])
 
     def skip(self, count: Scalar) -> None:
         """One warpgroup needs nothing of a step."""
-        if _copies(self.pairs):
+        if self._copies:
             plgpu.barrier_wait(self.barriers["pairs"].at[self._slot(count)])
             self.free(count)
 

@@ -3,8 +3,6 @@
 from typing import Any, NamedTuple
 
 BLOCK = 64
-# Weights and logit gradients of one warpgroup in the wide kernel: a half of the queries of a tile.
-HALF = 32
 
 
 class Fault(AssertionError):

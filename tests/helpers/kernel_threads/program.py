@@ -8,7 +8,7 @@ waits on it: such a thread would wait for ever, or pass too early.
 
 import collections
 
-from helpers.kernel_threads.pieces import BLOCK, HALF, Piece, check_fit, inside, overlap, require
+from helpers.kernel_threads.pieces import BLOCK, Piece, check_fit, inside, overlap, require
 
 
 class _Thread:
@@ -191,11 +191,7 @@ class Program:
         if set(found) == {"query", "key"}:
             query, key = found["query"], found["key"]
             require((query.batch, query.key_head) == (key.batch, key.key_head), query, key)
-            rows = query.rows
-            if self.replay.kernel == "wide_kv":
-                begin = rows.start + HALF * thread[0]
-                rows = range(begin, begin + HALF)
-            state.products = query._replace(name="weights", rows=rows, keys=key.keys)
+            state.products = query._replace(name="weights", keys=key.keys)
         elif set(found) == {"value", "cotangent"}:
             check_fit(state.products, found["value"])
             check_fit(state.products, found["cotangent"])
@@ -215,7 +211,7 @@ class Program:
     def _visit(self, state, piece, source):
         if piece.mask == "memory":
             for key in range(piece.keys.start, piece.keys.stop, BLOCK):
-                for row in range(piece.rows.start, piece.rows.stop, HALF):
+                for row in range(piece.rows.start, piece.rows.stop, BLOCK):
                     there = (*piece.of_row, key, row) in self.replay.written
                     require(there or row >= self.replay.padded, piece, "was never written")
         self.replay.visits[source].append((*piece.of_row, *piece[4:]))
