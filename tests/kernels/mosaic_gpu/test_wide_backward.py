@@ -13,7 +13,15 @@ from jax.sharding import Mesh, PartitionSpec
 
 from dpfa_jax.attention import core
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec
-from dpfa_jax.kernels.mosaic_gpu import backend, backward_wide, gradient_chunks, pairs, tiles
+from dpfa_jax.kernels.mosaic_gpu import (
+    axes,
+    backend,
+    backward_wide,
+    device,
+    gradient_chunks,
+    pairs,
+    tiles,
+)
 from dpfa_jax.kernels.mosaic_gpu.gradient_chunks import chunks_of
 from dpfa_jax.kernels.mosaic_gpu.tiles import WideTiles
 
@@ -138,6 +146,37 @@ def test_chunks_cover_the_work_in_linear_memory(batch, heads, group, rows, is_ev
     if chunks.total > 1:
         assert is_even or programs > processors
         assert chunks.cuts_keys == (blocks > programs)
+
+
+def test_even_work_cut_along_keys_takes_one_wave():
+    """Half the memory of two, in as many waves."""
+    sizes = {"rows": 32768, "group": 1, "block": 64, "processors": 132}
+    even, uneven = (chunks_of(1, 8, 512, is_even=is_even, **sizes) for is_even in (True, False))
+    assert (even.key_blocks, even.counts) == (128, (1, 8, 4))
+    assert (uneven.key_blocks, uneven.counts) == (256, (1, 8, 2))
+
+
+@pytest.mark.parametrize(
+    ("options", "slowest"),
+    [({}, axes.HEADS), ({"is_causal": True}, axes.KEYS), ({"local_window": (9, 9)}, axes.KEYS)],
+)
+def test_the_longest_programs_go_first(options, slowest, monkeypatch):
+    """The last axis of a grid runs fastest: uneven programs by keys, even ones head by head."""
+    grids = {}
+
+    def launch(body, arrays, out_type, shared, barriers, grid, names, name, *_, **__):
+        grids[name] = dict(zip(names, grid, strict=True))
+        return [jnp.zeros(x.shape, x.dtype) for x in out_type]
+
+    monkeypatch.setattr(backward_wide, "launch", launch)
+    monkeypatch.setattr(device, "processors", lambda: 132)
+    x, rows = jnp.zeros((2, 256, 3, 256), jnp.bfloat16), jnp.zeros((2, 3, 256))
+    operands = backward_wide.BackwardArrays(x, x, x, x, rows, rows)
+    backward_wide.wide_backward(AttentionSpec(1.0, **options), operands, WideTiles(), keys=256)
+    grid = grids["dpfa_attention_backward_wide_kv"]
+    assert grid == {axes.HEADS: 3, axes.KEYS: 4, axes.BATCH: 2}
+    assert next(iter(grid)) == slowest
+    assert [*grid][-1] == axes.BATCH  # which share a bias
 
 
 def shapes(rows=100, keys=93, head_size=256, **more):
