@@ -208,8 +208,8 @@ def _mutants():
     yield apart, private, "bind", layers_share_noise
     yield apart, private, "bind", releases_share_noise
     yield cases.check_a_second_use_is_refused, private, "guard", key_may_serve_again
-    yield grid, epilogue, "snap", unsnapped
-    yield grid, compensated, "snap", unsnapped_memory
+    yield grid, epilogue, "snap_once", unsnapped
+    yield grid, compensated, "snap_once", unsnapped_memory
     yield cases.check_one_array_is_returned, cases, "dp_attention", log_sum_exp_returned
     yield cases.check_examples_are_apart, epilogue, "clipped", examples_meet
     yield cases.check_hidden_keys_hold_any_bytes, masks, "visible", hidden_keys_are_seen

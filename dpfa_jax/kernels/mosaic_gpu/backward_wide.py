@@ -98,10 +98,6 @@ def _key_value_body(
         columns = pl.ds(warpgroup * half, half)
 
         def accumulate(dk_acc, dv_acc):
-            def free_last(done):
-                ring.free("query", done)
-                weights.free("ds", done)
-
             @pl.loop(0, total)
             def _(done):
                 slot = weights.slot(done)
@@ -110,11 +106,6 @@ def _key_value_body(
                 do_shared = shared["cotangent"].at[cotangents.slot(done), warpgroup]
                 plgpu.wgmma(dv_acc, shared["p"].at[slot], do_shared)
 
-                @pl.when(done > 0)
-                def _():
-                    plgpu.wgmma_wait(1)
-                    free_last(done - 1)
-
                 ring.await_full("query", done)
                 weights.await_full("ds", done)
                 q_shared = shared["query"].at[ring.slot(done), warpgroup]
@@ -122,9 +113,10 @@ def _key_value_body(
                 plgpu.wgmma_wait(1)
                 cotangents.free("cotangent", done)
                 weights.free("p", done)
+                plgpu.wgmma_wait(0)  # the next load of queries waits for this slot
+                ring.free("query", done)
+                weights.free("ds", done)
 
-            plgpu.wgmma_wait(0)
-            pl.when(total > 0)(lambda: free_last(total - 1))
             return dk_acc[...], dv_acc[...]
 
         acc = plgpu.ACC((BLOCK, half), jnp.float32)
