@@ -80,7 +80,8 @@ def form_of(eqn: jex.JaxprEqn, parts: Sequence[Part], makers: Makers) -> Rows | 
     if name in ("copy", "copy_p", "neg", "reshape", "squeeze", "transpose"):
         finish, operand = form.finish, eqn.invars[0]
         assert isinstance(operand, jex.Var)
-        in_order = form.in_order and name not in ("neg", "transpose")
+        moves = name in ("neg", "transpose") or eqn.params.get("dimensions") is not None
+        in_order = form.in_order and not moves
         axes = form.axes if name in ("copy", "copy_p") else None
 
         def after(made: Array) -> Array:

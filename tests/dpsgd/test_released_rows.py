@@ -227,9 +227,25 @@ def heads_first(params, batch):
     return jnp.sum(jnp.tanh(mixed), axis=(1, 2, 3))
 
 
+@jax.custom_vjp
+def by_columns(x, w):
+    return x @ jnp.reshape(w, (8, 12), order="F")
+
+
+def by_columns_bwd(kept, cotangent):
+    x, w = kept
+    gradient = jnp.einsum("bti,bto->io", x, cotangent)
+    return cotangent @ jnp.reshape(w, (8, 12), order="F").T, jnp.ravel(gradient, order="F")
+
+
+by_columns.defvjp(lambda x, w: (by_columns(x, w), (x, w)), by_columns_bwd)
+
+
 @pytest.mark.parametrize(
     ("function", "shape", "in_order"),
     [
+        # A reshape that takes axes in another order.
+        (lambda p, b: jnp.sum(jnp.tanh(by_columns(b["x"], p["w"])), axis=(1, 2)), (96,), False),
         (lambda p, b: jnp.sum(jnp.tanh(b["x"] @ p["w"]), axis=(1, 2)), (8, 12), True),
         (turned, (12, 8), True),
         (heads_first, (2, 8, 6), False),
