@@ -69,12 +69,10 @@ def form_of(eqn: jex.JaxprEqn, parts: Sequence[Part], makers: Makers) -> Rows | 
     if name == "scatter-add":
         return _rows(eqn, parts, makers)
     form = parts[0].form if len(parts) == 1 else None
-    if isinstance(form, Rows) and name == "convert_element_type":
-        return form
+    if name == "convert_element_type":
+        return form if _widens(eqn) else None
     if not isinstance(form, Product):
         return None
-    if name == "convert_element_type":
-        return form
     if name == "transpose" and eqn.params["permutation"] == _swap(form.axes):
         return _swapped(form, shape_of(eqn.outvars[0]))
     if name in ("copy", "copy_p", "neg", "reshape", "squeeze", "transpose"):
@@ -89,6 +87,12 @@ def form_of(eqn: jex.JaxprEqn, parts: Sequence[Part], makers: Makers) -> Rows | 
 
         return Product(form.operands, after, axes, in_order)
     return None
+
+
+def _widens(eqn: jex.JaxprEqn) -> bool:
+    """Whether a cast keeps every number: what is rounded must be measured and added rounded."""
+    (operand,), (out,) = eqn.invars, eqn.outvars
+    return jnp.promote_types(dtype_of(operand), dtype_of(out)) == dtype_of(out)
 
 
 def _swap(axes: tuple[int, int, int] | None) -> tuple[int, ...] | None:

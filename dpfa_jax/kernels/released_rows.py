@@ -64,6 +64,8 @@ def cannot(rows: Float[Array, "B ..."], stddev: Number = 1.0) -> str | None:
         return f"it adds bfloat16, float16 or float32, got {rows.dtype}"
     if rows.shape[0] == 0:
         return "there is no example"
+    if rows.size > parameter_noise.MOST:
+        return f"{rows.size} numbers are more than the {parameter_noise.MOST} that were tried"
     return parameter_noise.cannot_leaf(rows.size // rows.shape[0], stddev)
 
 

@@ -267,6 +267,27 @@ def test_products_come_in_the_parameter_s_order(function, shape, in_order):
         np.testing.assert_array_equal(tail.form.finish(made).ravel(), made.ravel())
 
 
+@pytest.mark.parametrize(
+    ("middle", "is_product"), [(jnp.bfloat16, False), (jnp.int32, False), (jnp.float32, True)]
+)
+def test_a_cast_that_rounds_is_part_of_the_gradient(middle, is_product):
+    """What is measured and added is what `jax.grad` gives, so a kernel may not skip the cast."""
+
+    @jax.custom_vjp
+    def dense(x, w):
+        return x @ w
+
+    def backward(kept, cotangent):
+        x, w = kept
+        gradient = jnp.einsum("bti,bto->io", x, cotangent)
+        return cotangent @ w.T, gradient.astype(middle).astype(jnp.float32)
+
+    dense.defvjp(lambda x, w: (dense(x, w), (x, w)), backward)
+    w, x = jnp.ones((8, 12)), jnp.ones((TOKENS, 8))
+    split = split_gradient(lambda p, b: dense(b["x"], p["w"]).sum((1, 2)), {"w": w}, {"x": x})
+    assert (split.tails[1].form is not None) == is_product
+
+
 def test_a_released_mean_is_one_value_for_all_readers(monkeypatch):
     """V12: an optimizer that reads it five times; control: XLA makes it five times, on its own."""
     one = plan("flat", num_parameters=64 * 64)

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dpfa_jax.core import ArgumentError, UnsupportedBackendError
-from dpfa_jax.kernels import parameter_noise
+from dpfa_jax.kernels import parameter_noise, released_rows
 from dpfa_jax.kernels.mosaic_gpu import device
 from dpfa_jax.noise import fields, insecure_test_key, normal_pair
 from dpfa_jax.noise.threefry import threefry2x32
@@ -63,6 +63,21 @@ def test_one_fused_pass_without_a_second_copy():
 def test_cannot_says_why(size, words, monkeypatch):
     monkeypatch.setattr(device, "cannot_pieces", lambda array: None)
     reason = parameter_noise.cannot(jax.ShapeDtypeStruct((size,), jnp.float32))
+    assert reason is None if words is None else words in reason
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((32, 2**20), None),
+        ((0, 2**20), "no example"),
+        ((64, 2**25), "were tried"),
+        ((8, 4), "fewer"),
+    ],
+)
+def test_cannot_says_why_of_rows(shape, words, monkeypatch):
+    monkeypatch.setattr(device, "cannot", lambda array: None)
+    reason = released_rows.cannot(jax.ShapeDtypeStruct(shape, jnp.bfloat16))
     assert reason is None if words is None else words in reason
 
 
