@@ -100,6 +100,19 @@ def any_sign(x: Registers) -> Registers:
     return Registers.splat(bit, (), mgpu.WGSplatFragLayout(()), is_signed=True)
 
 
+def any_above(x: Registers, limit: float) -> Registers:
+    """1 if some float32 number of the warp exceeds `limit` or is NaN, else 0: a vote."""
+    pairs = list(x.registers.flat)
+    numbers = [vector.extract(pair, [], [i]) for pair in pairs for i in range(2)]
+    bits = f"0f{np.float32(limit).view(np.uint32):08X}"
+    first, *more = [f"setp.gtu{{}}.f32 p, ${i + 1}, {bits}{{}};" for i in range(len(numbers))]
+    code = " ".join([first.format("", ""), *(x.format(".or", ", p") for x in more)])
+    code = f"{{ .reg .pred p; {code} vote.sync.any.pred p, p, 0xffffffff; selp.b32 $0, 1, 0, p; }}"
+    constraints = ",".join(["=r"] + ["f"] * len(numbers))
+    bit = llvm.inline_asm(_i32(), numbers, code, constraints, has_side_effects=True)
+    return Registers.splat(bit, (), mgpu.WGSplatFragLayout(()), is_signed=True)
+
+
 def begin_tile_product(
     lhs: Registers, tile: Any, over: Registers, adds: Registers | None
 ) -> Registers:

@@ -34,10 +34,12 @@ from dpfa_jax.kernels.mosaic_gpu.pairs import Fixed, PairReader
 from dpfa_jax.kernels.mosaic_gpu.producer import Producer
 from dpfa_jax.kernels.mosaic_gpu.release_pass import NoiseArrays
 from dpfa_jax.kernels.mosaic_gpu.release_pass import released as release_rows
-from dpfa_jax.kernels.mosaic_gpu.softmax import PublicMaximum, RunningMaximum
+from dpfa_jax.kernels.mosaic_gpu.softmax import KeptMaximum, PublicMaximum, RunningMaximum, Softmax
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ForwardTiles
 from dpfa_jax.kernels.mosaic_gpu.walk import Lengths, Tile, Tiling, Walk, constant
 from dpfa_jax.kernels.public_maximum import SHIFT
+
+KEPT_COLUMNS = 128  # of a step whose logits are kept until its weights are found to be right
 
 
 class ForwardArrays(NamedTuple):
@@ -77,6 +79,15 @@ def _capped(spec: AttentionSpec, s: jax.Array) -> tuple[jax.Array, float]:
     return (s, spec.scale) if cap is None else (jnp.tanh(s * (spec.scale / cap)), cap)
 
 
+def _softmax(
+    tile: ForwardTiles, dtype: Any, has_public_maximum: bool, *, simulate: bool
+) -> Softmax:
+    if has_public_maximum:
+        return PublicMaximum(SHIFT[dtype.name])
+    # Beside the weights of wider steps their logits find no registers.
+    return KeptMaximum(simulate) if tile.block_kv <= KEPT_COLUMNS else RunningMaximum()
+
+
 def _body(
     arrays: ForwardArrays,
     results: ForwardResults,
@@ -87,7 +98,7 @@ def _body(
     *,
     spec: AttentionSpec,
     tile: ForwardTiles,
-    softmax: "RunningMaximum | PublicMaximum",
+    softmax: Softmax,
     group: int,
     simulate: bool,
 ) -> None:
@@ -166,8 +177,7 @@ def _body(
                         here.key_length, here.query_length,
                     )  # fmt: skip
                     s = jnp.where(seen, s, -jnp.inf)
-                p, acc, sums = softmax.step(s, factor * LOG2_E, acc, sums)
-                p_stored = p.astype(dtype)
+                p_stored, acc, sums = softmax.step(s, factor * LOG2_E, acc, sums, dtype)
                 acc, sums, p_stored = lax.optimization_barrier((acc, sums, p_stored))
                 plgpu.barrier_arrive(barriers["turn"])
                 plgpu.barrier_wait(barriers["value"].at[slot])
@@ -408,7 +418,7 @@ def _attend(
             Walk(tiling, Lengths(in_refs.query_lengths, in_refs.key_lengths), schedule_ref),
             spec=spec,
             tile=tile,
-            softmax=PublicMaximum(SHIFT[dtype.name]) if has_public_maximum else RunningMaximum(),
+            softmax=_softmax(tile, dtype, has_public_maximum, simulate=interpret is not None),
             group=heads // kv_heads,
             simulate=interpret is not None,
         )

@@ -164,7 +164,7 @@ _JNP = _Namespace(
 
 
 class _Softmax:
-    """In the place of `softmax.RunningMaximum` and of the public one."""
+    """In the place of those of `softmax`."""
 
     def __init__(self, recording):
         self._recording = recording
@@ -172,7 +172,7 @@ class _Softmax:
     def start(self, rows):
         return ()
 
-    def step(self, s, factor, acc, sums):
+    def step(self, s, factor, acc, sums, dtype):
         self._recording.op("weights")
         return Numbers(s.shape), acc, sums
 
@@ -214,7 +214,7 @@ def _functions(recording):
 
     return {
         "visible": visible, "weights_of": weights, "clamped": weights,
-        "RunningMaximum": softmax, "PublicMaximum": softmax,
+        "KeptMaximum": softmax, "RunningMaximum": softmax, "PublicMaximum": softmax,
         "begin_block": products, "begin_row_sums": products,
         "multiply": lambda acc, _, right, spare: products(_, right),
         "clip_rows": _numbers, "snap_noised": _numbers, "logit_gradient": _numbers,

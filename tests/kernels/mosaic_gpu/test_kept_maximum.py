@@ -1,0 +1,70 @@
+"""Maxima that are kept from step to step, in the simulator: whether each row takes a new one."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import growing_logits
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from dpfa_jax.kernels.mosaic_gpu import softmax
+from dpfa_jax.kernels.mosaic_gpu.forward import ForwardArrays, attention_forward
+from dpfa_jax.kernels.mosaic_gpu.tiles import ForwardTiles
+
+pytestmark = pytest.mark.quickly_compiled
+TILES = {"ahead": ForwardTiles(), "alone": ForwardTiles(ahead=False)}
+ROWS, KEYS, SIZE = 64, 640, 64  # 5 steps
+
+
+def forward(inputs, *, is_causal=False, tile="ahead"):
+    return attention_forward(
+        growing_logits.spec(is_causal=is_causal),
+        ForwardArrays(*inputs[:3]),
+        TILES[tile],
+        interpret=plgpu.InterpretGPUParams(),
+    )
+
+
+def error_of_rows(found, exact):
+    """Of each row's output, by the largest value that a row could give."""
+    difference = np.asarray(found.output, np.float64) - exact
+    return np.linalg.norm(difference[0, :, 0], axis=-1) / np.linalg.norm(exact[0, :, 0], axis=-1)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "is_causal", "tile"),
+    [
+        (jnp.bfloat16, False, "ahead"),
+        pytest.param(jnp.float16, True, "ahead", marks=pytest.mark.slow),
+        pytest.param(jnp.bfloat16, True, "alone", marks=pytest.mark.slow),
+    ],
+)
+def test_each_row_has_its_softmax(dtype, is_causal, tile):
+    """V7: growing by more than a maximum is kept for in each step, by less, not at all, falling."""
+    inputs = growing_logits.inputs(ROWS, KEYS, SIZE, dtype)
+    found = forward(inputs, is_causal=is_causal, tile=tile)
+    output, lse = growing_logits.expected(inputs, is_causal=is_causal)
+    # Weights and output are rounded once each; errors of the products add up as a random walk.
+    assert error_of_rows(found, output).max() < 2 * float(jnp.finfo(dtype).eps)
+    # A float32 logit of up to 200, and products that cancel in it.
+    assert np.abs(found.lse - lse).max() < 200 * 2.0**-22
+
+
+def test_a_row_depends_on_no_other():
+    """Rows beside one that takes a new maximum keep the bits that they have beside others."""
+    inputs = growing_logits.inputs(ROWS, KEYS, SIZE, jnp.bfloat16)
+    is_calm = np.resize(np.abs(growing_logits.GROWTHS) < 1, ROWS)
+    calm = inputs.query * jnp.asarray(is_calm, jnp.bfloat16)[None, :, None, None]
+    beside, alone = (forward(x) for x in (inputs, inputs._replace(query=calm)))
+    for one, other in zip(beside[::2], alone[::2], strict=True):  # output, lse
+        rows_first = [np.asarray(x, np.float32).reshape(ROWS, -1) for x in (one, other)]
+        same = np.all(rows_first[0] == rows_first[1], axis=1)
+        assert np.all(same[is_calm])
+        assert not np.any(same[~is_calm])  # negative control: those were changed
+
+
+def test_a_maximum_kept_for_too_long_shows(monkeypatch):
+    """Negative control: weights beyond what float16 holds, were they let through."""
+    inputs = growing_logits.inputs(ROWS, KEYS, SIZE, jnp.float16)
+    assert np.all(np.isfinite(np.asarray(forward(inputs).output, np.float32)))
+    monkeypatch.setattr(softmax, "KEPT", 2.0**80)
+    assert not np.all(np.isfinite(np.asarray(forward(inputs).output, np.float32)))
