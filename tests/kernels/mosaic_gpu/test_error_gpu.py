@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import attention_oracle as oracle
+from helpers import growing_logits
 from helpers.hopper_cases import (
     BACKEND,
     BACKWARD,
@@ -20,6 +21,7 @@ from helpers.hopper_cases import (
     value_and_gradients,
 )
 
+from dpfa_jax.attention import core
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec
 from dpfa_jax.kernels.mosaic_gpu.tiles import (
     MAX_HEAD_SIZE_ONE_WARPGROUP,
@@ -85,3 +87,20 @@ def test_error_is_within_twice_the_naive_one(case, kernels, monkeypatch):
     is_empty = ~seen.any(-1).swapaxes(1, 2)
     assert np.array_equal(np.isneginf(np.asarray(lse)), is_empty)
     assert not np.any(np.asarray(output, np.float32)[is_empty])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_logits_that_grow_along_the_keys(size, is_causal, dtype):
+    """V7, V8: rows of one warp that take new maxima in each step, in some, in the first alone."""
+    inputs = growing_logits.inputs(600, 600, size, dtype)
+    spec = growing_logits.spec(is_causal=is_causal)
+    assert BACKEND.cannot(spec, inputs, "gpu") is None
+    output, lse = jax.jit(lambda x: core.attend(BACKEND, spec, x))(inputs)
+    exact, exact_lse = growing_logits.expected(inputs, is_causal=is_causal)
+    theirs = naive(spec, {}, *inputs[:3])
+    for growth in range(len(growing_logits.GROWTHS)):
+        rows = (slice(None), slice(growth, None, len(growing_logits.GROWTHS)))
+        assert distance(output[rows], exact[rows]) <= 2 * distance(theirs[rows], exact[rows])
+    assert np.abs(np.asarray(lse) - np.swapaxes(exact_lse, 1, 2)).max() < 200 * 2.0**-22
