@@ -9,6 +9,7 @@ answer does all that (`release_pass.py`).
 
 import dataclasses
 import functools
+import statistics
 from typing import Any, NamedTuple
 
 import jax
@@ -40,6 +41,7 @@ from dpfa_jax.kernels.mosaic_gpu.walk import Lengths, Tile, Tiling, Walk, consta
 from dpfa_jax.kernels.public_maximum import SHIFT
 
 KEPT_COLUMNS = 128  # of a step whose logits are kept until its weights are found to be right
+KEPT_STEPS = 8  # of a tile, from which on steps without a maximum pay for a first one made twice
 
 
 class ForwardArrays(NamedTuple):
@@ -79,13 +81,13 @@ def _capped(spec: AttentionSpec, s: jax.Array) -> tuple[jax.Array, float]:
     return (s, spec.scale) if cap is None else (jnp.tanh(s * (spec.scale / cap)), cap)
 
 
-def _softmax(
-    tile: ForwardTiles, dtype: Any, has_public_maximum: bool, *, simulate: bool
-) -> Softmax:
+def _softmax(tiling: Tiling, dtype: Any, has_public_maximum: bool, *, simulate: bool) -> Softmax:
     if has_public_maximum:
         return PublicMaximum(SHIFT[dtype.name])
     # Beside the weights of wider steps their logits find no registers.
-    return KeptMaximum(simulate) if tile.block_kv <= KEPT_COLUMNS else RunningMaximum()
+    is_narrow = tiling.tile.block_kv <= KEPT_COLUMNS
+    is_long = statistics.mean(tiling.step_counts) >= KEPT_STEPS
+    return KeptMaximum(simulate) if is_narrow and is_long else RunningMaximum()
 
 
 def _body(
@@ -418,7 +420,7 @@ def _attend(
             Walk(tiling, Lengths(in_refs.query_lengths, in_refs.key_lengths), schedule_ref),
             spec=spec,
             tile=tile,
-            softmax=_softmax(tile, dtype, has_public_maximum, simulate=interpret is not None),
+            softmax=_softmax(tiling, dtype, has_public_maximum, simulate=interpret is not None),
             group=heads // kv_heads,
             simulate=interpret is not None,
         )

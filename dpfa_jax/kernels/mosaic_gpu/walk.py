@@ -134,12 +134,17 @@ class Tiling:
             and (begin, end) == (full_begin, full_end)
         )
 
+    @functools.cached_property
+    def step_counts(self) -> list[Any]:
+        """Steps of each block of rows where no length cuts any off: host numbers."""
+        ranges = [self.steps(block, self.keys, None) for block in range(self.blocks)]
+        return [end - begin for begin, _, _, end in ranges]
+
     def schedule(self, processors: int) -> Any:
         """`schedule.balanced` of these tiles; one row a processor, none without a tile."""
         costs: list[Any] = []
-        for block in range(self.blocks):
-            begin, _, _, end = self.steps(block, self.keys, None)
-            costs += [(end - begin) * self.turns + _TILE_COST] * self.parts
+        for count in self.step_counts:
+            costs += [count * self.turns + _TILE_COST] * self.parts
         pairs = self.batch * self.heads
         together = max(1, _CACHE_BYTES // max(1, self.head_bytes))
         programs = min(processors, pairs * len(costs))

@@ -6,13 +6,21 @@ import pytest
 from helpers import growing_logits
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from dpfa_jax.kernels.mosaic_gpu import forward as forward_module
 from dpfa_jax.kernels.mosaic_gpu import softmax
 from dpfa_jax.kernels.mosaic_gpu.forward import ForwardArrays, attention_forward
 from dpfa_jax.kernels.mosaic_gpu.tiles import ForwardTiles
+from dpfa_jax.kernels.mosaic_gpu.walk import Tiling
 
-pytestmark = pytest.mark.quickly_compiled
+pytestmark = [pytest.mark.quickly_compiled, pytest.mark.usefixtures("kept_from_the_first_step")]
 TILES = {"ahead": ForwardTiles(), "alone": ForwardTiles(ahead=False)}
 ROWS, KEYS, SIZE = 64, 640, 64  # 5 steps
+
+
+@pytest.fixture
+def kept_from_the_first_step(monkeypatch):
+    """Calls of few steps look for their maximum in each."""
+    monkeypatch.setattr(forward_module, "KEPT_STEPS", 0)
 
 
 def forward(inputs, *, is_causal=False, tile="ahead"):
@@ -45,7 +53,7 @@ def test_each_row_has_its_softmax(dtype, is_causal, tile):
     output, lse = growing_logits.expected(inputs, is_causal=is_causal)
     # Weights and output are rounded once each; errors of the products add up as a random walk.
     assert error_of_rows(found, output).max() < float(jnp.finfo(dtype).eps)
-    assert np.abs(found.lse - lse).max() < growing_logits.lse_slack(SIZE)
+    assert np.abs(found.lse - lse).max() < growing_logits.lse_slack(SIZE, KEYS)
 
 
 def test_a_row_depends_on_no_other():
@@ -59,6 +67,17 @@ def test_a_row_depends_on_no_other():
         same = np.all(rows_first[0] == rows_first[1], axis=1)
         assert np.all(same[is_calm])
         assert not np.any(same[~is_calm])  # negative control: those were changed
+
+
+@pytest.mark.parametrize(
+    ("keys", "block_kv", "is_kept"), [(1024, 128, True), (896, 128, False), (2048, 256, False)]
+)
+def test_long_calls_of_narrow_steps_keep_it(monkeypatch, keys, block_kv, is_kept):
+    monkeypatch.undo()
+    tile = ForwardTiles(block_kv=block_kv, ahead=block_kv == 128)
+    tiling = Tiling(growing_logits.spec(is_causal=False), tile, 1, 1, keys, keys, 1, False, False)
+    chosen = forward_module._softmax(tiling, jnp.dtype(jnp.bfloat16), False, simulate=True)
+    assert isinstance(chosen, softmax.KeptMaximum) == is_kept
 
 
 def test_a_maximum_kept_for_too_long_shows(monkeypatch):
