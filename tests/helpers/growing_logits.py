@@ -25,7 +25,7 @@ def spec(*, is_causal=False):
 
 
 def lse_slack(size, keys):
-    """Of float32 logits of up to 40 for 128 keys: a random walk of `size` additions, four times over.
+    """Of float32 logits, 40 more for 128 keys: four times a random walk of `size` additions.
 
     The tensor cores cut off what they align, where float32 rounds.
     """
