@@ -89,7 +89,7 @@ def clipped_groups(
       counts: False for an example that counts as zero.
       l2_clip_norms: C_l of each group.
       leaf_groups: the group of each parameter, or of each slice of it.
-      per_example_bytes: as `clipped_sum`'s.
+      per_example_bytes: as `late_sum`'s.
 
     Returns: (sums, float32, in the parameters' shapes, or what their `release` made of them; of
     each group half the number of unclipped examples less clipped ones).

@@ -63,7 +63,7 @@ class LateSum(NamedTuple):
     added: Callable[[Sequence[Release | None]], ClippedSum]
 
 
-def clipped_sum(
+def late_sum(
     loss_fn: PerExampleLoss,
     params: PyTree,
     batch: PyTree,
@@ -73,8 +73,10 @@ def clipped_sum(
     leaf_groups: tuple[Owner, ...],
     micro_batch_size: int,
     per_example_bytes: int | None,
-) -> ClippedSum:
+) -> LateSum:
     """Sum over the real examples of their clipped parameter gradients.
+
+    In two steps, so that noise can be made ready between them.
 
     Args:
       loss_fn: (params, batch) -> one loss an example, shape (B,). Called with B = 1 only.
@@ -89,37 +91,12 @@ def clipped_sum(
         or what a group's gradients are made from takes where that is more: to make them piece by
         piece, all of that must be held to the end, so all of them at once need no more.
 
-    Returns: the sums. An example whose loss is not finite counts as zero, and so does one in each
-    group where its gradient is not.
+    Returns: the sum, due. An example whose loss is not finite counts as zero, and so does one in
+    each group where its gradient is not.
     Errors: ArgumentError for a loss that is not one number an example, for axes that disagree, and
     for gradients that cannot be kept within `per_example_bytes`, by name; CoverageError for a loss
     that couples examples (`coupling.check_uncoupled`).
     """
-    late = late_sum(
-        loss_fn,
-        params,
-        batch,
-        is_real,
-        l2_clip_norms=l2_clip_norms,
-        leaf_groups=leaf_groups,
-        micro_batch_size=micro_batch_size,
-        per_example_bytes=per_example_bytes,
-    )
-    return late.added([None] * len(leaf_groups))
-
-
-def late_sum(
-    loss_fn: PerExampleLoss,
-    params: PyTree,
-    batch: PyTree,
-    is_real: Bool[Array, " batch"],
-    *,
-    l2_clip_norms: Sequence[ClipNorm],
-    leaf_groups: tuple[Owner, ...],
-    micro_batch_size: int,
-    per_example_bytes: int | None,
-) -> LateSum:
-    """`clipped_sum` in two steps, so that noise can be made ready between them."""
     _check_batch(batch, is_real.shape[0], micro_batch_size)
     params = _local(params, (batch, is_real))
     leaves, structure = jax.tree.flatten(params)
@@ -214,7 +191,7 @@ def split_gradient(
     """The program of one example, (loss, gradient of each leaf), in two parts.
 
     `params` and `example` may be arrays or `jax.ShapeDtypeStruct`s. `leaf_groups`: as for
-    `clipped_sum`; which slices are finished in a loop depends on them.
+    `late_sum`; which slices are finished in a loop depends on them.
     """
     return _splitter(loss_fn, params, example, leaf_groups)()
 

@@ -32,7 +32,7 @@ class DPSGDPlan:
         ("encoder/0", "embedding"); "/i" after a parameter's path is slice i of its leading axis.
         Every parameter must be in exactly one. None: one flat group.
       per_example_bytes: the most memory for per-example gradients held at a time; a speed setting
-        only. None: as `clipped_sum` chooses, without holding more than what they are made from.
+        only. None: as `late_sum` chooses, without holding more than what they are made from.
 
     Errors: ArgumentError for combinations that contradict each other.
     Source: Abadi et al. (2016); truncated Poisson batches: arXiv 2508.15089 (2025).

@@ -10,13 +10,13 @@ import numpy as np
 import optax
 import pytest
 from helpers import forced_devices
+from helpers.clipping_oracle import clipped_sum
 from helpers.dpsgd_cases import PARAMETERS, batch_of, loss_fn, params_of, plan_of
 
 from dpfa_jax import dpsgd
 from dpfa_jax.accounting import Ledger, epsilon, record
 from dpfa_jax.core import ArgumentError
 from dpfa_jax.dpsgd import adaptive_clipping
-from dpfa_jax.dpsgd.clipped_sum import clipped_sum
 from dpfa_jax.noise import fields, grid
 from dpfa_jax.noise.keys import insecure_test_key
 from dpfa_jax.release import AdaptiveClipping, TrainingRelease, noise_grid

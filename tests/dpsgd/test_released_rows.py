@@ -8,12 +8,13 @@ import numpy as np
 import optax
 import pytest
 from helpers.barriers import without_a_barrier
+from helpers.clipping_oracle import clipped_sum
 from helpers.dpsgd_cases import plan_of, reader
 
 from dpfa_jax import dpsgd
 from dpfa_jax.core import ArgumentError, KeyReuseError
 from dpfa_jax.dpsgd.adaptive_clipping import noise_for
-from dpfa_jax.dpsgd.clipped_sum import clipped_sum, split_gradient
+from dpfa_jax.dpsgd.clipped_sum import split_gradient
 from dpfa_jax.dpsgd.leaf_noise import LeafNoise
 from dpfa_jax.dpsgd.noise_state import NoisySumState
 from dpfa_jax.dpsgd.parameters import leaf_groups

@@ -8,13 +8,12 @@ import numpy as np
 import optax
 import pytest
 from helpers import forced_devices
-from helpers.clipping_oracle import QUICKLY_COMPILED, gradients_by_grad
+from helpers.clipping_oracle import QUICKLY_COMPILED, clipped_sum, gradients_by_grad
 from helpers.dpsgd_cases import plan_of
 
 from dpfa_jax import dpsgd
 from dpfa_jax.clipping.trees import CLIP_MARGIN
 from dpfa_jax.core import ArgumentError, CoverageError
-from dpfa_jax.dpsgd.clipped_sum import clipped_sum
 from dpfa_jax.dpsgd.micro_batch import step_bytes
 from dpfa_jax.dpsgd.parameters import leaf_groups
 from dpfa_jax.dpsgd.rounds import columns_of
