@@ -21,7 +21,8 @@ from xml.etree import ElementTree
 from stored_runs import commands, dated, device, is_of, newest, today
 
 ROOT = Path(__file__).resolve().parents[1]
-OUTPUTS = ("--output", "--out", "--add-to")  # the scripts' options whose value is the file
+# The scripts' options whose value is the file.
+OUTPUTS = ("--output", "--out", "--add-to", "--largest-of")
 TESTS = "python -m pytest "
 
 

@@ -33,9 +33,12 @@ def today() -> str:
 
 
 def commands(stored: dict[str, Any]) -> list[str]:
-    """What repeats a stored run, in order; those after the first add to its file."""
-    command = stored["command"]
-    return command.split("; ") if isinstance(command, str) else list(command)
+    """What repeats a stored run, in order; those after the first add to its file.
+
+    They are stored in one string, as a shell takes them.
+    """
+    command: str = stored["command"]
+    return command.split("; ")
 
 
 def dated(file: Path, date: str) -> Path:

@@ -2,7 +2,7 @@
 
     python benchmarks/train.py --gpus 4 --output benchmarks/results/<device>/<date>-train.json
     python benchmarks/train.py --add-to <that file>      what it lacks, after a run that was cut off
-    python benchmarks/train.py --largest-of <that file>
+    python benchmarks/train.py --largest-of <that file> [--cases ...] [--methods ...]
 
 A step is forward, backward, clipping, noise and AdamW. Times are medians over windows of queued
 steps, in milliseconds; compare times of one case only: the methods of a case are timed in turn on
@@ -204,10 +204,11 @@ def run(arguments: argparse.Namespace, results: Results, limits: Limits) -> None
         cache = arguments.cache or stack.enter_context(tempfile.TemporaryDirectory())
         os.makedirs(cache, exist_ok=True)
         if arguments.largest_of:
-            rows = [
+            stored = (
                 Row(row["model"], row["T"], row["batch"], row["method"])
                 for row in results.result["rows"]
-            ]
+            )
+            rows = [row for row in stored if _is_asked_for(row, arguments)]
             find_all_largest(rows, arguments, results, searching)
             return
         searches: list[tuple[str, list[Row]]] = []
@@ -227,6 +228,10 @@ def run(arguments: argparse.Namespace, results: Results, limits: Limits) -> None
         )  # fmt: skip
 
 
+def _is_asked_for(row: Row, arguments: argparse.Namespace) -> bool:
+    return row[:3] in (arguments.cases or [row[:3]]) and row.method in arguments.methods
+
+
 def _gpus(count: int) -> list[str]:
     """As the children are to see them: those that this process may see."""
     visible = [name for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name]
@@ -244,6 +249,7 @@ def child(words: Mapping[str, Any]) -> dict[str, Any]:
         if "seconds" in words:
             return time_row(row, **{name: words[name] for name in words if name != "row"})
         Turn().wait()
+        stage("searching")
         return find_largest(row, words["memory_bytes"], words["largest_seconds"])
     except ModuleNotFoundError as error:
         if row.method not in PEERS:
@@ -269,8 +275,8 @@ def parser() -> argparse.ArgumentParser:
         "--largest-of", metavar="FILE", help="add the largest batch to the rows of a stored run"
     )
     parser.add_argument(
-        "--cases", nargs="*", type=_case, default=CASES,
-        help="MODEL:T:BATCH; the list in this file if none",
+        "--cases", nargs="*", type=_case, default=[],
+        help="MODEL:T:BATCH; if none, the list in this file, or what the stored run has",
     )  # fmt: skip
     parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
     parser.add_argument(
@@ -308,21 +314,20 @@ def main() -> None:
         return
     began = time.monotonic()
     arguments = parser().parse_args()
+    if not arguments.largest_of:
+        arguments.cases = arguments.cases or CASES
     limits = Limits(
         arguments.row_limit_seconds,
         arguments.timing_limit_seconds,
         began + arguments.limit_seconds,
     )
-    if arguments.largest_of:
-        with open(arguments.largest_of) as file:
-            run(arguments, Results(arguments.largest_of, json.load(file)), limits)
-        return
-    if arguments.output and (arguments.add_to or os.path.exists(arguments.output)):
+    stored = arguments.add_to or arguments.largest_of
+    if arguments.output and (stored or os.path.exists(arguments.output)):
         parser().error(f"{arguments.output} would be written anew: --add-to FILE keeps its rows")
     result = begun("benchmarks/train.py", ("jax", "jax-privacy", "torch", "opacus", "fastDP"))
-    if arguments.add_to:
-        result = added_to(arguments.add_to, result)
-    run(arguments, Results(arguments.add_to or arguments.output, result), limits)
+    if stored:
+        result = added_to(stored, result)
+    run(arguments, Results(stored or arguments.output, result), limits)
 
 
 if __name__ == "__main__":

@@ -121,15 +121,22 @@ class Results:
 def added_to(path: str, run: Mapping[str, Any]) -> dict[str, Any]:
     """The stored result at `path`, to which `run` is to add: `runs` has what each says of itself.
 
-    ValueError where the device or a version differs: rows of one file are there to be compared.
+    ValueError where the device or a version differs: rows of one file are there to be compared. A
+    package that one of the two did without is no difference.
     """
     with open(path) as file:
         result = json.load(file)
-    for name in ("device", "versions"):
-        if result[name] != run[name]:
-            raise ValueError(f"{path} is of {name} {result[name]}, this run of {run[name]}")
+    old, new = result["versions"], run["versions"]
+    differ = [name for name in old if new.get(name, old[name]) != old[name]]
+    for name, was, now in (
+        ("device", result["device"], run["device"]),
+        ("versions", *({name: them[name] for name in differ} for them in (old, new))),
+    ):
+        if was != now:
+            raise ValueError(f"{path} is of {name} {was}, this run of {now}")
     head: Sequence[str] = ("device", "date", "command", "versions")
     runs = result.get("runs") or [{name: result[name] for name in head}]
     result["runs"] = [*runs, {name: run[name] for name in head}]
+    result["versions"] = old | new
     result["command"] = "; ".join(dict.fromkeys(one["command"].strip() for one in result["runs"]))
     return result

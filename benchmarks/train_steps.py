@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from largest_batch import largest
+from row_processes import stage
 from timing import measured
 from train_models import MODELS
 
@@ -122,7 +123,13 @@ def largest_batch(
 ) -> int | None:
     """The largest batch of one pass whose compiled step fits the device, a multiple of GRANULE."""
     limit = memory_bytes or _statistics()["bytes_limit"]
-    return largest(lambda size: step_bytes(name, length, size, method), batch, limit)
+
+    def needed(size: int) -> int:
+        found = step_bytes(name, length, size, method)
+        stage(f"searching: {size} takes {found} bytes of {limit}")  # if it should be cut off
+        return found
+
+    return largest(needed, batch, limit)
 
 
 def _begin_and_update(model: Any, params: Any, batch: int, method: str, micro_batch: int) -> Any:

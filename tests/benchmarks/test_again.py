@@ -48,9 +48,7 @@ def run(again, monkeypatch, *files):
 def test_a_stored_file_is_run_again_into_a_new_one(again, monkeypatch, tmp_path, capsys):
     """Each command in turn, with its environment; the old file stays, and so does the new one."""
     old = "benchmarks/results/nvidia-h200/2020-01-02-tiny.json"
-    path = stored(
-        tmp_path, [f"MORE=1 python tiny.py --output {old}", f"python tiny.py --add-to {old}"]
-    )
+    path = stored(tmp_path, f"MORE=1 python tiny.py --output {old}; python tiny.py --add-to {old}")
     before = path.read_text()
     assert run(again, monkeypatch) == 0
     (more, first), (none, second) = new_of(path)

@@ -137,7 +137,7 @@ def test_counters_are_a_table(tmp_path):
     row["stalls"] = {"wait": 2.5, "selected": 1.0, "gmma": 0.46, "sleeping": 0.01}
     failed = {"group": "peer", "why": "no profiler"}
     path = tmp_path / "results" / "gpu" / "2026-01-02-counters.json"
-    _stored(path, [row], left_out=[failed], command=["python x.py", "python y.py"])
+    _stored(path, [row], left_out=[failed], command="python x.py; python y.py")
     (tmp_path / "docs").mkdir()
     text = plot.page(tmp_path / "results", tmp_path / "docs").read_text()
     case = "| 8, 2048, 16, 16, 128, full, dpfa | `dpfa_attention_forward` | 0.500 |"

@@ -157,6 +157,29 @@ def test_a_run_is_added_to_a_stored_one_of_its_device_alone(bench, tmp_path):
     assert "run" not in result["rows"][0] and result["rows"][1]["run"] == 1
     with pytest.raises(ValueError, match="other GPU"):
         bench.added_to(str(path), again | {"device": "other GPU"})
+    with pytest.raises(ValueError, match=r"versions \{'jax': '1'\}, this .* \{'jax': '2'\}"):
+        bench.added_to(str(path), again | {"versions": {"jax": "2"}})
+    without_jax = again | {"versions": {"torch": "3"}}  # then it times none of its rows
+    assert bench.added_to(str(path), without_jax)["versions"] == {"jax": "1", "torch": "3"}
+
+
+@pytest.mark.parametrize(
+    "path", sorted(FOLDER.glob("results/*/*-train.json")), ids=lambda path: path.stem
+)
+def test_every_stored_run_can_be_added_to(bench, path):
+    """Its rows stay, its commands stay in order, and what it lacks is wanted."""
+    from stored_runs import commands
+
+    stored = json.loads(path.read_text())
+    words = f"python benchmarks/train.py --add-to {path}"
+    again = stored | {"command": words, "date": "2026-12-31", "rows": [], "left_out": []}
+    result = bench.added_to(str(path), again)
+    assert result["rows"] == stored["rows"] and result["versions"] == stored["versions"]
+    assert commands(result) == [*commands(stored), words]
+    results = bench.Results(None, result)
+    known = [bench.Row(x["model"], x["T"], x["batch"], x["method"]) for x in stored["rows"]]
+    assert not any(map(results.is_wanted, known))
+    assert results.is_wanted(known[0]._replace(T=4))
 
 
 def test_a_search_says_what_it_knows_when_its_time_is_over(steps):
@@ -184,12 +207,16 @@ def test_a_whole_run_from_the_command_line(bench, monkeypatch, tmp_path):
     assert found["left_out"] == [] and found["device"] and found["versions"]["jax"]
     assert row["largest_batch"] is None
     words = ["train.py", "--largest-of", str(out), "--memory-bytes", "4000000"]
-    monkeypatch.setattr(sys, "argv", words)
-    bench.main()
-    (again,) = json.loads(out.read_text())["rows"]
+    rows = ("--methods", "flat"), ("--cases", "gpt2-tiny:8:16"), ("--cases", "gpt2-tiny:8:8")
+    for more in rows:
+        assert json.loads(out.read_text())["rows"] == [row], "not asked for so far"
+        monkeypatch.setattr(sys, "argv", [*words, *more])
+        bench.main()
+    after = json.loads(out.read_text())
+    (again,) = after["rows"]
     assert again.pop("largest_batch") % 4 == 0
     del row["largest_batch"]
-    assert again == row
+    assert again == row and after["command"].endswith(" ".join(more)) and len(after["runs"]) == 2
 
 
 @pytest.mark.slow

@@ -43,9 +43,9 @@ def test_the_commands_of_a_stored_result_parse(file):
     assert found and stored["device"] and re.fullmatch(r"\d{4}-\d\d-\d\d", stored["date"])
     for place, command in enumerate(found):
         check(command)
-        written = re.findall(r"--(?:output|out|add-to) (\S+)", command)
+        written = re.findall(r"--(?:output|out|add-to|largest-of) (\S+)", command)
         assert set(written) <= {str(file.relative_to(ROOT))}, "another file than its own"
-        assert place == 0 or "--add-to" in command or "pytest" in command, command
+        assert place == 0 or re.search("--add-to|--largest-of|pytest", command), command
 
 
 @pytest.mark.parametrize(
