@@ -34,6 +34,7 @@ from dpfa_jax.dpsgd.parameters import Owner, leaf_paths
 from dpfa_jax.dpsgd.released import Leaf, Release, sums_of
 from dpfa_jax.dpsgd.rounds import Rounds, columns_of
 from dpfa_jax.dpsgd.split import Split
+from dpfa_jax.kernels import manual_axes
 
 PerExampleLoss = Callable[[PyTree, PyTree], Float[Array, " batch"]]
 
@@ -157,7 +158,8 @@ def late_sum(
     # Micro-batch j takes rows j, j + rows/micro, ...: where the batch is sharded over devices, each
     # micro-batch then has rows on all of them, and no row moves.
     def interleaved(x: Array) -> Array:
-        return jnp.swapaxes(x.reshape(micro_batch_size, -1, *x.shape[1:]), 0, 1)
+        pieces = x.shape[0] // micro_batch_size
+        return jnp.swapaxes(x.reshape(micro_batch_size, pieces, *x.shape[1:]), 0, 1)
 
     def sum_of_micro_batch(micro: tuple[PyTree, Array]) -> list[Float32[Array, "..."]]:
         sums, halves = sum_of(made_from(*micro), micro[1], [None] * len(leaves))
@@ -238,13 +240,8 @@ def _local(params: PyTree, witnesses: PyTree) -> PyTree:
     Differentiating a replicated value there sums its gradient over the devices: examples of
     different devices would be added BEFORE they are clipped.
     """
-    if not jax.sharding.get_abstract_mesh().manual_axes:
-        return params
-    # A choice between two equal values takes the device-dependence of what decides it.
-    decides = functools.reduce(
-        jnp.logical_or, [jnp.ravel(leaf)[0] != 0 for leaf in jax.tree.leaves(witnesses)]
-    )
-    return jax.tree.map(lambda leaf: jnp.where(decides, leaf, leaf), params)
+    axes = manual_axes.varying_axes(*jax.tree.leaves(witnesses))
+    return jax.tree.map(lambda leaf: manual_axes.vary_over(leaf, axes), params)
 
 
 def _check_batch(batch: PyTree, rows: int, micro_batch_size: int) -> None:

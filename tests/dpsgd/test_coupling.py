@@ -70,6 +70,25 @@ def test_a_collective_over_shards_of_the_batch_is_refused(name):
     on_mesh(loss_with(identity))  # control
 
 
+def test_a_shard_may_hold_keys_and_columns_of_no_numbers():
+    """Each example's own dropout, say. The same sum as of the whole batch."""
+
+    def loss(params, batch):
+        kept = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (3,)))(batch["key"])
+        return (jnp.where(kept, batch["x"], 0.0) @ params["w"]) ** 2 + batch["none"].sum(axis=1)
+
+    keys = jax.random.split(jax.random.key(0), 4)
+    batch = {"x": jnp.ones((4, 3)), "key": keys, "none": jnp.ones((4, 0))}
+    mesh = Mesh(np.asarray(jax.devices()[:1]), ("data",))
+    shard = jax.shard_map(
+        lambda *given: jax.lax.psum(clipped(loss)(*given), "data"),
+        mesh=mesh, in_specs=(P(), P("data")), out_specs=P(),
+    )  # fmt: skip
+    found, whole = (jax.jit(run)(PARAMS, batch)["w"] for run in (shard, clipped(loss)))
+    np.testing.assert_array_equal(found, whole)
+    assert np.linalg.norm(whole) > 0.9
+
+
 def test_an_axis_that_holds_one_example_may_be_summed_over():
     """Tensor parallelism; where types do not tell which axis holds what, it is refused."""
 
