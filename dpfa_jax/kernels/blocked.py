@@ -18,6 +18,7 @@ from dpfa_jax.kernels.base import (
 )
 from dpfa_jax.kernels.compensated import TwoFloat
 from dpfa_jax.kernels.pieces import over_pieces
+from dpfa_jax.kernels.rectangles import Blocks
 from dpfa_jax.kernels.softmax_loop import SoftmaxResults
 
 
@@ -92,7 +93,7 @@ class Blocked:
             is_seen = ~jnp.isneginf(outputs.lse)[..., None]
             cotangent = jnp.where(is_seen, cotangent, jnp.zeros((), cotangent.dtype))
         output_dot = None
-        if not softmax_loop.Blocks.of(inputs.query.shape[1], inputs.key.shape[1]).is_single:
+        if not Blocks.of(inputs.query.shape[1], inputs.key.shape[1]).is_single:
             output = outputs.output if outputs.unclipped is None else outputs.unclipped
             dtype = outputs.lse.dtype
             output_dot = jnp.sum(output.astype(dtype) * cotangent.astype(dtype), axis=-1)

@@ -18,7 +18,7 @@ from dpfa_jax.clipping.rows import clip_rows_stored
 from dpfa_jax.kernels import compensated, manual_axes, tiles
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, MemoryReadout
 from dpfa_jax.kernels.compensated import TwoFloat
-from dpfa_jax.kernels.softmax_loop import Blocks, Problem, put
+from dpfa_jax.kernels.rectangles import Blocks, Problem, put
 
 SUM_BLOCK = 64
 

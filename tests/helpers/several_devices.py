@@ -16,7 +16,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dpfa_jax import dpsgd
 from dpfa_jax.attention import dot_product_attention, dp_attention
-from dpfa_jax.kernels import softmax_loop
+from dpfa_jax.kernels import rectangles
 from dpfa_jax.noise import insecure_test_key
 from dpfa_jax.release import ExampleRelease, RecordRelease, TrainingRelease
 
@@ -261,13 +261,13 @@ def check_step(sizes: Sizes, devices: list[Any], implementation: str | None) -> 
 @contextlib.contextmanager
 def small_blocks() -> Iterator[None]:
     """The blocked backend's loops at sizes that one block would serve."""
-    before = softmax_loop.ONE_BLOCK, softmax_loop.BLOCK_Q, softmax_loop.BLOCK_KV
-    softmax_loop.ONE_BLOCK, softmax_loop.BLOCK_Q, softmax_loop.BLOCK_KV = 0, 4, 5
+    before = rectangles.ONE_BLOCK, rectangles.BLOCK_Q, rectangles.BLOCK_KV
+    rectangles.ONE_BLOCK, rectangles.BLOCK_Q, rectangles.BLOCK_KV = 0, 4, 5
     jax.clear_caches()
     try:
         yield
     finally:
-        softmax_loop.ONE_BLOCK, softmax_loop.BLOCK_Q, softmax_loop.BLOCK_KV = before
+        rectangles.ONE_BLOCK, rectangles.BLOCK_Q, rectangles.BLOCK_KV = before
         jax.clear_caches()
 
 

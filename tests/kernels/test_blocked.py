@@ -10,9 +10,9 @@ import pytest
 from helpers import attention_oracle as oracle
 
 from dpfa_jax.attention import dot_product_attention
-from dpfa_jax.kernels import masks, softmax_loop
+from dpfa_jax.kernels import masks, rectangles
 from dpfa_jax.kernels.base import AttentionSpec
-from dpfa_jax.kernels.softmax_loop import Blocks
+from dpfa_jax.kernels.rectangles import Blocks
 
 OPTIONS = {
     "none": {},
@@ -161,9 +161,9 @@ def test_every_option_in_one_block(name):
 )
 def test_every_kind_of_loop(name, monkeypatch):
     """V8: several ragged blocks of queries and of keys, made small so that few numbers do."""
-    monkeypatch.setattr(softmax_loop, "ONE_BLOCK", 16 * 32)
-    monkeypatch.setattr(softmax_loop, "BLOCK_Q", 16)
-    monkeypatch.setattr(softmax_loop, "BLOCK_KV", 32)
+    monkeypatch.setattr(rectangles, "ONE_BLOCK", 16 * 32)
+    monkeypatch.setattr(rectangles, "BLOCK_Q", 16)
+    monkeypatch.setattr(rectangles, "BLOCK_KV", 32)
     check(41, 107, 2, 1, 8, "float32", OPTIONS[name], batch=2)
 
 
