@@ -175,7 +175,7 @@ def mosaic_backward(head_size: int, mask: str, order: str) -> Task:
 
     options = [
         tiles.backward_tiles(spec, head_size, SHAPES["long"][1]),
-        *(tiles.FusedTiles(heads=heads) for heads in (8, 16)),
+        *(tiles.FusedTiles(heads=heads) for heads in (8, 16, 32)),
         *(
             tiles.BackwardTiles(block_kv_dq=keys, stages=stages)
             for keys, stages in itertools.product((64, 128), (2, 3))

@@ -106,8 +106,8 @@ def dot_product_attention(
         as a row that sees no key.
       deterministic: gradients have the same bits on each run of one program on one device. The
         output always has. Where False, a kernel may add up dQ in the order in which its parts
-        finish: faster, and one example's gradient then depends in its last bits on when the others'
-        are done. Leave it True under DP-SGD.
+        finish: at most a few per cent faster, and one example's gradient then depends in its last
+        bits on when the others' are done. Leave it True under DP-SGD.
 
     Returns:
       The output in the query's shape and dtype, and with `return_residual` the log-sum-exp,

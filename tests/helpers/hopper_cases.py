@@ -30,6 +30,11 @@ CASES = {
     "full, GQA": ((2, 512, 512, 4, 2, 64), {}, jnp.bfloat16),
     "wide key tiles": ((1, 260, 1100, 2, 1, 64), {}, jnp.bfloat16),
     "causal, MQA, ragged": ((2, 333, 259, 4, 1, 128), {"is_causal": True}, jnp.float16),
+    "causal, GQA, lengths, head size 64": (
+        (3, 333, 459, 4, 2, 64),
+        {"is_causal": True, "lengths": True},
+        jnp.bfloat16,
+    ),
     "window, cap, lengths": (
         (3, 400, 410, 2, 2, 128),
         {"local_window": (130, 17), "logits_soft_cap": 8.0, "lengths": True},

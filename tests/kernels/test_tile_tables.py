@@ -123,7 +123,7 @@ def test_a_table_says_where_noise_is_made(table):
 def test_an_unknown_device_has_the_heuristic(monkeypatch):
     monkeypatch.setattr(tile_tables, "device_kind", lambda: "NVIDIA H900")
     assert tile_choice.forward_tiles(FULL, 64, 4096) == tiles.forward_tiles(FULL, 64, 4096)
-    assert tile_choice.backward_tiles(FREE, 64, 4096) == FusedTiles()
+    assert tile_choice.backward_tiles(FREE, 64, 4096) == FusedTiles(heads=8)
     assert triton_choice.kernel_tiles(128, 2) == triton_tiles.kernel_tiles(128, 2)
     assert tile_tables.in_use() == "heuristic"
 
@@ -131,7 +131,7 @@ def test_an_unknown_device_has_the_heuristic(monkeypatch):
 def test_a_tile_that_does_not_fit_is_passed_over(table):
     table({
         "mosaic_gpu/forward/256/full/long/plain": {"block_kv": 256},
-        "mosaic_gpu/backward/64/full/long/same bits": {"kernels": "fused", "stages": 3},
+        "mosaic_gpu/backward/64/full/long/same bits": {"kernels": "two", "block_kv_dq": 512},
         "mosaic_gpu/backward/256/full/long/same bits": {"kernels": "two"},
         "mosaic_gpu/backward/128/causal/long/same bits": {"kernels": "two", "block_kv_dq": 256},
         "triton/keys/256/16 bits": {"block_q": 128, "block_kv": 128},

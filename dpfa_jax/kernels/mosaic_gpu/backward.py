@@ -1,4 +1,6 @@
-"""Two backward kernels, one for dK and dV, one for dQ: each run gives the same bits.
+"""The backward pass, and its two kernels up to head size 128: each run gives the same bits.
+
+One makes dK and dV (`backward_keys.py`), the other dQ.
 
 Weights are recomputed from the log-sum-exp (Dao et al., 2022). A tile owns rows of some operands in
 shared memory and steps along the rows of the others; each program walks over some of the tiles
@@ -20,30 +22,24 @@ from dpfa_jax.kernels.base import AttentionSpec
 from dpfa_jax.kernels.mosaic_gpu import axes, device
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
 from dpfa_jax.kernels.mosaic_gpu.backward_fused import fused_backward
+from dpfa_jax.kernels.mosaic_gpu.backward_keys import key_tiling, keys_and_values
+from dpfa_jax.kernels.mosaic_gpu.backward_launch import walked
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     BackwardArrays,
     Ring,
-    clear,
-    launch,
-    load_queries,
-    logit_gradient,
     multiply,
     read,
-    register_zero,
     ring_barriers,
     weights_of,
 )
 from dpfa_jax.kernels.mosaic_gpu.backward_walk import (
     Owned,
-    loops_of,
     own_steps,
     run_own_steps,
     serve,
-    slots_that_fit,
 )
 from dpfa_jax.kernels.mosaic_gpu.backward_wide import wide_backward
 from dpfa_jax.kernels.mosaic_gpu.layouts import (
-    COLUMN,
     LOG2_E,
     ROW,
     pad_sequence,
@@ -57,7 +53,6 @@ from dpfa_jax.kernels.mosaic_gpu.tiles import (
     WideTiles,
 )
 from dpfa_jax.kernels.mosaic_gpu.walk import (
-    KeyTiling,
     Lengths,
     Size,
     Tile,
@@ -67,137 +62,6 @@ from dpfa_jax.kernels.mosaic_gpu.walk import (
 )
 
 ROW_MULTIPLE = 128  # rows of lse and delta are padded to whole tiles of every kernel
-
-
-def _key_value_body(
-    arrays, dk_out, dv_out, shared, barriers, pairs, *, spec, tile, tiling, loops, slots, simulate
-) -> None:
-    warpgroup = lax.axis_index(axes.WARPGROUP)
-    block_q, block_kv, group = tile.block_q_dkv, tile.block_kv_dkv, tiling.turns
-    head_size, dtype = arrays.query.shape[3], arrays.query.dtype
-    walk = Walk(tiling, Lengths(key=arrays.key_lengths), arrays.schedule)
-    ring, owned = Ring(barriers, tile.stages), Owned(shared, barriers, slots)
-
-    @pl.when(warpgroup < COMPUTE_WARPGROUPS)
-    def compute():
-        if not simulate:
-            plgpu.set_max_registers(240, action="increase")
-        spare = shared["spare"].at[warpgroup] if simulate else None
-        zero = None if simulate else register_zero()
-
-        def tile_body(here: Tile, following, has_next, index):
-            key_begin = here.row_begin + warpgroup * block_kv
-            own = own_steps(tiling, here.steps, key_begin, here.key_length)
-            place = owned.place(index, warpgroup)
-            k_shared, v_shared = shared["key"].at[place], shared["value"].at[place]
-            owned.await_loaded(place)
-
-            def accumulate(dk_acc, dv_acc):
-                def one_head(member):
-                    fixed = None
-                    if pairs is not None:
-                        head = here.head * group + member
-                        fixed = pairs.fixed(here.batch, head, pl.ds(key_begin, block_kv))
-
-                    def body(step, masked):
-                        done = here.before(step, member)
-                        slot = ring.slot(done)
-                        q_shared = shared["query"].at[slot]
-                        do_shared = shared["cotangent"].at[slot]
-                        shape = (block_kv, block_q)
-                        ring.await_full("query", done)
-
-                        def weights_and_products(s_acc, dp_acc):
-                            clear(dp_acc, zero)
-                            plgpu.wgmma(s_acc, k_shared, q_shared.T)
-                            ring.await_full("cotangent", done)
-                            plgpu.wgmma(dp_acc, v_shared, do_shared.T)
-                            lse2 = plgpu.load(shared["lse2"].at[slot], layout=COLUMN)
-                            delta = plgpu.load(shared["delta"].at[slot], layout=COLUMN)
-                            seen = None
-                            if masked:
-                                seen = visible(
-                                    spec, shape, step * block_q, key_begin, here.key_length, None,
-                                    transposed=True,
-                                )  # fmt: skip
-                            s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                            shown, bias = read(pairs, done, warpgroup, fixed)
-                            p, slope = weights_of(spec, s, lse2, 1, seen, shown, bias)
-                            if pairs is not None:
-                                pairs.free(done)
-                            multiply(dv_acc, p.astype(dtype), do_shared, spare)
-                            dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-                            return logit_gradient(p, slope, dp, delta, 1)
-
-                        acc = plgpu.ACC(shape, jnp.float32)
-                        ds = pl.run_scoped(weights_and_products, acc, acc)
-                        multiply(dk_acc, ds.astype(dtype), q_shared, spare)
-                        plgpu.wgmma_wait(1)
-                        ring.free("cotangent", done)
-                        plgpu.wgmma_wait(0)
-                        ring.free("query", done)
-
-                    def skip(step):
-                        done = here.before(step, member)
-                        ring.skip(("query", "cotangent"), done)
-                        if pairs is not None:
-                            pairs.skip(done)
-
-                    run_own_steps(loops, here.steps, own, body, skip)
-
-                if group == 1:
-                    one_head(0)
-                else:
-                    pl.loop(0, group)(one_head)
-                return dk_acc[...], dv_acc[...]
-
-            acc = plgpu.ACC((block_kv, head_size), jnp.float32)
-            dk, dv = pl.run_scoped(accumulate, acc, acc)
-            k_shared[...] = (dk * spec.scale).astype(dtype)
-            v_shared[...] = dv.astype(dtype)
-            owned.hand_over(place)
-            return index + 1
-
-        walk.each(tile_body, jnp.int32(0))
-
-    def load():
-        def tile_body(here: Tile, following, has_next, carry):
-            @pl.loop(0, group)
-            def _(member):
-                head = here.head * group + member
-
-                @pl.loop(here.steps.begin, here.steps.end)
-                def _(step):
-                    done = here.before(step, member)
-
-                    def load_pairs():
-                        if pairs is not None:
-                            pairs.load(done, here.batch, head, here.block, step)
-
-                    load_queries(
-                        arrays, shared, barriers, ring, done, here.batch, head, step, block_q,
-                        load_pairs,
-                    )  # fmt: skip
-
-            return carry
-
-        total, _ = walk.each(tile_body, ())
-        ring.drain(("query", "cotangent"), total)
-        if pairs is not None:
-            pairs.drain(total)
-
-    def rows_of(here: Tile, part):
-        return (here.batch, pl.ds(here.row_begin + part * block_kv, block_kv), here.head)
-
-    def operands(here: Tile, part):
-        rows = rows_of(here, part)
-        return {"key": arrays.key.at[rows], "value": arrays.value.at[rows]}
-
-    def results(here: Tile, part):
-        rows = rows_of(here, part)
-        return {"key": dk_out.at[rows], "value": dv_out.at[rows]}
-
-    serve(warpgroup, load, lambda part: owned.serve(walk, part, operands, results), simulate)
 
 
 def _query_body(
@@ -214,7 +78,6 @@ def _query_body(
         if not simulate:
             plgpu.set_max_registers(240, action="increase")
         spare = shared["spare"].at[warpgroup] if simulate else None
-        zero = None if simulate else register_zero()
 
         def tile_body(here: Tile, following, has_next, index):
             row_begin = here.row_begin + warpgroup * block_q
@@ -226,7 +89,7 @@ def _query_body(
                 fixed = pairs.fixed(here.batch, here.head, pl.ds(row_begin, block_q))
             owned.await_loaded(place)
             lse2 = plgpu.load(shared["lse2"].at[place], layout=ROW)
-            delta = plgpu.load(shared["delta"].at[place], layout=ROW)
+            minus_delta = plgpu.load(shared["delta"].at[place], layout=ROW)
 
             def accumulate(dq_acc):
                 def body(step, masked):
@@ -237,7 +100,9 @@ def _query_body(
                     ring.await_full("key", done)
 
                     def gradient(s_acc, dp_acc):
-                        clear(dp_acc, zero)
+                        start = lax.broadcast_in_dim(minus_delta, shape, [0])
+                        if not simulate:  # the sums begin there
+                            dp_acc[...] = start
                         plgpu.wgmma(s_acc, q_shared, k_shared.T)
                         ring.await_full("value", done)
                         plgpu.wgmma(dp_acc, do_shared, v_shared.T)
@@ -253,7 +118,9 @@ def _query_body(
                             pairs.free(done)
                         dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=0)
                         ring.free("value", done)
-                        return logit_gradient(p, slope, dp, delta, 0)
+                        if simulate:  # where no accumulator can be set
+                            dp += start
+                        return p * dp if slope is None else p * dp * slope
 
                     acc = plgpu.ACC(shape, jnp.float32)
                     ds = pl.run_scoped(gradient, acc, acc)
@@ -330,8 +197,8 @@ def _two_kernels(
     batch, num_queries, heads, head_size = arrays.query.shape
     kv_heads, dtype = arrays.key.shape[2], arrays.query.dtype
     group = heads // kv_heads
+    arrays = arrays._replace(delta=-arrays.delta)
     like_query = jax.ShapeDtypeStruct(arrays.query.shape, dtype)
-    like_key = jax.ShapeDtypeStruct(arrays.key.shape, dtype)
 
     def by_tile(slots: int, block: int) -> Any:
         return tiled_shared((slots * COMPUTE_WARPGROUPS, block, head_size), dtype)
@@ -342,16 +209,8 @@ def _two_kernels(
     def by_row(slots: int, block: int) -> Any:
         return plgpu.SMEM((slots, block), jnp.float32)
 
-    def run(body, pairs, tiling, owned_of, others, ring, outputs, name, **static):
-        """`owned_of`: shared memory of what tiles own, by the slots for it."""
-        step = tiling.tile.block_kv
-        pair_shared, _ = pair_tiles.scratch(pairs, tile.stages, step)
-        slots = slots_that_fit(owned_of, others | pair_shared)
-        owned = owned_of(slots)
-        simulated = {}
-        if interpret is not None:
-            block = tiling.tile.rows // COMPUTE_WARPGROUPS
-            simulated["spare"] = tiled_shared((COMPUTE_WARPGROUPS, block, step), dtype)
+    def run(tiling, pairs, kernel):
+        """What `kernel(tiling, operands, pairs)` makes."""
         tiling = dataclasses.replace(tiling, heads_first=pair_tiles.is_shared_by_batch(pairs))
         schedule = tiling.schedule(device.processors())
         given = arrays._replace(mask=pairs.mask, bias=pairs.bias)._asdict()
@@ -359,68 +218,41 @@ def _two_kernels(
 
         def call(*operands):
             taken = BackwardArrays(**dict(zip(names, operands, strict=True)))
-            return launch(
-                body,
-                taken._replace(schedule=constant(schedule)),
-                outputs,
-                owned | others | simulated,
-                Owned.barriers_of(slots, len(owned)) | ring_barriers(ring, tile.stages),
-                (len(schedule),),
-                (axes.PROGRAM,),
-                name,
-                interpret,
-                pairs=pairs._replace(mask=taken.mask, bias=taken.bias),
-                step=step,
-                spec=spec,
-                tile=tile,
-                tiling=tiling,
-                loops=loops_of(tiling),
-                slots=slots,
-                **static,
-            )
+            own = pairs._replace(mask=taken.mask, bias=taken.bias)
+            return kernel(tiling, taken._replace(schedule=constant(schedule)), own)
 
         return manual_axes.unaware(call)(*(given[name] for name in names))
 
-    has_lengths = arrays.key_lengths is not None
-    block, step = tile.block_kv_dkv, tile.block_q_dkv
     dk, dv = run(
-        _key_value_body,
+        key_tiling(spec, arrays, tile, keys),
         pair_tiles.arranged(mask, bias, rows=keys, is_turned=True),
-        KeyTiling(
-            spec, Size(COMPUTE_WARPGROUPS * block, step), batch, kv_heads, num_queries, keys,
-            head_bytes=4 * num_queries * head_size * group, heads_first=False,
-            has_lengths=has_lengths, turns=group,
+        lambda tiling, arrays, pairs: keys_and_values(
+            spec, arrays, pairs, tile, tiling, interpret=interpret
         ),
-        lambda slots: {"key": by_tile(slots, block), "value": by_tile(slots, block)},
-        {
-            "query": streamed(step),
-            "cotangent": streamed(step),
-            "lse2": by_row(tile.stages, step),
-            "delta": by_row(tile.stages, step),
-        },
-        {"query": 3, "cotangent": 1},
-        (like_key, like_key),
-        "dpfa_attention_backward_kv",
-    )  # fmt: skip
+    )
     block, step = tile.block_q_dq, tile.block_kv_dq
     (dq,) = run(
-        _query_body,
-        pair_tiles.arranged(mask, bias, rows=rows),
         Tiling(
             spec, Size(COMPUTE_WARPGROUPS * block, step), batch, heads, num_queries, keys,
-            head_bytes=4 * keys * head_size // group, heads_first=False, has_lengths=has_lengths,
+            head_bytes=4 * keys * head_size // group, heads_first=False,
+            has_lengths=arrays.key_lengths is not None,
         ),
-        lambda slots: {
-            "query": by_tile(slots, block),
-            "cotangent": by_tile(slots, block),
-            "lse2": by_row(slots * COMPUTE_WARPGROUPS, block),
-            "delta": by_row(slots * COMPUTE_WARPGROUPS, block),
-        },
-        {"key": streamed(step), "value": streamed(step)},
-        {"key": 1, "value": 1},
-        (like_query,),
-        "dpfa_attention_backward_q",
-        group=group,
+        pair_tiles.arranged(mask, bias, rows=rows),
+        lambda tiling, arrays, pairs: walked(
+            _query_body, spec, arrays, pairs, tile, tiling,
+            lambda slots: {
+                "query": by_tile(slots, block),
+                "cotangent": by_tile(slots, block),
+                "lse2": by_row(slots * COMPUTE_WARPGROUPS, block),
+                "delta": by_row(slots * COMPUTE_WARPGROUPS, block),
+            },
+            {"key": streamed(step), "value": streamed(step)},
+            ring_barriers({"key": 1, "value": 1}, tile.stages),
+            (like_query,),
+            "dpfa_attention_backward_q",
+            interpret,
+            group=group,
+        ),
     )  # fmt: skip
     return dq, dk, dv
 

@@ -2,7 +2,7 @@
 
 A program owns 128 keys, 64 for each compute warpgroup, and streams queries and cotangents. Five
 products where the two kernels of `backward` need seven. One warp of the third warpgroup loads, two
-others add dQ, of every other tile each, to its sum in global memory.
+or three others add dQ, tiles in turn, to its sum in global memory.
 
 Where the same bits are asked for, programs add to a tile of dQ in the order of their keys. Each
 tile has a counter: a program adds when as many have added as come before it there, waits until its
@@ -19,7 +19,10 @@ lower linear index in the grid. Take the unfinished one of least index among tho
 started: all that it waits for have a lower index, so were started and are finished, with their
 additions counted. Hence it waits for none and ends; by induction each one does. This assumes that
 the hardware starts programs in the order of their linear index and lets run what it has started, as
-FlashAttention-3 does, and nothing of how many run at the same time.
+FlashAttention-3 does, and nothing of how many run at the same time, nor of how many heads start
+side by side: the heads of a chunk are the fastest axis of the grid, its programs of 128 keys the
+next one, so those of one head stay in their order, be heads few, many or the last chunk short. All
+heads of a group are one program's, and a counter of each head and tile counts that program once.
 """
 
 import functools
@@ -47,7 +50,12 @@ from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     weights_of,
 )
 from dpfa_jax.kernels.mosaic_gpu.layouts import COLUMN, tiled_shared, visible
-from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, WARPGROUP_ROWS, FusedTiles
+from dpfa_jax.kernels.mosaic_gpu.tiles import (
+    COMPUTE_WARPGROUPS,
+    FUSED_STAGES,
+    WARPGROUP_ROWS,
+    FusedTiles,
+)
 
 BLOCK = WARPGROUP_ROWS
 PROGRAM_KEYS = COMPUTE_WARPGROUPS * BLOCK
@@ -69,10 +77,10 @@ def _order_copies(_: Any) -> None:
     dialect.issue("fence.proxy.async.global;")
 
 
-def _body(arrays, dk_out, dv_out, shared, barriers, *, tile, **static) -> None:
+def _body(arrays, dk_out, dv_out, shared, barriers, *, heads, **static) -> None:
     batch, kv_heads = arrays.key.shape[0], arrays.key.shape[2]
     pairs = batch * kv_heads
-    side_by_side = _side_by_side(pairs, tile.heads)
+    side_by_side = _side_by_side(pairs, heads)
     pair = lax.axis_index(axes.CHUNKS) * side_by_side + lax.axis_index(axes.HEADS)
     pair = jnp.int32(pair)
     # The last chunk may be short.
@@ -81,11 +89,11 @@ def _body(arrays, dk_out, dv_out, shared, barriers, *, tile, **static) -> None:
     @pl.when(is_there)
     def _():
         example, kv_head = lax.div(pair, jnp.int32(kv_heads)), lax.rem(pair, jnp.int32(kv_heads))
-        _program(arrays, dk_out, dv_out, shared, barriers, example, kv_head, tile=tile, **static)
+        _program(arrays, dk_out, dv_out, shared, barriers, example, kv_head, **static)
 
 
 def _program(
-    arrays, dk_out, dv_out, shared, barriers, batch, kv_head, *, spec, tile, keys, group, simulate
+    arrays, dk_out, dv_out, shared, barriers, batch, kv_head, *, spec, keys, group, simulate
 ) -> None:
     warpgroup = lax.axis_index(axes.WARPGROUP)
     program = lax.axis_index(axes.KEYS)
@@ -95,7 +103,8 @@ def _program(
     steps = tiles.query_steps(spec, program_begin, PROGRAM_KEYS, BLOCK, num_queries)
     steps = tiles.within_key_length(steps, program_begin, PROGRAM_KEYS, key_length)
     total = group * (steps.end - steps.begin)
-    ring = Ring(barriers, tile.stages)
+    ring = Ring(barriers, FUSED_STAGES)
+    adders, places = tiles.adders_and_places(head_size)
     dtype = arrays.query.dtype
     # The simulator cannot add: there each program has a sum of its own.
     dq_sum = arrays.dq_sum.at[program] if simulate else arrays.dq_sum
@@ -106,6 +115,9 @@ def _program(
 
     def slot_of(done):
         return lax.rem(jnp.int32(done), jnp.int32(SLOTS))
+
+    def place_of(done):
+        return lax.rem(jnp.int32(done), jnp.int32(places))
 
     def done_before(step, member):
         """Tiles of a program before this one: steps descend, a step has one for each head."""
@@ -168,7 +180,7 @@ def _program(
 
         def query_gradient(done):
             """dQ of one whole tile, by the warpgroup whose turn it is."""
-            slot = slot_of(done)
+            slot, place = slot_of(done), place_of(done)
             plgpu.barrier_wait(barriers["ds"].at[slot])
 
             def product(acc):
@@ -178,10 +190,10 @@ def _program(
 
             dq = pl.run_scoped(product, plgpu.ACC((BLOCK, head_size), jnp.float32))
             plgpu.barrier_arrive(barriers["ds_free"].at[slot])
-            plgpu.barrier_wait(barriers["dq_free"].at[warpgroup])
-            shared["dq"].at[warpgroup][...] = dq
+            plgpu.barrier_wait(barriers["dq_free"].at[place])
+            shared["dq"].at[place][...] = dq
             plgpu.commit_smem()
-            plgpu.barrier_arrive(barriers["dq"].at[warpgroup])
+            plgpu.barrier_arrive(barriers["dq"].at[place])
 
         def accumulate(dk_acc, dv_acc):
             def body(step, masked):
@@ -213,54 +225,52 @@ def _program(
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(k_shared, dk_out.at[rows])
         plgpu.copy_smem_to_gmem(v_shared, dv_out.at[rows])
-        plgpu.barrier_wait(barriers["dq_free"].at[warpgroup])
-        plgpu.wait_smem_to_gmem(0)
+        for place in range(0, places, SLOTS):
+            plgpu.barrier_wait(barriers["dq_free"].at[place + warpgroup])
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the writes end with the kernel
 
-    def each_tile(body):
-        """Calls body(step, head, tiles before it) in the order of the compute warpgroups."""
-
-        @pl.loop(0, steps.end - steps.begin)
-        def _(index):
-            step = steps.end - 1 - index
-
-            @pl.loop(0, group)
-            def _(member):
-                body(step, kv_head * group + member, done_before(step, member))
+    def tile_of(done):
+        """(step, head) of a tile, in the order of the compute warpgroups."""
+        if group == 1:
+            return steps.end - 1 - done, kv_head
+        back = lax.div(done, jnp.int32(group))
+        return steps.end - 1 - back, kv_head * group + (done - back * group)
 
     def load():
-        @each_tile
-        def _(step, head, done):
+        @pl.loop(0, total)
+        def _(done):
+            step, head = tile_of(done)
             load_queries(arrays, shared, barriers, ring, done, batch, head, step, BLOCK)
 
         ring.drain(("query", "cotangent"), total)
 
-    def add(slot):
-        """dQ of one slot to its sum, each tile in its turn where the same bits are asked for."""
-        plgpu.barrier_arrive(barriers["dq_free"].at[slot])
+    def add(adder):
+        """dQ of every `adders`-th tile to its sum, in turn where the same bits are asked for."""
+        for place in range(0, places, adders):
+            plgpu.barrier_arrive(barriers["dq_free"].at[place + adder])
 
-        def one_tile(step, head):
-            turn = None if turns is None else turns.at[batch, head, step]
-            if turn is not None:
+        @pl.loop(0, tiles.cdiv(total - adder, adders))
+        def _(index):
+            done = index * adders + adder
+            step, head = tile_of(done)
+            turn = None
+            if turns is not None:
                 earlier = program - tiles.first_program(spec, step * BLOCK, PROGRAM_KEYS)
+                turn = turns.at[batch, head, step]
                 plgpu.semaphore_wait(turn, earlier, decrement=False, memory_scope="gpu")
                 _order_copies()
-            plgpu.barrier_wait(barriers["dq"].at[slot])
+            place = place_of(done)
+            plgpu.barrier_wait(barriers["dq"].at[place])
             plgpu.copy_smem_to_gmem(
-                shared["dq"].at[slot],
+                shared["dq"].at[place],
                 dq_sum.at[batch, pl.ds(step * BLOCK, BLOCK), head],
                 reduction_op=None if simulate else "add",
             )
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.barrier_arrive(barriers["dq_free"].at[slot])
+            plgpu.barrier_arrive(barriers["dq_free"].at[place])
             if turn is not None:
                 plgpu.wait_smem_to_gmem(0)
                 plgpu.semaphore_signal(turn, memory_scope="gpu")
-
-        @each_tile
-        def _(step, head, done):
-            pl.when(slot_of(done) == slot)(lambda: one_tile(step, head))
-
-        plgpu.wait_smem_to_gmem(0)
 
     @pl.when(warpgroup == COMPUTE_WARPGROUPS)
     def serve():
@@ -270,7 +280,7 @@ def _program(
         @plgpu.warp_map
         def _(warp):
             pl.when(warp == 0)(load)
-            pl.when((warp > 0) & (warp <= COMPUTE_WARPGROUPS))(lambda: add(warp - 1))
+            pl.when((warp > 0) & (warp <= adders))(lambda: add(warp - 1))
 
 
 def fused_backward(
@@ -286,7 +296,7 @@ def fused_backward(
     Args:
       spec: the forward's.
       arrays: operands, padded; `lse2` and `delta` to whole tiles.
-      tile: stages of the ring, order of launch.
+      tile: order of launch.
       keys: S before padding.
       interpret: parameters of the Mosaic GPU simulator, None on a GPU.
     """
@@ -294,10 +304,11 @@ def fused_backward(
     kv_heads, dtype = arrays.key.shape[2], arrays.query.dtype
     programs = tiles.cdiv(keys, PROGRAM_KEYS)
     side_by_side = _side_by_side(batch * kv_heads, tile.heads)
+    _, places = tiles.adders_and_places(head_size)
     own_sums = () if interpret is None else (programs,)
     resident = tiled_shared((COMPUTE_WARPGROUPS, BLOCK, head_size), dtype)
-    streamed = tiled_shared((tile.stages, BLOCK, head_size), dtype)
-    per_row = plgpu.SMEM((tile.stages, BLOCK), jnp.float32)
+    streamed = tiled_shared((FUSED_STAGES, BLOCK, head_size), dtype)
+    per_row = plgpu.SMEM((FUSED_STAGES, BLOCK), jnp.float32)
     shared = {
         "key": resident,
         "value": resident,
@@ -306,7 +317,7 @@ def fused_backward(
         "lse2": per_row,
         "delta": per_row,
         "ds": tiled_shared((SLOTS, COMPUTE_WARPGROUPS, BLOCK, BLOCK), dtype),
-        "dq": tiled_shared((COMPUTE_WARPGROUPS, BLOCK, head_size), jnp.float32),
+        "dq": tiled_shared((places, BLOCK, head_size), jnp.float32),
     }
     if interpret is not None:
         shared["spare"] = tiled_shared((COMPUTE_WARPGROUPS, BLOCK, BLOCK), dtype)
@@ -325,16 +336,16 @@ def fused_backward(
                 "own": plgpu.Barrier(num_arrivals=2, num_barriers=COMPUTE_WARPGROUPS),
                 "ds": plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=SLOTS),
                 "ds_free": plgpu.Barrier(num_barriers=SLOTS),
-                "dq": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
-                "dq_free": plgpu.Barrier(num_barriers=COMPUTE_WARPGROUPS),
-                **ring_barriers({"query": 3, "cotangent": 1}, tile.stages),
+                "dq": plgpu.Barrier(num_barriers=places),
+                "dq_free": plgpu.Barrier(num_barriers=places),
+                **ring_barriers({"query": 3, "cotangent": 1}, FUSED_STAGES),
             },
             (tiles.cdiv(batch * kv_heads, side_by_side), programs, side_by_side),
             (axes.CHUNKS, axes.KEYS, axes.HEADS),
             "dpfa_attention_backward",
             interpret,
             spec=spec,
-            tile=tile,
+            heads=tile.heads,
             keys=keys,
             group=heads // kv_heads,
         )

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec
-from dpfa_jax.kernels.mosaic_gpu import axes, dialect
+from dpfa_jax.kernels.mosaic_gpu import axes
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
-from dpfa_jax.kernels.mosaic_gpu.layouts import LOG2_E, WGMMA
+from dpfa_jax.kernels.mosaic_gpu.layouts import LOG2_E
 from dpfa_jax.kernels.mosaic_gpu.pairs import PairArrays, PairReader
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, StepRange
 
@@ -73,25 +73,6 @@ def multiply(acc: Any, lhs: jax.Array, rhs: Any, spare: Any) -> None:
     spare[...] = lhs
     plgpu.commit_smem()
     plgpu.wgmma(acc, spare, rhs)
-
-
-@plgpu.inline_mgpu(
-    arg_types=(),
-    return_type=plgpu.ShapeDtypeStruct((), jnp.float32, layout=plgpu.Layout.WG_SPLAT),
-)
-def register_zero(_: Any) -> Any:
-    """A zero that LLVM does not know, for `clear`; asked for outside all loops."""
-    return dialect.opaque_zero()
-
-
-def clear(acc: Any, zero: Any) -> None:
-    """Sets a new accumulator, which is zero, to a zero that has a register of its own.
-
-    Else its registers are copies of one among them, which ptxas makes one by one and not in pairs:
-    15 to 31 instructions a step more. None: leaves it.
-    """
-    if zero is not None:
-        acc[...] = plgpu.layout_cast(lax.broadcast_in_dim(zero, acc.shape, ()), WGMMA)
 
 
 def weights_of(

@@ -23,12 +23,6 @@ def issue(code: str) -> None:
     llvm.inline_asm(ir.Type.parse("!llvm.void"), [], code, "", has_side_effects=True)
 
 
-def opaque_zero() -> Registers:
-    """A float32 zero in a register, which LLVM does not know."""
-    zero = llvm.inline_asm(ir.F32Type.get(), [], "mov.b32 $0, 0;", "=f", has_side_effects=True)
-    return Registers.splat(zero, (), mgpu.WGSplatFragLayout(()))
-
-
 def repeated_columns(first: Registers, layout: Any, shape: tuple[int, int]) -> Registers:
     """Numbers of 8 columns, and of each next 8 the same plus 8, as additions to these registers."""
     registers = np.empty(layout.to_mgpu().registers_shape(shape), dtype=object)

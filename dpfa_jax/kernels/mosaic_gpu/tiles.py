@@ -1,6 +1,7 @@
 """Which tiles a kernel walks: plain integer arithmetic, on ints and on traced scalars alike."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, overload
 
@@ -175,13 +176,34 @@ class FusedTiles:
     """Of the one kernel that makes all three gradients; its tiles are 64 by 64.
 
     Attributes:
-      stages: tiles of queries and cotangents in flight.
       heads: key heads, of all examples, whose programs start side by side. More of them are fewer
         programs of one head at a time, which wait less for each other and share fewer loads.
     """
 
-    stages: int = 2
     heads: int = 16
+
+
+# Tiles of queries and cotangents in flight in the one kernel.
+FUSED_STAGES = 2
+
+
+def adders_and_places(head_size: int) -> tuple[int, int]:
+    """Warps that add dQ in the one kernel, each every so many-th tile, and tiles of dQ they share.
+
+    A round of counter, addition and fence may take as long as there are warps, in tiles. Places are
+    dealt in turn to the warps and to the two compute warpgroups: three warps where there is room
+    for six, that is at head size 64, else two.
+    """
+    rows = WARPGROUP_ROWS * head_size * 2  # bytes of a tile in 16 bits
+    numbers = 2 * cdiv(FUSED_STAGES * WARPGROUP_ROWS * 4, SHARED_MEMORY_ALIGNMENT)
+    pairs = COMPUTE_WARPGROUPS**2 * WARPGROUP_ROWS * WARPGROUP_ROWS * 2
+    owned_and_streamed = 2 * (COMPUTE_WARPGROUPS + FUSED_STAGES) * rows
+    left = SHARED_MEMORY_BYTES - owned_and_streamed - pairs - numbers * SHARED_MEMORY_ALIGNMENT
+    for adders in (3, 2):
+        places = math.lcm(adders, COMPUTE_WARPGROUPS)
+        if places * 2 * rows <= left:  # in float32
+            return adders, places
+    raise ValueError(f"head_size={head_size}: no tile of the one backward kernel fits")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -224,13 +246,19 @@ class WideTiles:
         )
 
 
+# With fewer keys, that is fewer tiles of a program, waiting for turns and passes over the sum of dQ
+# cost more than two products. With causality programs have half as many, and their lengths differ.
 LONG_BACKWARD = 2048
+LONG_CAUSAL_BACKWARD = 16384
 
 
 def backward_tiles(
     spec: AttentionSpec, head_size: int, keys: int, *, pair_bytes: int | None = None
 ) -> BackwardTiles | FusedTiles | WideTiles:
     """Tiles for a padded head size and a number of keys, as measured on an H100 and an H200.
+
+    The same for any order of additions as for one, which leaves only the waiting out. A window
+    leaves a program few tiles, whatever the number of keys: two kernels.
 
     `pair_bytes`: as `forward_tiles`.
     """
@@ -244,12 +272,11 @@ def backward_tiles(
             if max(wide.shared_bytes(head_size, pair_bytes)) <= SHARED_MEMORY_BYTES:
                 return wide
         raise ValueError(f"head_size={head_size}: no tile of the backward kernels fits")
-    if pair_bytes is None and spec.deterministic:
-        # Waiting for turns costs more than two products where tiles are few or small.
-        if head_size == 128 and is_dense(spec) and keys >= LONG_BACKWARD:
+    if pair_bytes is None and spec.local_window is None:
+        if not spec.is_causal and keys >= LONG_BACKWARD:
             return FusedTiles(heads=8)
-    elif pair_bytes is None and (head_size == 64 or is_dense(spec)):
-        return FusedTiles()
+        if spec.is_causal and keys >= LONG_CAUSAL_BACKWARD:
+            return FusedTiles(heads=32 if head_size == 64 else 16)
     longer = BackwardTiles(block_kv_dq=128)
     rows = COMPUTE_WARPGROUPS * longer.block_q_dq + longer.stages * longer.block_kv_dq
     bytes_used = rows * head_size * 4 + longer.stages * longer.block_kv_dq * (pair_bytes or 0)

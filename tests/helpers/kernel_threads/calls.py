@@ -113,7 +113,7 @@ def call_of(case):
     if case.kind.startswith("two"):
         tile = BackwardTiles(block_kv_dq=128 if padded == 64 and pair_bytes is None else 64)
     elif case.kind == "fused":
-        tile = FusedTiles(heads=1 + choice % 3)
+        tile = FusedTiles(heads=(1, 2, 3, 8, 32)[choice % 5])
         spec = dataclasses.replace(spec, deterministic=choice % 4 > 0)
     elif choice % 2:
         tile = WideTiles(cotangent_stages=1 + choice // 2 % 3, key_stages=2 + choice // 2 % 3)

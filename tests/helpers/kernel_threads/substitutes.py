@@ -12,9 +12,11 @@ from dpfa_jax.kernels.mosaic_gpu import (
     axes,
     backward,
     backward_fused,
+    backward_keys,
     backward_steps,
     backward_walk,
     backward_wide,
+    backward_wide_queries,
     bias_gradient,
     forward,
     memory,
@@ -26,8 +28,8 @@ from dpfa_jax.kernels.mosaic_gpu import (
 )
 
 MODULES = (
-    backward, backward_fused, backward_steps, backward_walk, backward_wide, bias_gradient, forward,
-    memory, noise_stage, pairs, producer, tiles, walk,
+    backward, backward_fused, backward_keys, backward_wide_queries, backward_steps, backward_walk,
+    backward_wide, bias_gradient, forward, memory, noise_stage, pairs, producer, tiles, walk,
 )  # fmt: skip
 
 
@@ -220,7 +222,7 @@ def _functions(recording):
         "clip_rows": _numbers, "snap_noised": _numbers, "logit_gradient": _numbers,
         "stream_of": stream_of, "tile_normals": tile_normals, "_unpacked": _numbers,
         "settled": _numbers, "_add_block": _numbers, "_multiples": _numbers,
-        "register_zero": _numbers, "clear": _numbers, "_order_copies": _numbers,
+        "_order_copies": _numbers,
     }  # fmt: skip
 
 

@@ -23,9 +23,7 @@ from scipy import special
 from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec
 from dpfa_jax.kernels.mosaic_gpu import gradient_chunks
 from dpfa_jax.kernels.mosaic_gpu.backend import MosaicGpuBackend
-from dpfa_jax.kernels.mosaic_gpu.tiles import (
-    FusedTiles,
-)
+from dpfa_jax.kernels.mosaic_gpu.tiles import FusedTiles
 
 pytestmark = pytest.mark.gpu
 
@@ -118,10 +116,13 @@ MANY = {
     "more programs than processors": ((2, 4096, 4096, 8, 8, 128), {}),
     "head size 64": ((2, 4096, 4096, 8, 8, 64), {}),
     "causal": ((4, 2048, 2048, 8, 8, 128), {"is_causal": True}),
+    "causal, one head": ((1, 2048, 2048, 1, 1, 128), {"is_causal": True}),
     "causal, GQA, ragged": ((3, 1001, 999, 10, 5, 64), {"is_causal": True}),
+    "causal, few heads, long": ((1, 16384, 16384, 4, 2, 64), {"is_causal": True}),
     "MQA, a short last chunk": ((21, 700, 900, 4, 1, 128), {}),
     "window": ((3, 1500, 1500, 6, 2, 64), {"local_window": (300, 70)}),
     "lengths": ((5, 1300, 1300, 4, 4, 128), {"lengths": True}),
+    "lengths, GQA, head size 64": ((5, 1300, 1300, 6, 2, 64), {"lengths": True}),
     "more keys than rows": ((4, 40, 3000, 8, 8, 64), {}),
 }
 
@@ -147,8 +148,10 @@ def test_fused_backward_has_the_same_bits(case, monkeypatch):
     expected = value_and_gradients(spec, inputs, cotangent, TWO)[2:]
     use_tiles(monkeypatch, fused)
     runs = [value_and_gradients(spec, inputs, cotangent, FUSED)[2:] for _ in range(5)]
-    use_tiles(monkeypatch, lambda *_, **__: FusedTiles(heads=5))
-    runs.append(value_and_gradients(spec, inputs, cotangent, MosaicGpuBackend(name="five"))[2:])
+    for heads in (5, 32):
+        use_tiles(monkeypatch, lambda *_, heads=heads, **__: FusedTiles(heads=heads))
+        backend = MosaicGpuBackend(name=f"mosaic_gpu, fused, {heads} heads")
+        runs.append(value_and_gradients(spec, inputs, cotangent, backend)[2:])
     for run in runs:
         for mine, first in zip(run, runs[0], strict=True):
             assert np.array_equal(np.asarray(mine, np.float32), np.asarray(first, np.float32))
@@ -157,6 +160,20 @@ def test_fused_backward_has_the_same_bits(case, monkeypatch):
         # Each is the float32 gradient rounded to bf16 of nearly the same weights.
         assert distance(mine, theirs) <= 2.0**-8 * np.linalg.norm(theirs)
         assert np.abs(np.asarray(mine, np.float64) - theirs).max() <= 2.0**-6 * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("case", MANY)
+def test_any_order_changes_dq_alone(case, monkeypatch):
+    """V6, V7: dK and dV have the bits of the ordered kernel, dQ its values."""
+    use_tiles(monkeypatch, fused)
+    in_order, free = (
+        value_and_gradients(*many(case, deterministic=deterministic), FUSED)[2:]
+        for deterministic in (True, False)
+    )
+    theirs = np.asarray(in_order[0], np.float64)
+    assert distance(free[0], theirs) <= 2.0**-8 * np.linalg.norm(theirs)
+    for mine, other in zip(free[1:], in_order[1:], strict=True):
+        assert np.array_equal(np.asarray(mine, np.float32), np.asarray(other, np.float32))
 
 
 @pytest.mark.parametrize("case", ["full", "lengths"])
@@ -179,10 +196,12 @@ def test_gradients_of_an_example_do_not_depend_on_the_others(case, monkeypatch):
         assert not np.array_equal(one[1], two[1])
 
 
-def test_fused_backward_in_any_order():
+@pytest.mark.parametrize("cases", [("full", "more programs than processors"), ("head size 64",)])
+def test_fused_backward_in_any_order(cases, monkeypatch):
     """V7: dK and dV have one order; dQ none, the negative control of the test of its bits."""
+    use_tiles(monkeypatch, fused)
     differ = False
-    for case in ("full", "more programs than processors"):
+    for case in cases:
         spec, inputs, cotangent = many(case, deterministic=False)
         runs = [value_and_gradients(spec, inputs, cotangent, FUSED)[2:] for _ in range(5)]
         for run in runs[1:]:

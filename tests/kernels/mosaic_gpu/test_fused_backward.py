@@ -78,15 +78,19 @@ def lower(function, *arguments):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("head_size", [64, 128])
-def test_deterministic_is_two_kernels(head_size):
-    """V6: the fused kernel serves where any order of additions is allowed, and only there."""
-    inputs = shapes(head_size=head_size)
-    spec = AttentionSpec(0.1, is_causal=head_size == 64)
-    for deterministic in (False, True):
-        asked = dataclasses.replace(spec, deterministic=deterministic)
-        text = lower(jax.grad(functools.partial(loss, asked)), inputs.query, inputs)
-        assert text.count("custom_call @mosaic_gpu") == 2 + deterministic
-        assert ("reduce.async.bulk" in text) != deterministic
+def test_one_kernel_of_long_calls(head_size):
+    """V6: dQ is added up in memory there alone, and in any order only where that is allowed."""
+    for keys, is_one in ((93, False), (tiles.LONG_BACKWARD, True)):
+        inputs = shapes(rows=130, keys=keys, head_size=head_size)
+        for deterministic in (False, True):
+            spec = AttentionSpec(0.1, deterministic=deterministic)
+            text = lower(jax.grad(functools.partial(loss, spec)), inputs.query, inputs)
+            kernels = [x for x in text.splitlines() if "custom_call @mosaic_gpu" in x]
+            assert len(kernels) == (2 if is_one else 3)
+            assert ("reduce.async.bulk" in text) == is_one
+            # Counters: batch, query heads, tiles of 64 rows.
+            has_turns = any(f"tensor<{2 * 2 * 3}xi32>" in x.split(" : ")[-1] for x in kernels)
+            assert has_turns == (is_one and deterministic)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -106,6 +110,14 @@ def test_turns_are_counted_where_the_same_bits_are_asked_for(deterministic, head
     assert "reduce.async.bulk" in kernel
     counters = 3 * 4 * 4  # batch, query heads, tiles of 64 rows
     assert (f"tensor<{counters}xi32>" in kernel.split(" : ")[-1]) == deterministic
+
+
+def test_warps_and_places_of_dq():
+    """Dealt evenly to the warps that add and to two warpgroups, as many as shared memory holds."""
+    assert tiles.adders_and_places(64) == (3, 6)
+    assert tiles.adders_and_places(128) == (2, 2)
+    with pytest.raises(ValueError, match="head_size=192"):
+        tiles.adders_and_places(192)
 
 
 @pytest.mark.parametrize("deterministic", [True, False])
@@ -144,18 +156,25 @@ def test_no_effect_reaches_the_partitioner():
     assert not jax.make_jaxpr(gradients)(*[wide] * 4, rows, rows).effects
 
 
+@pytest.mark.parametrize("deterministic", [True, False])
 @pytest.mark.parametrize("head_size", [64, 128])
-@pytest.mark.parametrize("is_causal", [False, True])
-def test_the_fused_kernel_serves_where_it_is_faster(head_size, is_causal):
-    """As timed: in any order, and in one order where waiting for turns costs less than it saves."""
-    spec = AttentionSpec(0.1, is_causal=is_causal)
-    free = dataclasses.replace(spec, deterministic=False)
-    for keys in (512, 2048):
-        in_order = isinstance(tiles.backward_tiles(spec, head_size, keys), FusedTiles)
-        assert in_order == (head_size == 128 and not is_causal and keys == 2048)
-        is_fused = isinstance(tiles.backward_tiles(free, head_size, keys), FusedTiles)
-        assert is_fused == (head_size == 64 or not is_causal)
-        assert isinstance(tiles.backward_tiles(free, head_size, keys, pair_bytes=0), BackwardTiles)
+def test_the_fused_kernel_serves_where_it_is_faster(head_size, deterministic):
+    """As timed, in one order and in any: long calls, longer ones with causality, no window."""
+    spec = AttentionSpec(0.1, deterministic=deterministic)
+    causal = dataclasses.replace(spec, is_causal=True)
+    window = dataclasses.replace(spec, local_window=(100_000, 9))
+
+    def heads(spec, keys, **given):
+        tile = tiles.backward_tiles(spec, head_size, keys, **given)
+        return tile.heads if isinstance(tile, FusedTiles) else None
+
+    assert [heads(spec, keys) for keys in (2047, 2048, 100_000)] == [None, 8, 8]
+    many = 32 if head_size == 64 else 16
+    assert [heads(causal, keys) for keys in (16383, 16384, 100_000)] == [None, many, many]
+    assert heads(window, 100_000) is None
+    assert heads(dataclasses.replace(window, is_causal=True), 100_000) is None
+    assert heads(spec, 4096, pair_bytes=0) is None
+    assert isinstance(tiles.backward_tiles(spec, head_size, 4096, pair_bytes=0), BackwardTiles)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from helpers.kernel_threads.checks import replay
 from helpers.kernel_threads.pieces import Fault
 from helpers.kernel_threads.references import Dims
 
-from dpfa_jax.kernels.mosaic_gpu import backward_wide, tiles
+from dpfa_jax.kernels.mosaic_gpu import backward_wide_queries, tiles
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import Ring
 from dpfa_jax.kernels.mosaic_gpu.pairs import PairReader
 from dpfa_jax.kernels.mosaic_gpu.producer import Producer
@@ -42,6 +42,17 @@ def test_a_window_behind_the_last_key():
     assert replay(BEHIND, 0)
 
 
+@pytest.mark.parametrize("choice", [4, 9, 3, 8])
+@pytest.mark.parametrize("size", [64, 128])
+@pytest.mark.parametrize("is_causal", [False, True])
+def test_more_heads_side_by_side_than_there_are(size, is_causal, choice):
+    """8 or 32 of six pairs of example and key head, of two query heads each, in both orders."""
+    sizes = {"batch": 3, "key_heads": 2, "group": 2, "size": size}
+    lengths = {"key_lengths": (193, 300, 0)}
+    case = Case("fused", 193, 300, **sizes, **lengths, is_causal=is_causal, choice=choice)
+    assert replay(case, choice)
+
+
 def do_nothing(*_):
     return None
 
@@ -49,7 +60,7 @@ def do_nothing(*_):
 # What is changed, and by what; a call that it breaks; how.
 FAULTS = {
     "steps outside of the program's": (
-        (backward_wide, "_own_range", lambda own, program: own), BEHIND, "hang",
+        (backward_wide_queries, "_own_range", lambda own, program: own), BEHIND, "hang",
     ),
     "a turn too late": (
         (tiles, "first_program", lambda *_: 0),

@@ -17,6 +17,7 @@ from dpfa_jax.kernels.mosaic_gpu import (
     axes,
     backend,
     backward_wide,
+    backward_wide_queries,
     device,
     gradient_chunks,
     pairs,
@@ -115,7 +116,7 @@ def test_dq_reads_what_the_other_kernel_wrote(is_causal, window):
                     spec, row // 2 * 2 * block, 2 * block, block, key_length, None
                 )
                 program, own = (both.begin, both.end), (steps.begin, steps.end)
-                begin, end = backward_wide._own_range(own, program)
+                begin, end = backward_wide_queries._own_range(own, program)
                 assert both.begin <= begin <= end <= both.end
                 assert {(row, step) for step in range(begin, end)} == tiles_read
     assert read
@@ -169,6 +170,7 @@ def test_the_longest_programs_go_first(options, slowest, monkeypatch):
         return [jnp.zeros(x.shape, x.dtype) for x in out_type]
 
     monkeypatch.setattr(backward_wide, "launch", launch)
+    monkeypatch.setattr(backward_wide_queries, "launch", launch)
     monkeypatch.setattr(device, "processors", lambda: 132)
     x, rows = jnp.zeros((2, 256, 3, 256), jnp.bfloat16), jnp.zeros((2, 3, 256))
     operands = backward_wide.BackwardArrays(x, x, x, x, rows, rows)
