@@ -22,6 +22,7 @@ from dpfa_jax.kernels.base import (
     Plain,
 )
 from dpfa_jax.kernels.mosaic_gpu import backend, gradient_chunks
+from dpfa_jax.kernels.mosaic_gpu.tiles import LONG_BACKWARD
 
 BACKEND = backend.MosaicGpuBackend()
 # Where the noise of an example release is made.
@@ -98,15 +99,15 @@ def test_gradient_after_a_pass_lowers():
 
 
 @pytest.mark.parametrize(
-    ("head_size", "is_any_order"),
-    [(128, True), pytest.param(256, False, marks=pytest.mark.slow)],
+    ("head_size", "keys"),
+    [(128, LONG_BACKWARD), pytest.param(256, 93, marks=pytest.mark.slow)],
 )
-def test_sums_are_not_filled_before_the_cotangent_is_there(head_size, is_any_order, monkeypatch):
+def test_sums_are_not_filled_before_the_cotangent_is_there(head_size, keys, monkeypatch):
     """Constants would be, for all layers of a model at once."""
     monkeypatch.setattr(gradient_chunks, "WAVES", 0)  # several launches, which share their sums
     monkeypatch.setattr(gradient_chunks, "LOGIT_GRADIENT_BYTES", 1)
-    inputs = shapes(rows=104, head_size=head_size)
-    spec = AttentionSpec(0.1, deterministic=not is_any_order)
+    inputs = shapes(rows=104, keys=keys, head_size=head_size)
+    spec = AttentionSpec(0.1)
     several = dataclasses.replace(BACKEND, name="mosaic_gpu, several launches")
     gradient = jax.grad(functools.partial(loss, backend=several), argnums=1)
     text = lower(functools.partial(gradient, spec), inputs.query, inputs)
