@@ -101,7 +101,7 @@ def makes_noise_beside(
     """
     if not isinstance(spec.readout, ExampleReadout) or head_size > MAX_HEAD_SIZE_ONE_WARPGROUP:
         return False
-    if head_size == 64:  # beside it the plain kernel's wide steps have no room
+    if head_size == 64:
         return has_public_maximum
     return is_dense(spec) and keys >= NOISE_BESIDE_KEYS
 
@@ -126,10 +126,13 @@ def forward_tiles(
         is_beside = makes_noise_beside(spec, head_size, keys, has_public_maximum=has_public_maximum)
     columns = 8 if has_public_maximum and is_dense(spec) else 16
     beside = ForwardTiles(noise_warpgroup=True, noise_columns=columns)
-    is_wide = head_size == 64 and keys >= 1024 and is_dense(spec) and pair_bytes is None
+    # Without a maximum the logits of a step end with its weights, which leaves room for wider ones.
+    is_wide = has_public_maximum and is_dense(spec) and keys >= 1024
+    alone = ForwardTiles(block_kv=256 if is_wide else 128, ahead=False)
+    is_alone = head_size == 64 and pair_bytes is None and (is_wide or not has_public_maximum)
     for candidate in (
         *((beside,) if is_beside else ()),
-        *((ForwardTiles(block_kv=256, ahead=False),) if is_wide else ()),
+        *((alone,) if is_alone else ()),
         ForwardTiles(),
         ForwardTiles(pair_stages=1),
         ForwardTiles(block_kv=64),
