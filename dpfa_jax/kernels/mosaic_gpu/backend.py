@@ -204,7 +204,7 @@ class MosaicGpuBackend:
         tile = backward_tiles(
             spec,
             -(-query.shape[3] // 64) * 64,
-            key.shape[1],
+            min(query.shape[1], key.shape[1]),
             pair_bytes=bytes_per_column(inputs.mask, inputs.bias),
         )
         operands = _BackwardOperands(

@@ -27,13 +27,13 @@ def forward_key(spec: AttentionSpec, head_size: int, keys: int) -> str:
     )
 
 
-def backward_key(spec: AttentionSpec, head_size: int, keys: int) -> str:
+def backward_key(spec: AttentionSpec, head_size: int, length: int) -> str:
     """Key of a backward call without arrays of pairs."""
     return tile_tables.key_of(
         "mosaic_gpu/backward",
         head_size,
         tile_tables.mask_class(spec),
-        tile_tables.length_class(keys),
+        tile_tables.length_class(length),
         "same bits" if spec.deterministic else "any order",
     )
 
@@ -67,17 +67,17 @@ def forward_tiles(
 
 
 def backward_tiles(
-    spec: AttentionSpec, head_size: int, keys: int, *, pair_bytes: int | None = None
+    spec: AttentionSpec, head_size: int, length: int, *, pair_bytes: int | None = None
 ) -> BackwardTiles | FusedTiles | WideTiles:
     """As `tiles.backward_tiles`; calls with a mask or a bias are in no table."""
     found = None
     if pair_bytes is None:
         found = tile_tables.measured(
-            backward_key(spec, head_size, keys),
+            backward_key(spec, head_size, length),
             backward_tile,
             lambda tile: fits_backward(tile, head_size),
         )
-    return found or tiles.backward_tiles(spec, head_size, keys, pair_bytes=pair_bytes)
+    return found or tiles.backward_tiles(spec, head_size, length, pair_bytes=pair_bytes)
 
 
 def forward_tile(fields: Fields, *, is_noisy: bool) -> ForwardTiles:

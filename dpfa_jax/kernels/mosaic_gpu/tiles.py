@@ -249,16 +249,20 @@ class WideTiles:
         )
 
 
-# With fewer keys, that is fewer tiles of a program, waiting for turns and passes over the sum of dQ
-# cost more than two products. With causality programs have half as many, and their lengths differ.
+# With fewer queries, that is fewer tiles of a program, waiting for turns costs more than two
+# products, and with fewer keys passes over the sum of dQ do. With causality programs have half as
+# many tiles, and their lengths differ.
 LONG_BACKWARD = 2048
 LONG_CAUSAL_BACKWARD = 16384
 
 
 def backward_tiles(
-    spec: AttentionSpec, head_size: int, keys: int, *, pair_bytes: int | None = None
+    spec: AttentionSpec, head_size: int, length: int, *, pair_bytes: int | None = None
 ) -> BackwardTiles | FusedTiles | WideTiles:
-    """Tiles for a padded head size and a number of keys, as measured on an H100 and an H200.
+    """Tiles for a padded head size and a length, as measured on an H100 and an H200 where T = S.
+
+    `length`: the lesser of T and S. Programs of many keys and few queries would spend their time
+    waiting for each other, one addition to a tile of dQ after the other.
 
     The same for any order of additions as for one, which leaves only the waiting out. A window
     leaves a program few tiles, whatever the number of keys: two kernels.
@@ -276,9 +280,9 @@ def backward_tiles(
                 return wide
         raise ValueError(f"head_size={head_size}: no tile of the backward kernels fits")
     if pair_bytes is None and spec.local_window is None:
-        if not spec.is_causal and keys >= LONG_BACKWARD:
+        if not spec.is_causal and length >= LONG_BACKWARD:
             return FusedTiles(heads=8)
-        if spec.is_causal and keys >= LONG_CAUSAL_BACKWARD:
+        if spec.is_causal and length >= LONG_CAUSAL_BACKWARD:
             return FusedTiles(heads=32 if head_size == 64 else 16)
     longer = BackwardTiles(block_kv_dq=128)
     rows = COMPUTE_WARPGROUPS * longer.block_q_dq + longer.stages * longer.block_kv_dq
