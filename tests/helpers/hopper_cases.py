@@ -40,6 +40,17 @@ CASES = {
         {"local_window": (130, 17), "logits_soft_cap": 8.0, "lengths": True},
         jnp.bfloat16,
     ),
+    # 8 steps of 128 keys or more: a row's maximum is kept.
+    "many keys, window, lengths": (
+        (3, 1300, 1400, 2, 1, 128),
+        {"local_window": (1200, 600), "lengths": True},
+        jnp.float16,
+    ),
+    "many keys, causal, GQA, lengths, head size 64": (
+        (2, 2100, 2100, 4, 2, 64),
+        {"is_causal": True, "lengths": True},
+        jnp.bfloat16,
+    ),
     "one row, one key, head size 80": ((2, 1, 1, 2, 2, 80), {}, jnp.bfloat16),
     "head size 256": ((1, 130, 300, 2, 2, 256), {"is_causal": True}, jnp.bfloat16),
     "head size 256, full, GQA": ((2, 512, 512, 4, 2, 256), {}, jnp.bfloat16),

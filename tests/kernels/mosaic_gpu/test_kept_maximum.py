@@ -69,6 +69,40 @@ def test_a_row_depends_on_no_other():
         assert not np.any(same[~is_calm])  # negative control: those were changed
 
 
+@pytest.mark.parametrize("lowest", [-np.inf, float(np.finfo(np.float32).min)])
+def test_rows_that_see_no_key_for_some_steps(monkeypatch, lowest):
+    """As where a maximum is looked for in each step: first keys late, none at all, lengths of 0."""
+    inputs = growing_logits.inputs(ROWS, KEYS, SIZE, jnp.float16)
+    query, key, value = (jnp.repeat(x, 2, axis=0) for x in inputs[:3])
+    rows, keys = np.arange(ROWS)[:, None], np.arange(KEYS)
+    shown = (keys >= 9 * rows) & (rows % 7 != 3)
+    arrays = ForwardArrays(
+        query, key, value,
+        key_lengths=jnp.asarray([0, 500], jnp.int32),
+        bias=jnp.asarray(np.where(shown, 0, lowest), jnp.float32)[None, None],
+    )  # fmt: skip
+    spec = growing_logits.spec(is_causal=False)
+
+    def run():
+        interpret = plgpu.InterpretGPUParams()
+        found = attention_forward(spec, arrays, TILES["ahead"], interpret=interpret)
+        return (np.asarray(x, np.float64) for x in (found.output[:, :, 0], found.lse[:, 0]))
+
+    output, lse = run()
+    monkeypatch.setattr(forward_module, "_softmax", lambda *_, **__: softmax.RunningMaximum())
+    expected, expected_lse = run()
+    is_empty = np.isneginf(lse)
+    sees = (shown & (keys < 500)).any(axis=1)
+    assert np.array_equal(is_empty, np.stack([np.ones(ROWS, bool), ~sees]))
+    assert not np.any(output[is_empty])
+    assert np.array_equal(is_empty, np.isneginf(expected_lse))
+    difference = np.linalg.norm(output - expected, axis=-1)
+    bound = 2 * float(jnp.finfo(jnp.float16).eps) * np.linalg.norm(expected, axis=-1)
+    assert np.all(difference <= bound)
+    slack = growing_logits.lse_slack(SIZE, KEYS)
+    assert np.abs(lse[~is_empty] - expected_lse[~is_empty]).max() < slack
+
+
 @pytest.mark.parametrize(
     ("keys", "block_kv", "is_kept"), [(1024, 128, True), (896, 128, False), (2048, 256, False)]
 )

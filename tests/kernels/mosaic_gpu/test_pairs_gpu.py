@@ -64,6 +64,10 @@ CASES = {
         None,
         options=(("largest_logit", 6.0),),
     ),
+    # A row's maximum is kept.
+    "mask and bias, many keys": Case(
+        (2, 260, 1100, 2, 2, 128), (2, 1, 260, 1100), (1, 2, 260, 1100), dtype=jnp.float16
+    ),
     "float32 bias and mask, float16": Case(
         (2, 300, 520, 2, 2, 128), (1, 2, 300, 520), (1, 2, 300, 520), jnp.float32, jnp.float16
     ),
