@@ -106,3 +106,21 @@ def test_logits_that_grow_along_the_keys(size, is_causal, dtype):
         assert distance(output[rows], exact[rows]) <= 2 * distance(theirs[rows], exact[rows])
     difference = np.abs(np.asarray(lse) - np.swapaxes(exact_lse, 1, 2))
     assert difference.max() < growing_logits.lse_slack(size, length)
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize("size", [64, 128, 256])
+def test_a_row_depends_on_no_other(size, is_causal):
+    """Weights made again for a neighbour's sake, by code of their own, have the bits as before."""
+    length = 2100
+    inputs = growing_logits.inputs(length, length, size, jnp.bfloat16)
+    is_calm = np.resize(np.abs(growing_logits.GROWTHS) < 1, length)
+    calm = inputs.query * jnp.asarray(is_calm, jnp.bfloat16)[None, :, None, None]
+    spec = growing_logits.spec(is_causal=is_causal)
+    run = jax.jit(lambda x: core.attend(BACKEND, spec, x))
+    beside, alone = (run(x) for x in (inputs, inputs._replace(query=calm)))
+    for one, other in zip(beside, alone, strict=True):  # output, lse
+        one, other = (np.asarray(x[0, :, 0], np.float32).reshape(length, -1) for x in (one, other))
+        same = np.all(one == other, axis=1)
+        assert np.all(same[is_calm])
+        assert not np.all(same[~is_calm])  # negative control: those were changed
