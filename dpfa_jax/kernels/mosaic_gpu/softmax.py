@@ -13,7 +13,9 @@ from dpfa_jax.kernels.mosaic_gpu import dialect
 from dpfa_jax.kernels.mosaic_gpu.layouts import ROW, WGMMA
 
 # Start of the running maximum: finite, so that a row with no key yet gives exp2(-inf) = 0, no NaN.
-LOWEST = -1e38
+# And no lower: a weight is made by one multiply-add, its row's maximum is rounded. Here they differ
+# by at most 4; under a bias of -1e10 alone they would by 440, and an infinite weight makes NaN.
+LOWEST = -(2.0**26)
 # Sums of weights, of every eighth column of a step, up to which a maximum is kept: no weight is
 # infinite in float16. In either type, and in the float32 of sums, relative errors stay as they are.
 KEPT = 2.0**15

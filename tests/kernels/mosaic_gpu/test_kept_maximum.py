@@ -69,7 +69,7 @@ def test_a_row_depends_on_no_other():
         assert not np.any(same[~is_calm])  # negative control: those were changed
 
 
-@pytest.mark.parametrize("lowest", [-np.inf, float(np.finfo(np.float32).min)])
+@pytest.mark.parametrize("lowest", [-np.inf, float(np.finfo(np.float32).min), -1e10])
 def test_rows_that_see_no_key_for_some_steps(monkeypatch, lowest):
     """As where a maximum is looked for in each step: first keys late, none at all, lengths of 0."""
     inputs = growing_logits.inputs(ROWS, KEYS, SIZE, jnp.float16)
