@@ -9,7 +9,6 @@ answer does all that (`release_pass.py`).
 
 import dataclasses
 import functools
-import statistics
 from typing import Any, NamedTuple
 
 import jax
@@ -86,7 +85,8 @@ def _softmax(tiling: Tiling, dtype: Any, has_public_maximum: bool, *, simulate: 
         return PublicMaximum(SHIFT[dtype.name])
     # Beside the weights of wider steps their logits find no registers.
     is_narrow = tiling.tile.block_kv <= KEPT_COLUMNS
-    is_long = statistics.mean(tiling.step_counts) >= KEPT_STEPS
+    counts = tiling.step_counts
+    is_long = sum(counts) >= KEPT_STEPS * len(counts)
     return KeptMaximum(simulate) if is_narrow and is_long else RunningMaximum()
 
 
