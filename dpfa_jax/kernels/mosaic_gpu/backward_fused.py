@@ -50,6 +50,7 @@ from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     weights_of,
 )
 from dpfa_jax.kernels.mosaic_gpu.layouts import COLUMN, tiled_shared, visible
+from dpfa_jax.kernels.mosaic_gpu.steps import cdiv, first_program, query_steps, within_key_length
 from dpfa_jax.kernels.mosaic_gpu.tiles import (
     COMPUTE_WARPGROUPS,
     FUSED_STAGES,
@@ -67,8 +68,8 @@ MAX_CHUNKS = 65535
 
 def _side_by_side(pairs: int, heads: int) -> int:
     """Of so many pairs of example and key head, those of one chunk: `heads`, or evenly fewer."""
-    heads = max(heads, tiles.cdiv(pairs, MAX_CHUNKS))
-    return tiles.cdiv(pairs, tiles.cdiv(pairs, heads))
+    heads = max(heads, cdiv(pairs, MAX_CHUNKS))
+    return cdiv(pairs, cdiv(pairs, heads))
 
 
 @plgpu.inline_mgpu()
@@ -100,8 +101,8 @@ def _program(
     program_begin = program * PROGRAM_KEYS
     num_queries, head_size = arrays.query.shape[1], arrays.query.shape[3]
     key_length = key_length_of(arrays, batch, keys)
-    steps = tiles.query_steps(spec, program_begin, PROGRAM_KEYS, BLOCK, num_queries)
-    steps = tiles.within_key_length(steps, program_begin, PROGRAM_KEYS, key_length)
+    steps = query_steps(spec, program_begin, PROGRAM_KEYS, BLOCK, num_queries)
+    steps = within_key_length(steps, program_begin, PROGRAM_KEYS, key_length)
     total = group * (steps.end - steps.begin)
     ring = Ring(barriers, FUSED_STAGES)
     adders, places = tiles.adders_and_places(head_size)
@@ -110,7 +111,7 @@ def _program(
     dq_sum = arrays.dq_sum.at[program] if simulate else arrays.dq_sum
     turns = None
     if spec.deterministic and not simulate:
-        shape = (*arrays.lse2.shape[:2], tiles.cdiv(num_queries, BLOCK))
+        shape = (*arrays.lse2.shape[:2], cdiv(num_queries, BLOCK))
         turns = pl.get_global(plgpu.SemaphoreType.REGULAR(shape))
 
     def slot_of(done):
@@ -249,13 +250,13 @@ def _program(
         for place in range(0, places, adders):
             plgpu.barrier_arrive(barriers["dq_free"].at[place + adder])
 
-        @pl.loop(0, tiles.cdiv(total - adder, adders))
+        @pl.loop(0, cdiv(total - adder, adders))
         def _(index):
             done = index * adders + adder
             step, head = tile_of(done)
             turn = None
             if turns is not None:
-                earlier = program - tiles.first_program(spec, step * BLOCK, PROGRAM_KEYS)
+                earlier = program - first_program(spec, step * BLOCK, PROGRAM_KEYS)
                 turn = turns.at[batch, head, step]
                 plgpu.semaphore_wait(turn, earlier, decrement=False, memory_scope="gpu")
                 _order_copies()
@@ -302,7 +303,7 @@ def fused_backward(
     """
     batch, _, heads, head_size = arrays.query.shape
     kv_heads, dtype = arrays.key.shape[2], arrays.query.dtype
-    programs = tiles.cdiv(keys, PROGRAM_KEYS)
+    programs = cdiv(keys, PROGRAM_KEYS)
     side_by_side = _side_by_side(batch * kv_heads, tile.heads)
     _, places = tiles.adders_and_places(head_size)
     own_sums = () if interpret is None else (programs,)
@@ -340,7 +341,7 @@ def fused_backward(
                 "dq_free": plgpu.Barrier(num_barriers=places),
                 **ring_barriers({"query": 3, "cotangent": 1}, FUSED_STAGES),
             },
-            (tiles.cdiv(batch * kv_heads, side_by_side), programs, side_by_side),
+            (cdiv(batch * kv_heads, side_by_side), programs, side_by_side),
             (axes.CHUNKS, axes.KEYS, axes.HEADS),
             "dpfa_attention_backward",
             interpret,

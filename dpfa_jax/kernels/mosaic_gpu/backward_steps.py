@@ -14,7 +14,8 @@ from dpfa_jax.kernels.mosaic_gpu import axes
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
 from dpfa_jax.kernels.mosaic_gpu.layouts import LOG2_E
 from dpfa_jax.kernels.mosaic_gpu.pairs import PairArrays, PairReader
-from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, StepRange
+from dpfa_jax.kernels.mosaic_gpu.steps import StepRange
+from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS
 
 
 class BackwardArrays(NamedTuple):
