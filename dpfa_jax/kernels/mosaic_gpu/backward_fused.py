@@ -40,16 +40,15 @@ from dpfa_jax.kernels.mosaic_gpu import axes, dialect, tiles
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     BackwardArrays,
     Ring,
+    add_key_gradients,
     key_length_of,
     late_zeros,
     launch,
     load_queries,
-    multiply,
     ring_barriers,
     run_steps,
-    weights_of,
 )
-from dpfa_jax.kernels.mosaic_gpu.layouts import COLUMN, tiled_shared, visible
+from dpfa_jax.kernels.mosaic_gpu.layouts import tiled_shared
 from dpfa_jax.kernels.mosaic_gpu.steps import cdiv, first_program, query_steps, within_key_length
 from dpfa_jax.kernels.mosaic_gpu.tiles import (
     COMPUTE_WARPGROUPS,
@@ -139,37 +138,11 @@ def _program(
         spare = shared["spare"].at[warpgroup] if simulate else None
 
         def one_tile(dk_acc, dv_acc, step, done, masked):
-            slot = ring.slot(done)
-            q_shared, do_shared = shared["query"].at[slot], shared["cotangent"].at[slot]
-            shape = (BLOCK, BLOCK)
-            ring.await_full("query", done)
-
-            def weights_and_products(s_acc, dp_acc):
-                minus_delta = plgpu.load(shared["delta"].at[slot], layout=COLUMN)
-                minus_delta = lax.broadcast_in_dim(minus_delta, shape, [1])
-                if not simulate:
-                    # The sums begin there: no register keeps it through the softmax.
-                    dp_acc[...] = minus_delta
-                plgpu.wgmma(s_acc, k_shared, q_shared.T)
-                ring.await_full("cotangent", done)
-                plgpu.wgmma(dp_acc, v_shared, do_shared.T)
-                seen = None
-                if masked:
-                    seen = visible(
-                        spec, shape, step * BLOCK, key_begin, key_length, None, transposed=True
-                    )
-                s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                lse2 = plgpu.load(shared["lse2"].at[slot], layout=COLUMN)
-                p, slope = weights_of(spec, s, lse2, 1, seen)
-                multiply(dv_acc, p.astype(dtype), do_shared, spare)
-                dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-                if simulate:  # where no accumulator can be set
-                    dp += minus_delta
-                return p * dp if slope is None else p * dp * slope
-
-            acc = plgpu.ACC(shape, jnp.float32)
-            ds = pl.run_scoped(weights_and_products, acc, acc).astype(dtype)
-            multiply(dk_acc, ds, q_shared, spare)
+            ds = add_key_gradients(
+                spec, shared, ring, done, warpgroup, dk_acc, dv_acc,
+                step, key_begin, key_length, spare,
+                masked=masked, lse2_waits=True,
+            )  # fmt: skip
             plgpu.barrier_wait(barriers["ds_free"].at[slot_of(done)])
             shared["ds"].at[slot_of(done), warpgroup][...] = ds
             plgpu.commit_smem()
