@@ -40,16 +40,16 @@ from dpfa_jax.kernels.mosaic_gpu import axes, dialect, tiles
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     BackwardArrays,
     Ring,
+    add_key_gradients,
     key_length_of,
     late_zeros,
     launch,
     load_queries,
-    multiply,
     ring_barriers,
     run_steps,
-    weights_of,
 )
-from dpfa_jax.kernels.mosaic_gpu.layouts import COLUMN, tiled_shared, visible
+from dpfa_jax.kernels.mosaic_gpu.layouts import tiled_shared
+from dpfa_jax.kernels.mosaic_gpu.steps import cdiv, first_program, query_steps, within_key_length
 from dpfa_jax.kernels.mosaic_gpu.tiles import (
     COMPUTE_WARPGROUPS,
     FUSED_STAGES,
@@ -67,8 +67,8 @@ MAX_CHUNKS = 65535
 
 def _side_by_side(pairs: int, heads: int) -> int:
     """Of so many pairs of example and key head, those of one chunk: `heads`, or evenly fewer."""
-    heads = max(heads, tiles.cdiv(pairs, MAX_CHUNKS))
-    return tiles.cdiv(pairs, tiles.cdiv(pairs, heads))
+    heads = max(heads, cdiv(pairs, MAX_CHUNKS))
+    return cdiv(pairs, cdiv(pairs, heads))
 
 
 @plgpu.inline_mgpu()
@@ -100,8 +100,8 @@ def _program(
     program_begin = program * PROGRAM_KEYS
     num_queries, head_size = arrays.query.shape[1], arrays.query.shape[3]
     key_length = key_length_of(arrays, batch, keys)
-    steps = tiles.query_steps(spec, program_begin, PROGRAM_KEYS, BLOCK, num_queries)
-    steps = tiles.within_key_length(steps, program_begin, PROGRAM_KEYS, key_length)
+    steps = query_steps(spec, program_begin, PROGRAM_KEYS, BLOCK, num_queries)
+    steps = within_key_length(steps, program_begin, PROGRAM_KEYS, key_length)
     total = group * (steps.end - steps.begin)
     ring = Ring(barriers, FUSED_STAGES)
     adders, places = tiles.adders_and_places(head_size)
@@ -110,7 +110,7 @@ def _program(
     dq_sum = arrays.dq_sum.at[program] if simulate else arrays.dq_sum
     turns = None
     if spec.deterministic and not simulate:
-        shape = (*arrays.lse2.shape[:2], tiles.cdiv(num_queries, BLOCK))
+        shape = (*arrays.lse2.shape[:2], cdiv(num_queries, BLOCK))
         turns = pl.get_global(plgpu.SemaphoreType.REGULAR(shape))
 
     def slot_of(done):
@@ -138,37 +138,11 @@ def _program(
         spare = shared["spare"].at[warpgroup] if simulate else None
 
         def one_tile(dk_acc, dv_acc, step, done, masked):
-            slot = ring.slot(done)
-            q_shared, do_shared = shared["query"].at[slot], shared["cotangent"].at[slot]
-            shape = (BLOCK, BLOCK)
-            ring.await_full("query", done)
-
-            def weights_and_products(s_acc, dp_acc):
-                minus_delta = plgpu.load(shared["delta"].at[slot], layout=COLUMN)
-                minus_delta = lax.broadcast_in_dim(minus_delta, shape, [1])
-                if not simulate:
-                    # The sums begin there: no register keeps it through the softmax.
-                    dp_acc[...] = minus_delta
-                plgpu.wgmma(s_acc, k_shared, q_shared.T)
-                ring.await_full("cotangent", done)
-                plgpu.wgmma(dp_acc, v_shared, do_shared.T)
-                seen = None
-                if masked:
-                    seen = visible(
-                        spec, shape, step * BLOCK, key_begin, key_length, None, transposed=True
-                    )
-                s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                lse2 = plgpu.load(shared["lse2"].at[slot], layout=COLUMN)
-                p, slope = weights_of(spec, s, lse2, 1, seen)
-                multiply(dv_acc, p.astype(dtype), do_shared, spare)
-                dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-                if simulate:  # where no accumulator can be set
-                    dp += minus_delta
-                return p * dp if slope is None else p * dp * slope
-
-            acc = plgpu.ACC(shape, jnp.float32)
-            ds = pl.run_scoped(weights_and_products, acc, acc).astype(dtype)
-            multiply(dk_acc, ds, q_shared, spare)
+            ds = add_key_gradients(
+                spec, shared, ring, done, warpgroup, dk_acc, dv_acc,
+                step, key_begin, key_length, spare,
+                masked=masked, lse2_waits=True,
+            )  # fmt: skip
             plgpu.barrier_wait(barriers["ds_free"].at[slot_of(done)])
             shared["ds"].at[slot_of(done), warpgroup][...] = ds
             plgpu.commit_smem()
@@ -249,13 +223,13 @@ def _program(
         for place in range(0, places, adders):
             plgpu.barrier_arrive(barriers["dq_free"].at[place + adder])
 
-        @pl.loop(0, tiles.cdiv(total - adder, adders))
+        @pl.loop(0, cdiv(total - adder, adders))
         def _(index):
             done = index * adders + adder
             step, head = tile_of(done)
             turn = None
             if turns is not None:
-                earlier = program - tiles.first_program(spec, step * BLOCK, PROGRAM_KEYS)
+                earlier = program - first_program(spec, step * BLOCK, PROGRAM_KEYS)
                 turn = turns.at[batch, head, step]
                 plgpu.semaphore_wait(turn, earlier, decrement=False, memory_scope="gpu")
                 _order_copies()
@@ -302,7 +276,7 @@ def fused_backward(
     """
     batch, _, heads, head_size = arrays.query.shape
     kv_heads, dtype = arrays.key.shape[2], arrays.query.dtype
-    programs = tiles.cdiv(keys, PROGRAM_KEYS)
+    programs = cdiv(keys, PROGRAM_KEYS)
     side_by_side = _side_by_side(batch * kv_heads, tile.heads)
     _, places = tiles.adders_and_places(head_size)
     own_sums = () if interpret is None else (programs,)
@@ -340,7 +314,7 @@ def fused_backward(
                 "dq_free": plgpu.Barrier(num_barriers=places),
                 **ring_barriers({"query": 3, "cotangent": 1}, FUSED_STAGES),
             },
-            (tiles.cdiv(batch * kv_heads, side_by_side), programs, side_by_side),
+            (cdiv(batch * kv_heads, side_by_side), programs, side_by_side),
             (axes.CHUNKS, axes.KEYS, axes.HEADS),
             "dpfa_attention_backward",
             interpret,

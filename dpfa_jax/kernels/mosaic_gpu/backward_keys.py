@@ -19,14 +19,12 @@ from dpfa_jax.kernels.mosaic_gpu.backward_launch import walked
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     BackwardArrays,
     Ring,
+    add_key_gradients,
     load_queries,
-    multiply,
-    read,
     ring_barriers,
-    weights_of,
 )
 from dpfa_jax.kernels.mosaic_gpu.backward_walk import Owned, own_steps, run_own_steps, serve
-from dpfa_jax.kernels.mosaic_gpu.layouts import COLUMN, tiled_shared, visible
+from dpfa_jax.kernels.mosaic_gpu.layouts import tiled_shared
 from dpfa_jax.kernels.mosaic_gpu.pairs import PairArrays
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, BackwardTiles
 from dpfa_jax.kernels.mosaic_gpu.walk import KeyTiling, Lengths, Size, Tile, Walk
@@ -63,42 +61,11 @@ def _body(
 
                     def body(step, masked):
                         done = here.before(step, member)
-                        slot = ring.slot(done)
-                        q_shared = shared["query"].at[slot]
-                        do_shared = shared["cotangent"].at[slot]
-                        shape = (block_kv, block_q)
-                        ring.await_full("query", done)
-
-                        def weights_and_products(s_acc, dp_acc):
-                            minus_delta = plgpu.load(shared["delta"].at[slot], layout=COLUMN)
-                            minus_delta = lax.broadcast_in_dim(minus_delta, shape, [1])
-                            if not simulate:
-                                # The sums begin there: no register keeps it through the softmax.
-                                dp_acc[...] = minus_delta
-                            plgpu.wgmma(s_acc, k_shared, q_shared.T)
-                            ring.await_full("cotangent", done)
-                            plgpu.wgmma(dp_acc, v_shared, do_shared.T)
-                            lse2 = plgpu.load(shared["lse2"].at[slot], layout=COLUMN)
-                            seen = None
-                            if masked:
-                                seen = visible(
-                                    spec, shape, step * block_q, key_begin, here.key_length, None,
-                                    transposed=True,
-                                )  # fmt: skip
-                            s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
-                            shown, bias = read(pairs, done, warpgroup, fixed)
-                            p, slope = weights_of(spec, s, lse2, 1, seen, shown, bias)
-                            if pairs is not None:
-                                pairs.free(done)
-                            multiply(dv_acc, p.astype(dtype), do_shared, spare)
-                            dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-                            if simulate:  # where no accumulator can be set
-                                dp += minus_delta
-                            return p * dp if slope is None else p * dp * slope
-
-                        acc = plgpu.ACC(shape, jnp.float32)
-                        ds = pl.run_scoped(weights_and_products, acc, acc).astype(dtype)
-                        multiply(dk_acc, ds, q_shared, spare)
+                        add_key_gradients(
+                            spec, shared, ring, done, place, dk_acc, dv_acc,
+                            step, key_begin, here.key_length, spare,
+                            masked=masked, pairs=pairs, warpgroup=warpgroup, fixed=fixed,
+                        )  # fmt: skip
                         plgpu.wgmma_wait(1)
                         ring.free("cotangent", done)
                         plgpu.wgmma_wait(0)

@@ -12,9 +12,10 @@ from jax import lax
 from dpfa_jax.kernels.base import AttentionSpec
 from dpfa_jax.kernels.mosaic_gpu import axes
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
-from dpfa_jax.kernels.mosaic_gpu.layouts import LOG2_E
+from dpfa_jax.kernels.mosaic_gpu.layouts import COLUMN, LOG2_E, visible
 from dpfa_jax.kernels.mosaic_gpu.pairs import PairArrays, PairReader
-from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, StepRange
+from dpfa_jax.kernels.mosaic_gpu.steps import StepRange
+from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS
 
 
 class BackwardArrays(NamedTuple):
@@ -176,6 +177,84 @@ def ring_barriers(names: dict[str, int], stages: int) -> dict[str, Any]:
     full = {n: plgpu.Barrier(num_arrivals=c, num_barriers=stages) for n, c in names.items()}
     freed = plgpu.Barrier(num_arrivals=COMPUTE_WARPGROUPS, num_barriers=stages)
     return full | {name + "_free": freed for name in names}
+
+
+def add_key_gradients(
+    spec: AttentionSpec,
+    shared: Any,
+    ring: Ring,
+    done: Any,
+    place: Any,
+    dk_acc: Any,
+    dv_acc: Any,
+    step: Any,
+    key_begin: Any,
+    key_length: Any,
+    spare: Any,
+    *,
+    masked: bool,
+    pairs: PairReader | None = None,
+    warpgroup: Any = None,
+    fixed: Any = None,
+    lse2_waits: bool = False,
+) -> jax.Array:
+    """Consumer: begins dK and dV of one step, and returns its logit gradients, keys by queries.
+
+    The two products are begun in the order dV, dK, and neither is awaited.
+
+    Args:
+      spec: the forward's.
+      shared: keys and values of a warpgroup at `place`, and of the `done`-th tile in its slot of
+        `ring` queries, cotangents, `lse2` and minus `delta`.
+      dk_acc, dv_acc: accumulators.
+      step: number of the tile of queries.
+      key_begin, key_length: first key of this warpgroup; keys that exist.
+      spare: as `multiply`.
+      masked: whether the arguments of the call may hide a pair of this step.
+      pairs, warpgroup, fixed: as `read`.
+      lse2_waits: it is loaded after the logits have been awaited, else before.
+    """
+    slot = ring.slot(done)
+    k_shared, v_shared = shared["key"].at[place], shared["value"].at[place]
+    q_shared, do_shared = shared["query"].at[slot], shared["cotangent"].at[slot]
+    dtype, keys, queries = q_shared.dtype, shared["key"].shape[1], shared["query"].shape[1]
+    shape = (keys, queries)
+    ring.await_full("query", done)
+
+    def load_lse2() -> jax.Array:
+        return plgpu.load(shared["lse2"].at[slot], layout=COLUMN)
+
+    def weights_and_products(s_acc: Any, dp_acc: Any) -> jax.Array:
+        minus_delta = plgpu.load(shared["delta"].at[slot], layout=COLUMN)
+        minus_delta = lax.broadcast_in_dim(minus_delta, shape, [1])
+        if spare is None:
+            # The sums begin there: no register keeps it through the softmax.
+            dp_acc[...] = minus_delta
+        plgpu.wgmma(s_acc, k_shared, q_shared.T)
+        ring.await_full("cotangent", done)
+        plgpu.wgmma(dp_acc, v_shared, do_shared.T)
+        lse2 = None if lse2_waits else load_lse2()
+        seen = None
+        if masked:
+            seen = visible(
+                spec, shape, step * queries, key_begin, key_length, None, transposed=True
+            )
+        s = plgpu.wgmma_accumulator_load(s_acc, wait_n=1)
+        lse2 = load_lse2() if lse2 is None else lse2
+        shown, bias = read(pairs, done, warpgroup, fixed)
+        p, slope = weights_of(spec, s, lse2, 1, seen, shown, bias)
+        if pairs is not None:
+            pairs.free(done)
+        multiply(dv_acc, p.astype(dtype), do_shared, spare)
+        dp = plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
+        if spare is not None:  # simulated, where no accumulator can be set
+            dp += minus_delta
+        return p * dp if slope is None else p * dp * slope
+
+    acc = plgpu.ACC(shape, jnp.float32)
+    ds = pl.run_scoped(weights_and_products, acc, acc).astype(dtype)
+    multiply(dk_acc, ds, q_shared, spare)
+    return ds
 
 
 def load_queries(

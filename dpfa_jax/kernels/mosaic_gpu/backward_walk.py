@@ -9,7 +9,7 @@ No warp waits for ever. With n slots, a place is loaded for tile i when the resu
 have left it, and those have been made when the compute warpgroup has done its steps. These wait for
 rings, whose producer waits for nothing but steps before: of the tile or, as it runs on, of tiles
 before. So, in the order of tiles and steps, each wait is for something earlier. Each program has a
-tile (`Tiling.schedule`) and each tile a step (`tiles.at_least_one`); the first n tiles of a
+tile (`Tiling.schedule`) and each tile a step (`steps.at_least_one`); the first n tiles of a
 program, and with it a program's only one, wait for no place. Each barrier is waited on once an
 arrival: `own` by the warpgroup, `made` by the warp, before the next load there, so none runs two
 phases ahead.
@@ -26,7 +26,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from dpfa_jax.kernels.mosaic_gpu import tiles
-from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, Scalar, StepRange
+from dpfa_jax.kernels.mosaic_gpu.steps import Scalar, StepRange, cdiv, within
+from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS
 from dpfa_jax.kernels.mosaic_gpu.walk import KeyTiling, Tile, Tiling, Walk
 
 MOST_SLOTS = 2
@@ -38,7 +39,7 @@ def slots_that_fit(owned_of: Callable[[int], dict[str, Any]], others: dict[str, 
     used = 0
     for x in (*owned_of(MOST_SLOTS).values(), *others.values()):
         size = math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
-        used += tiles.cdiv(size, whole) * whole
+        used += cdiv(size, whole) * whole
     return MOST_SLOTS if used <= tiles.SHARED_MEMORY_BYTES else 1
 
 
@@ -129,7 +130,7 @@ def own_steps(tiling: Tiling, steps: StepRange, row_begin: Scalar, key_length: S
     """Of a tile's `steps`, those of the warpgroup whose rows begin there."""
     rows = tiling.tile.rows // COMPUTE_WARPGROUPS
     own = tiling.steps_of(row_begin, rows, key_length, None)
-    return StepRange(*(tiles.within(step, steps.begin, steps.end) for step in own))
+    return StepRange(*(within(step, steps.begin, steps.end) for step in own))
 
 
 def loops_of(tiling: Tiling) -> Loops:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec
-from dpfa_jax.kernels.mosaic_gpu import axes, device, tiles
+from dpfa_jax.kernels.mosaic_gpu import axes, device
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     BackwardArrays,
@@ -37,6 +37,7 @@ from dpfa_jax.kernels.mosaic_gpu.backward_wide_queries import (
 )
 from dpfa_jax.kernels.mosaic_gpu.gradient_chunks import chunks_of
 from dpfa_jax.kernels.mosaic_gpu.layouts import COLUMN, tiled_shared, visible
+from dpfa_jax.kernels.mosaic_gpu.steps import cdiv, is_dense, query_steps, within_key_length
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, WideTiles
 
 # Of the kernel of dK and dV: warpgroups that own a half of the columns each, the one that makes the
@@ -72,8 +73,8 @@ def _key_value_body(
     num_queries, head_size = arrays.query.shape[1], arrays.query.shape[3]
     half = head_size // HALVES
     key_length = key_length_of(arrays, batch, keys)
-    steps = tiles.query_steps(spec, key_begin, BLOCK, BLOCK, num_queries)
-    steps = tiles.within_key_length(steps, key_begin, BLOCK, key_length)
+    steps = query_steps(spec, key_begin, BLOCK, BLOCK, num_queries)
+    steps = within_key_length(steps, key_begin, BLOCK, key_length)
     count = steps.end - steps.begin
     total = group * count
     ring, cotangents = Ring(barriers, tile.stages), Ring(barriers, tile.cotangent_stages)
@@ -243,8 +244,8 @@ def wide_backward(
     group = heads // kv_heads
     rows = padded_rows(num_queries)
     chunks = chunks_of(
-        batch, kv_heads, tiles.cdiv(keys, BLOCK), rows=rows, group=group, block=BLOCK,
-        processors=device.processors(), is_even=tiles.is_dense(spec),
+        batch, kv_heads, cdiv(keys, BLOCK), rows=rows, group=group, block=BLOCK,
+        processors=device.processors(), is_even=is_dense(spec),
     )  # fmt: skip
     static = {"spec": spec, "tile": tile, "keys": keys, "group": group}
     like_key = jax.ShapeDtypeStruct(arrays.key.shape, dtype)
@@ -260,7 +261,7 @@ def wide_backward(
 
     square = tiled_shared((SLOTS, BLOCK, BLOCK), dtype, swizzle=swizzle)
     grid = {axes.HEADS: chunks.heads, axes.KEYS: chunks.key_blocks, axes.BATCH: chunks.batch}
-    if not tiles.is_dense(spec):
+    if not is_dense(spec):
         # The last axis runs fastest. Of uneven programs, the longest of all heads go first; even
         # ones of a head run together, whose queries they share in the second-level cache.
         grid = {name: grid[name] for name in (axes.KEYS, axes.HEADS, axes.BATCH)}

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec
-from dpfa_jax.kernels.mosaic_gpu import axes, tiles
+from dpfa_jax.kernels.mosaic_gpu import axes
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     BackwardArrays,
     Ring,
@@ -26,7 +26,8 @@ from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
 )
 from dpfa_jax.kernels.mosaic_gpu.gradient_chunks import Chunks
 from dpfa_jax.kernels.mosaic_gpu.layouts import WGMMA, tiled_shared
-from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, WARPGROUP_ROWS, StepRange
+from dpfa_jax.kernels.mosaic_gpu.steps import StepRange, cdiv, key_steps, within
+from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, WARPGROUP_ROWS
 
 BLOCK = WARPGROUP_ROWS
 PROGRAM_ROWS = COMPUTE_WARPGROUPS * BLOCK
@@ -34,7 +35,7 @@ PROGRAM_ROWS = COMPUTE_WARPGROUPS * BLOCK
 
 def padded_rows(queries: int) -> int:
     """Rows of logit gradients in memory."""
-    return tiles.cdiv(queries, PROGRAM_ROWS) * PROGRAM_ROWS
+    return cdiv(queries, PROGRAM_ROWS) * PROGRAM_ROWS
 
 
 def first_of(arrays: BackwardArrays) -> tuple[Any, Any, Any]:
@@ -56,8 +57,8 @@ def _own_range(own: tuple[Any, Any], program: tuple[Any, Any]) -> tuple[Any, Any
     Where it has no step its begin may lie past the program's end: a window that begins behind the
     last key that exists.
     """
-    begin = tiles.within(own[0], *program)
-    return begin, tiles.within(own[1], begin, program[1])
+    begin = within(own[0], *program)
+    return begin, within(own[1], begin, program[1])
 
 
 def _query_body(
@@ -72,7 +73,7 @@ def _query_body(
     key_length = key_length_of(arrays, batch, keys)
 
     def steps_of(row_begin, rows):
-        steps = tiles.key_steps(spec, row_begin, rows, BLOCK, key_length, None)
+        steps = key_steps(spec, row_begin, rows, BLOCK, key_length, None)
         return _within_chunk(steps, first_block, blocks)
 
     begin, end = steps_of(program_begin, PROGRAM_ROWS)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec
-from dpfa_jax.kernels.mosaic_gpu import axes, tiles
+from dpfa_jax.kernels.mosaic_gpu import axes
 from dpfa_jax.kernels.mosaic_gpu import pairs as pair_tiles
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import (
     Ring,
@@ -32,6 +32,7 @@ from dpfa_jax.kernels.mosaic_gpu.layouts import (
     visible,
 )
 from dpfa_jax.kernels.mosaic_gpu.pairs import PROGRAM_ROWS, Form, PairReader, place
+from dpfa_jax.kernels.mosaic_gpu.steps import cdiv, key_steps, left_reach, right_reach
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, WARPGROUP_ROWS
 
 KEYS = 64  # of one tile
@@ -82,7 +83,7 @@ def _body(
     total: Any = loop.batch * loop.heads * loop.rows
     if loop.rows == 1:
         # A tile that no row sees keeps its zeros.
-        steps = tiles.key_steps(spec, own_rows * PROGRAM_ROWS, PROGRAM_ROWS, KEYS, keys, None)
+        steps = key_steps(spec, own_rows * PROGRAM_ROWS, PROGRAM_ROWS, KEYS, keys, None)
         is_seen = (own_columns >= steps.begin) & (own_columns < steps.end)
         total = jnp.where(is_seen, jnp.int32(total), jnp.int32(0))
 
@@ -226,7 +227,7 @@ def bias_gradient(
     examples, rows, heads, _ = query.shape
     keys, kv_heads = key.shape[1:3]
     out_batch, out_heads, t, _ = bias.shape
-    row_blocks, column_blocks = tiles.cdiv(rows, PROGRAM_ROWS), tiles.cdiv(keys, KEYS)
+    row_blocks, column_blocks = cdiv(rows, PROGRAM_ROWS), cdiv(keys, KEYS)
     loop = Loop(
         examples if out_batch == 1 else 1,
         heads if out_heads == 1 else 1,
@@ -250,7 +251,7 @@ def bias_gradient(
         pairs.mask,
     )
     head_size, dtype = arrays.query.shape[3], query.dtype
-    reach = (tiles.right_reach(spec), tiles.left_reach(spec))
+    reach = (right_reach(spec), left_reach(spec))
     is_masked = reach != (None, None) or key_lengths is not None or keys % KEYS != 0
     of_rows = tiled_shared((STAGES * COMPUTE_WARPGROUPS, WARPGROUP_ROWS, head_size), dtype)
     of_keys = tiled_shared((STAGES, KEYS, head_size), dtype)

@@ -19,7 +19,8 @@ from jax import lax
 from dpfa_jax.kernels import manual_axes
 from dpfa_jax.kernels.mosaic_gpu import axes
 from dpfa_jax.kernels.mosaic_gpu.layouts import WGMMA, tiled_shared
-from dpfa_jax.kernels.mosaic_gpu.tiles import SHARED_MEMORY_BYTES, Scalar, cdiv
+from dpfa_jax.kernels.mosaic_gpu.steps import Scalar, cdiv
+from dpfa_jax.kernels.mosaic_gpu.tiles import SHARED_MEMORY_BYTES
 
 # What is staged for one store: the rows of one instruction, 128 bytes wide as the swizzle is.
 ROWS = 64

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec
-from dpfa_jax.kernels.mosaic_gpu import dialect, tiles
-from dpfa_jax.kernels.mosaic_gpu.tiles import Scalar
+from dpfa_jax.kernels.mosaic_gpu import dialect
+from dpfa_jax.kernels.mosaic_gpu.steps import Scalar, left_reach, right_reach
 
 LOG2_E = math.log2(math.e)
 WGMMA = plgpu.Layout.WGMMA
@@ -65,7 +65,7 @@ def visible(
     else:
         column = column_begin + plgpu.broadcasted_iota(jnp.int32, shape, k_axis, layout=WGMMA)
     seen = column < key_length
-    right, left = tiles.right_reach(spec), tiles.left_reach(spec)
+    right, left = right_reach(spec), left_reach(spec)
     if right is not None:
         seen &= column <= row + right
     if left is not None:

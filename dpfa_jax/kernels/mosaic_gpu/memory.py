@@ -36,6 +36,7 @@ from dpfa_jax.kernels.mosaic_gpu.memory_weights import clamped
 from dpfa_jax.kernels.mosaic_gpu.noise import tile_normals
 from dpfa_jax.kernels.mosaic_gpu.noise_stage import NoiseStage
 from dpfa_jax.kernels.mosaic_gpu.producer import Producer
+from dpfa_jax.kernels.mosaic_gpu.steps import cdiv
 from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, ForwardTiles
 from dpfa_jax.kernels.mosaic_gpu.walk import Lengths, Tile, Tiling, Walk, constant
 
@@ -340,9 +341,9 @@ def memory_forward(
     assert tile.block_kv <= SUM_BLOCK
     # Keys past the end are zero rows, and every key is visited, hidden or not: which keys are
     # hidden is private, the order of the sums is not.
-    keys = tiles.cdiv(arrays.key.shape[1], tile.block_kv) * tile.block_kv
+    keys = cdiv(arrays.key.shape[1], tile.block_kv) * tile.block_kv
     columns = tiles.value_columns(head_size)
-    parts = tiles.cdiv(head_size, columns)
+    parts = cdiv(head_size, columns)
     tiling = Tiling(
         spec, tile, batch, heads, num_queries, keys,
         head_bytes=4 * keys * head_size * kv_heads // heads, heads_first=False, has_lengths=False,

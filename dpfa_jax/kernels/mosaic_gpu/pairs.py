@@ -15,9 +15,9 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
-from dpfa_jax.kernels.mosaic_gpu import tiles
 from dpfa_jax.kernels.mosaic_gpu.layouts import COLUMN, ROW, WGMMA, tiled_shared
-from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, WARPGROUP_ROWS, Scalar
+from dpfa_jax.kernels.mosaic_gpu.steps import Scalar, most
+from dpfa_jax.kernels.mosaic_gpu.tiles import COMPUTE_WARPGROUPS, WARPGROUP_ROWS
 
 WORD = 32  # columns in one word of a packed mask
 PROGRAM_ROWS = COMPUTE_WARPGROUPS * WARPGROUP_ROWS
@@ -250,7 +250,7 @@ class PairReader:
         if not self._copies:
             return
 
-        @pl.loop(tiles.most(0, total - self.stages), total)
+        @pl.loop(most(0, total - self.stages), total)
         def _(count):
             plgpu.barrier_wait(self.barriers["pairs_free"].at[self._slot(count)])
 

@@ -15,9 +15,23 @@ import numpy as np
 from jax import lax
 
 from dpfa_jax.kernels.base import AttentionSpec
-from dpfa_jax.kernels.mosaic_gpu import axes, tiles
+from dpfa_jax.kernels.mosaic_gpu import axes
 from dpfa_jax.kernels.mosaic_gpu.schedule import balanced
-from dpfa_jax.kernels.mosaic_gpu.tiles import Scalar, Sizes, StepRange
+from dpfa_jax.kernels.mosaic_gpu.steps import (
+    Scalar,
+    Sizes,
+    StepRange,
+    at_least_one,
+    cdiv,
+    key_steps,
+    least,
+    left_reach,
+    loop,
+    masks_only_last,
+    query_steps,
+    right_reach,
+    within_key_length,
+)
 
 # What heads that start together step along stays in half of the second-level cache.
 _CACHE_BYTES = 24 * 2**20
@@ -116,18 +130,18 @@ class Tiling:
     ) -> StepRange:
         """Steps along what some of a tile's rows need."""
         step = self.tile.block_kv
-        return tiles.key_steps(self.spec, row_begin, rows, step, key_length, query_length)
+        return key_steps(self.spec, row_begin, rows, step, key_length, query_length)
 
     @property
     def blocks(self) -> int:
         """Blocks of rows of one head, each of `parts` tiles."""
-        return tiles.cdiv(self._rows_and_columns[0], self.tile.rows)
+        return cdiv(self._rows_and_columns[0], self.tile.rows)
 
     @property
     def is_whole(self) -> bool:
         """Whether every step shows every key to every row, and all tiles have as many steps."""
         begin, full_begin, full_end, end = self.steps(0, self.keys, None)
-        reaches = (tiles.left_reach(self.spec), tiles.right_reach(self.spec))
+        reaches = (left_reach(self.spec), right_reach(self.spec))
         return (
             reaches == (None, None)
             and not self.has_lengths
@@ -154,12 +168,12 @@ class Tiling:
         """`carry` after `body(step, carry, masked=...)` of each step of a tile but its last."""
         steps, last = here.steps, here.last
         masked, plain = (functools.partial(body, masked=masked) for masked in (True, False))
-        if tiles.left_reach(self.spec) is not None:
-            carry = tiles.loop(steps.begin, tiles.least(steps.full_begin, last), masked, carry)
-        carry = tiles.loop(steps.full_begin, tiles.least(steps.full_end, last), plain, carry)
+        if left_reach(self.spec) is not None:
+            carry = loop(steps.begin, least(steps.full_begin, last), masked, carry)
+        carry = loop(steps.full_begin, least(steps.full_end, last), plain, carry)
         has_query_lengths = here.query_length is not None
-        if not tiles.masks_only_last(self.spec, self.tile, has_query_lengths=has_query_lengths):
-            carry = tiles.loop(steps.full_end, last, masked, carry)
+        if not masks_only_last(self.spec, self.tile, has_query_lengths=has_query_lengths):
+            carry = loop(steps.full_end, last, masked, carry)
         return carry
 
     def at(self, lengths: Lengths, number: Any, count: Any) -> Tile:
@@ -190,7 +204,7 @@ class Tiling:
         """Of one tile; one that hides every column where there would be none."""
         rows = self.tile.rows
         steps = self.steps_of(block * rows, rows, key_length, query_length)
-        return tiles.at_least_one(steps, tiles.cdiv(self._rows_and_columns[1], self.tile.block_kv))
+        return at_least_one(steps, cdiv(self._rows_and_columns[1], self.tile.block_kv))
 
 
 class KeyTiling(Tiling):
@@ -208,8 +222,8 @@ class KeyTiling(Tiling):
     ) -> StepRange:
         """As `Tiling.steps_of`, of keys along the queries that see them."""
         step = self.tile.block_kv
-        steps = tiles.query_steps(self.spec, row_begin, rows, step, self.queries)
-        return tiles.within_key_length(steps, row_begin, rows, key_length)
+        steps = query_steps(self.spec, row_begin, rows, step, self.queries)
+        return within_key_length(steps, row_begin, rows, key_length)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -233,7 +247,7 @@ class Walk:
         tile = self.tiling.at(self.lengths, number, count)
         # Never smaller, which the compiler cannot know: it would unroll the loop over the steps of
         # each tile, and run out of registers.
-        steps = StepRange(*(tiles.least(step, number + _MANY) for step in tile.steps))
+        steps = StepRange(*(least(step, number + _MANY) for step in tile.steps))
         return dataclasses.replace(tile, steps=steps)
 
     def each(self, body: Callable[[Tile, Callable[[], Tile], Any, Any], Any], carry: Any) -> Any:

@@ -23,13 +23,13 @@ from dpfa_jax.kernels.mosaic_gpu import (
     noise_stage,
     pairs,
     producer,
-    tiles,
+    steps,
     walk,
 )
 
 MODULES = (
     backward, backward_fused, backward_keys, backward_wide_queries, backward_steps, backward_walk,
-    backward_wide, bias_gradient, forward, memory, noise_stage, pairs, producer, tiles, walk,
+    backward_wide, bias_gradient, forward, memory, noise_stage, pairs, producer, steps, walk,
 )  # fmt: skip
 
 

@@ -10,7 +10,7 @@ import pytest
 from helpers import backward_simulation
 
 from dpfa_jax.kernels.base import AttentionSpec
-from dpfa_jax.kernels.mosaic_gpu import device, tiles
+from dpfa_jax.kernels.mosaic_gpu import device
 from dpfa_jax.kernels.mosaic_gpu.backward_walk import (
     Loops,
     Owned,
@@ -19,6 +19,7 @@ from dpfa_jax.kernels.mosaic_gpu.backward_walk import (
     run_own_steps,
     slots_that_fit,
 )
+from dpfa_jax.kernels.mosaic_gpu.steps import left_reach, right_reach
 from dpfa_jax.kernels.mosaic_gpu.tiles import BackwardTiles
 from dpfa_jax.kernels.mosaic_gpu.walk import KeyTiling, Size, Tiling
 
@@ -39,7 +40,7 @@ def seen_tiles(call, key_length):
     """[64 rows, step]: whether any pair, and whether each, is seen."""
     row, key = np.arange(1024)[:, None], np.arange(1024)[None, :]
     seen = (key < key_length) & (row < 1024)
-    right, left = tiles.right_reach(call.spec), tiles.left_reach(call.spec)
+    right, left = right_reach(call.spec), left_reach(call.spec)
     if right is not None:
         seen = seen & (key <= row + right)
     if left is not None:

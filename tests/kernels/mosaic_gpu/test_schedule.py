@@ -9,7 +9,8 @@ import pytest
 
 from dpfa_jax.kernels.base import AttentionSpec
 from dpfa_jax.kernels.mosaic_gpu.schedule import balanced
-from dpfa_jax.kernels.mosaic_gpu.tiles import ForwardTiles, StepRange, at_least_one
+from dpfa_jax.kernels.mosaic_gpu.steps import StepRange, at_least_one
+from dpfa_jax.kernels.mosaic_gpu.tiles import ForwardTiles
 from dpfa_jax.kernels.mosaic_gpu.walk import Lengths, Tiling
 
 

@@ -9,7 +9,7 @@ from helpers.kernel_threads.checks import replay
 from helpers.kernel_threads.pieces import Fault
 from helpers.kernel_threads.references import Dims
 
-from dpfa_jax.kernels.mosaic_gpu import backward_wide_queries, tiles
+from dpfa_jax.kernels.mosaic_gpu import backward_fused, backward_wide_queries, steps
 from dpfa_jax.kernels.mosaic_gpu.backward_steps import Ring
 from dpfa_jax.kernels.mosaic_gpu.pairs import PairReader
 from dpfa_jax.kernels.mosaic_gpu.producer import Producer
@@ -63,7 +63,7 @@ FAULTS = {
         (backward_wide_queries, "_own_range", lambda own, program: own), BEHIND, "hang",
     ),
     "a turn too late": (
-        (tiles, "first_program", lambda *_: 0),
+        (backward_fused, "first_program", lambda *_: 0),
         Case("fused", 300, 300, window=(3, 3), choice=1), "hang",
     ),
     "a skipped step that is not freed": (
@@ -85,7 +85,7 @@ FAULTS = {
         Case("forward, noise", 300, 300, choice=1), "weights.*noise",
     ),
     "a step left out": (
-        (tiles, "left_reach", lambda spec: spec.local_window[0] - 140),
+        (steps, "left_reach", lambda spec: spec.local_window[0] - 140),
         Case("memory", 300, 300, window=(140, 10)), "memory.*value.*row, key",
     ),
     "the same part of the columns twice": (

@@ -24,6 +24,7 @@ from dpfa_jax.kernels.mosaic_gpu import (
     tiles,
 )
 from dpfa_jax.kernels.mosaic_gpu.gradient_chunks import chunks_of
+from dpfa_jax.kernels.mosaic_gpu.steps import key_steps, query_steps, within_key_length
 from dpfa_jax.kernels.mosaic_gpu.tiles import WideTiles
 
 # (B, T, S, N, K, H), options. Tiles are 64 by 64; the kernel of dQ owns 128 rows.
@@ -102,19 +103,17 @@ def test_dq_reads_what_the_other_kernel_wrote(is_causal, window):
         for key_length in (0, 1, 20, keys):
             written = set()
             for begin in range(0, keys, block):
-                steps = tiles.query_steps(spec, begin, block, block, rows)
-                steps = tiles.within_key_length(steps, begin, block, key_length)
+                steps = query_steps(spec, begin, block, block, rows)
+                steps = within_key_length(steps, begin, block, key_length)
                 written |= {(row, begin // block) for row in range(steps.begin, steps.end)}
             for row in range(-(-rows // block)):
-                steps = tiles.key_steps(spec, row * block, block, block, key_length, None)
+                steps = key_steps(spec, row * block, block, block, key_length, None)
                 tiles_read = {(row, step) for step in range(steps.begin, steps.end)}
                 assert tiles_read <= written
                 read += len(tiles_read)
                 # The range of a program, two such rows, holds that of each, empty or not: a step
                 # outside would wait for what nobody loads.
-                both = tiles.key_steps(
-                    spec, row // 2 * 2 * block, 2 * block, block, key_length, None
-                )
+                both = key_steps(spec, row // 2 * 2 * block, 2 * block, block, key_length, None)
                 program, own = (both.begin, both.end), (steps.begin, steps.end)
                 begin, end = backward_wide_queries._own_range(own, program)
                 assert both.begin <= begin <= end <= both.end
