@@ -232,7 +232,7 @@ class WideTiles:
 # products, and with fewer keys passes over the sum of dQ do. With causality programs have half as
 # many tiles, and their lengths differ.
 LONG_BACKWARD = 2048
-LONG_CAUSAL_BACKWARD = 16384
+LONG_CAUSAL_BACKWARD = {64: 8192, 128: 16384}
 
 
 def backward_tiles(
@@ -261,7 +261,7 @@ def backward_tiles(
     if pair_bytes is None and spec.local_window is None:
         if not spec.is_causal and length >= LONG_BACKWARD:
             return FusedTiles(heads=8)
-        if spec.is_causal and length >= LONG_CAUSAL_BACKWARD:
+        if spec.is_causal and length >= LONG_CAUSAL_BACKWARD[head_size]:
             return FusedTiles(heads=32 if head_size == 64 else 16)
     longer = BackwardTiles(block_kv_dq=128)
     rows = COMPUTE_WARPGROUPS * longer.block_q_dq + longer.stages * longer.block_kv_dq

@@ -171,8 +171,8 @@ def test_the_fused_kernel_serves_where_it_is_faster(head_size, deterministic):
         return tile.heads if isinstance(tile, FusedTiles) else None
 
     assert [heads(spec, keys) for keys in (2047, 2048, 100_000)] == [None, 8, 8]
-    many = 32 if head_size == 64 else 16
-    assert [heads(causal, keys) for keys in (16383, 16384, 100_000)] == [None, many, many]
+    long, many = {64: (8192, 32), 128: (16384, 16)}[head_size]
+    assert [heads(causal, keys) for keys in (long - 1, long, 100_000)] == [None, many, many]
     assert heads(window, 100_000) is None
     assert heads(dataclasses.replace(window, is_causal=True), 100_000) is None
     assert heads(spec, 4096, pair_bytes=0) is None
