@@ -117,8 +117,8 @@ def dot_product_attention(
     mean of all values); NaN in a hidden key's bytes never reaches an output or a gradient; float64
     stays float64 in the softmax; integer lengths of any width are taken. A bias hides a key where
     it is -inf. A large negative number is a logit: a row of them alone is their softmax, the mean
-    where the sums round to one number; but GPU kernels take logits below -1e38 (on Hopper: below
-    -4.6e7), as finfo(float32).min, for hidden, and such a row gives 0. Pass a mask.
+    where the sums round to one number; but GPU kernels take logits below -4.6e7 (in float32: below
+    -1e38), as -1e9 and finfo(bfloat16).min, for hidden, and such a row gives 0. Pass a mask.
 
     Errors: ArgumentError for arguments that do not fit; UnsupportedBackendError, alone or in an
     ExceptionGroup, where no backend can serve the call.

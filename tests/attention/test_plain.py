@@ -181,6 +181,25 @@ def test_a_bias_hides_by_infinity_only(implementation):
     assert not call(query, key, value, jnp.full((ROWS, KEYS), -jnp.inf)).any()
 
 
+@pytest.mark.parametrize("lowest", [-1e9, -1e10])
+@pytest.mark.parametrize("length", [12, 600])  # one block, several
+def test_rows_that_see_padding_alone_as_in_jax_nn(length, lowest):
+    """V6: the first keys have one large bias, and causality shows the first rows no other."""
+    rng = np.random.default_rng(0)
+    arrays = [jnp.asarray(rng.standard_normal((1, length, 2, 4)), jnp.float32) for _ in range(4)]
+    bias = jnp.where(jnp.arange(length) < length - 5, lowest, 0.0)[None, None, None]
+
+    def gradients(call):
+        def loss(query, key, value, bias):
+            return jnp.vdot(call(query, key, value, bias, is_causal=True), arrays[3])
+
+        return jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3)))(*arrays[:3], bias)
+
+    ours = gradients(functools.partial(attention, implementation="blocked"))
+    for mine, theirs in zip(ours, gradients(jax.nn.dot_product_attention), strict=True):
+        np.testing.assert_allclose(mine, theirs, atol=1e-6 * float(jnp.linalg.norm(theirs)))
+
+
 @pytest.mark.parametrize("options", [{}, {"is_causal": True}])
 def test_second_derivatives_of_the_blocked_backend(options):
     """Forward over reverse at more than a block; `reference` defines them."""

@@ -99,7 +99,7 @@ def _body(
 
     carry = (
         jnp.zeros((tile.block_q, query.shape[1]), jnp.float32),
-        jnp.full((tile.block_q,), logits.LOWEST, jnp.float32),
+        jnp.full((tile.block_q,), base.lowest, jnp.float32),
         jnp.zeros((tile.block_q,), jnp.float32),
     )
     loops = tiles.key_loops(

@@ -22,20 +22,26 @@ LOG2_E = math.log2(math.e)
 # Without tensor cores the terms of a float32 product are added one by one. Up to 128 columns that
 # stays within the budget of errors; 256 do not, and are added 64 at a time.
 MOST_TERMS, PIECE = 128, 64
-# Start of a running maximum: finite, so that a row with no key yet gives exp(-inf) = 0, no NaN.
-LOWEST = -1e38
 
 
 class Base(NamedTuple):
-    """Logits times `unit`; `power` turns them into weights."""
+    """Logits times `unit`; `power` turns them into weights; a running maximum starts at `lowest`.
+
+    That is finite, so that a row with no key yet gives power(-inf) = 0, no NaN. In 16 bits it is
+    no lower than a log-sum-exp can be of which the backward pass makes weights: at -1e9 float32
+    has no room for the logarithm of the sum, and weights would be too large by the number of keys.
+    """
 
     unit: float
     power: Callable[[jax.Array], jax.Array]
+    lowest: float
 
     @classmethod
     def of(cls, dtype: Any) -> "Base":
         """The base of calls in `dtype`."""
-        return cls(1.0, jnp.exp) if dtype == jnp.float32 else cls(LOG2_E, jnp.exp2)
+        if dtype == jnp.float32:
+            return cls(1.0, jnp.exp, -1e38)
+        return cls(LOG2_E, jnp.exp2, -(2.0**26))
 
 
 class Arrays(NamedTuple):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import attention_oracle as oracle
+from helpers import padding_cases
 
 from dpfa_jax.attention import core
 from dpfa_jax.kernels import epilogue
@@ -134,6 +135,26 @@ def naive(spec, mask, query, key, value, bias):
 
 def distance(x, y):
     return np.linalg.norm(np.asarray(x, np.float64) - y)
+
+
+@pytest.mark.parametrize("keys", [512, 2048])  # of 2048 a row's maximum may be kept
+@pytest.mark.parametrize(
+    ("dtype", "lowest", "options"),
+    [
+        ("bfloat16", -1e10, {}),
+        ("float16", -1e9, {"is_masked": True}),
+        ("float16", -1e10, {"size": 128}),
+        ("bfloat16", float(np.finfo(np.float32).min), {"cap": 20.0, "size": 128}),
+        ("bfloat16", -1e10, {"size": 256}),
+    ],
+)
+def test_padding_by_a_bias_is_padding_by_a_mask(keys, dtype, lowest, options):
+    """V6, V7: a weight is one multiply-add with a rounded maximum or log-sum-exp, and finite."""
+    spec, by_bias, by_mask, cotangent = padding_cases.calls(
+        dtype, lowest, keys=keys, padding=256, **options
+    )
+    found, expected = (run(spec, inputs, cotangent) for inputs in (by_bias, by_mask))
+    padding_cases.assert_alike(found, expected, 256)
 
 
 @pytest.mark.parametrize("case", CASES)

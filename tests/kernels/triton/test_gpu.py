@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import attention_oracle as oracle
-from helpers import triton_cases
+from helpers import padding_cases, triton_cases
 from jax.sharding import Mesh, PartitionSpec
 
 from dpfa_jax.kernels import epilogue
@@ -40,6 +40,27 @@ def test_error_is_within_twice_the_naive_one(case):
     """V6, V7, V8: output and gradients against float64; hidden slots hold NaN."""
     shape, dtype, options = CASES[case]
     triton_cases.check(BACKEND, shape, dtype, triton_cases.OPTIONS[options], draws=3)
+
+
+@pytest.mark.parametrize("keys", [512, 2048])
+@pytest.mark.parametrize(
+    ("dtype", "lowest", "options"),
+    [
+        ("bfloat16", -1e10, {}),
+        ("float16", -1e9, {"is_masked": True}),
+        ("bfloat16", float(np.finfo(np.float32).min), {"cap": 20.0, "size": 128}),
+    ],
+)
+def test_padding_by_a_bias_is_padding_by_a_mask(keys, dtype, lowest, options):
+    """V6, V7: no compiler may give a weight's logit and its row's maximum different roundings."""
+    spec, by_bias, by_mask, cotangent = padding_cases.calls(
+        dtype, lowest, keys=keys, padding=256, **options
+    )
+    found, expected = (
+        triton_cases.value_and_gradients(BACKEND, spec, inputs, cotangent)
+        for inputs in (by_bias, by_mask)
+    )
+    padding_cases.assert_alike(found, expected, 256)
 
 
 def draw(*shape, seed=0, dtype=jnp.bfloat16):

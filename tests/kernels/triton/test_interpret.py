@@ -10,7 +10,8 @@ import jax.experimental.pallas as pl
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import triton_cases
+from helpers import attention_oracle as oracle
+from helpers import padding_cases, triton_cases
 from jax.sharding import Mesh, PartitionSpec
 
 from dpfa_jax.attention import core
@@ -59,6 +60,36 @@ def test_head_sizes(size, dtype):
 def test_least_sizes(rows, keys):
     """V7: m = 1, n = 1."""
     triton_cases.check(BACKEND, (8, rows, keys, 2, 2, 16), "float32", {})
+
+
+@pytest.mark.parametrize("lowest", [-1e8, -1e9, -1e10, -1e37, float(np.finfo(np.float32).min)])
+def test_padding_by_a_bias_is_padding_by_a_mask(lowest):
+    """V6, V7: in 16 bits. Rows that see padding alone give 0 and no gradient, nor has its bias."""
+    spec, by_bias, by_mask, cotangent = padding_cases.calls(
+        "bfloat16", lowest, keys=160, padding=100, size=16
+    )
+    found, expected = (
+        triton_cases.value_and_gradients(BACKEND, spec, inputs, cotangent)
+        for inputs in (by_bias, by_mask)
+    )
+    padding_cases.assert_alike(found, expected, 100)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "lowest", "slack"),
+    # A logit of -65504 is rounded by up to 2^-9 in base e, a log-sum-exp in base 2 too.
+    [("float16", float(np.finfo(np.float16).min), 8e-3), ("float32", -(2.0**70), 1e-5)],
+)
+def test_what_a_bias_does_not_hide_has_the_gradient_of_its_softmax(dtype, lowest, slack):
+    """V6: float16's least number; in float32 numbers at which the logits of a row are one."""
+    spec, inputs, _, cotangent = padding_cases.calls(dtype, lowest, keys=160, padding=100, size=16)
+    found = triton_cases.value_and_gradients(BACKEND, spec, inputs, cotangent)
+    arrays = [np.asarray(x, np.float64) for x in (*inputs[:3], cotangent)]
+    exact = oracle.attention(*arrays, bias=inputs.bias, scale=spec.scale, is_causal=True)
+    exact = (*exact[:4], oracle.reduced_like(exact[4], inputs.bias.shape))
+    for mine, theirs in zip((found[0], *found[2:]), exact, strict=True):
+        away = np.linalg.norm(np.asarray(mine, np.float64) - theirs)
+        assert away <= slack * np.linalg.norm(theirs)
 
 
 def test_noise_is_the_oracles():
