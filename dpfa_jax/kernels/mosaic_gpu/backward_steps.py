@@ -212,7 +212,8 @@ def add_key_gradients(
       spare: as `multiply`.
       masked: whether the arguments of the call may hide a pair of this step.
       pairs, warpgroup, fixed: as `read`.
-      lse2_waits: it is loaded after the logits have been awaited, else before.
+      lse2_waits: it is loaded after the logits have been awaited, else before: the one kernel is
+        3 % faster so, the two are 2 % slower.
     """
     slot = ring.slot(done)
     k_shared, v_shared = shared["key"].at[place], shared["value"].at[place]
