@@ -286,6 +286,8 @@ def _left_out(found: dict[str, Any]) -> list[str]:
         if "model" in row:
             case = f"{row['model']}, T = {row['T']}, batch {row['batch']}, {row['what']}"
             method = NAMES.get(row["method"], row["method"])
+            if size := row.get("micro_batch"):
+                method += f" in parts of {size}"
         elif "B" not in row:  # of counters: a group
             case, method = row["group"], row.get("implementation", "all")
         else:  # of attention: a whole case has no implementation
