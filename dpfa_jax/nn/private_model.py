@@ -13,6 +13,7 @@ from dpfa_jax.core import ArgumentError
 from dpfa_jax.dpsgd.parameters import Groups
 from dpfa_jax.nn.coverage import Coverage, covered
 from dpfa_jax.nn.parts import Leaf, Parts
+from dpfa_jax.noise.keys import is_threefry
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -143,6 +144,15 @@ def _checked_keys(batch: PyTree, name: str) -> Key[Array, " batch"]:
             f"batch[{name!r}]",
             None if keys is None else f"array of {dtype}",
             "not one random key for each example",
-            f"Put batch[{name!r}] = jax.random.split(key, B) into a batch that is a dict.",
+            f"Put batch[{name!r}] = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(indices) "
+            "into a batch that is a dict.",
+        )
+    if not is_threefry(dtype):
+        raise ArgumentError(
+            f"batch[{name!r}]",
+            f"array of {dtype}",
+            "JAX draws for all rows from the first row's key of this kind, so that one example's "
+            "key would decide the masks of others",
+            'Fold the indices into jax.random.key(seed, impl="threefry2x32").',
         )
     return keys

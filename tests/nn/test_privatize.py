@@ -220,6 +220,14 @@ def test_keys_that_are_none_are_refused(keys):
         private.loss(squares, rng_key="dropout")(private.params, batch)
 
 
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_keys_whose_draw_depends_on_other_rows_are_refused(impl):
+    private = nn.privatize(Dropped(False))
+    keys = jax.random.split(jax.random.key(0, impl=impl), 3)
+    with pytest.raises(ArgumentError, match=r"batch\['dropout'\].*masks of others.*threefry"):
+        private.loss(squares, rng_key="dropout")(private.params, BATCH | {"dropout": keys})
+
+
 class LinenModel(linen.Module):
     """Dense, and what is asked for."""
 
