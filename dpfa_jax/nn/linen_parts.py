@@ -42,7 +42,7 @@ def linen_parts(module: linen.Module, variables: Mapping[str, Any]) -> Parts:
             return fn(merged(values, rng_key))
         except errors.InvalidRngError as error:
             raise CoverageError(
-                "the model draws random numbers. Put one fresh key for each example into the batch "
+                "the model draws random numbers. Put a key of the step and the example into the batch "
                 'and name it, loss(fn, rng_key="..."), or call it deterministically.'
             ) from error
         except errors.ModifyScopeVariableError as error:

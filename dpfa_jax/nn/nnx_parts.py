@@ -138,8 +138,8 @@ def _check_unchanged(
             stream = leaf.path.rpartition("/")[0]
             raise CoverageError(
                 f"the model draws from its random stream {stream!r}, which is frozen: every "
-                "example at every step would get the same mask. Put one fresh key for each "
-                'example into the batch and name it, loss(fn, rng_key="..."), or call '
+                "example at every step would get the same mask. Put a key of the step and "
+                'the example into the batch and name it, loss(fn, rng_key="..."), or call '
                 "model.eval() first."
             )
         raise CoverageError(

@@ -75,11 +75,15 @@ class PrivateModel:
         Args:
           fn: (model, batch) -> one loss an example, shape (B,). The model is as `model` gives it.
           rng_key: name of the entry of the batch that holds one key an example, shape (B,): the
-            model's random streams (dropout) begin from it. Pass fresh keys at every step
-            (`jax.random.split(key, B)`); they are no noise keys and protect nothing.
+            model's random streams (dropout) begin from it. Make it of the step and the example
+            alone, `jax.vmap(lambda i: jax.random.fold_in(step_key, i))(indices)` of the batch's
+            indices, padding included; then `step_key` need not be secret. Keys by row
+            (`jax.random.split(step_key, B)`) move on where an example is missing: one example then
+            changes the masks of others, which clipping does not bound.
 
         Errors, once it is called: CoverageError for a model that changes its state, or draws random
-        numbers without `rng_key`, by name; ArgumentError for keys that are none.
+        numbers without `rng_key`, by name; ArgumentError for keys that are none, or not
+        threefry's.
         """
 
         def losses(

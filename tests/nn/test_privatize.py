@@ -1,12 +1,16 @@
 """What `privatize` takes, what it refuses by name, and what its pure functions compute (V23)."""
 
+import textwrap
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from helpers.clipping_oracle import clipped_sum
 
-from dpfa_jax import nn
+from dpfa_jax import dpsgd, nn
 from dpfa_jax.core import ArgumentError, CoverageError
 
 BATCH = {"x": np.arange(12, dtype=np.float32).reshape(3, 4) / 10}
@@ -226,6 +230,41 @@ def test_keys_whose_draw_depends_on_other_rows_are_refused(impl):
     keys = jax.random.split(jax.random.key(0, impl=impl), 3)
     with pytest.raises(ArgumentError, match=r"batch\['dropout'\].*masks of others.*threefry"):
         private.loss(squares, rng_key="dropout")(private.params, BATCH | {"dropout": keys})
+
+
+class DroppedFirst(nnx.Module):
+    """A gradient that is its example's mask."""
+
+    def __init__(self):
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+        self.linear = nnx.Linear(64, 1, use_bias=False, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.linear(self.dropout(x))
+
+
+def test_documented_dropout_keys_belong_to_examples():
+    """Without one example the others keep their masks: a known key moves the sum by C at most."""
+    page = (Path(__file__).parents[2] / "docs/flax.md").read_text()
+    recipe = page[page.index("    step_key =") : page.index("    state = step.step(state, batch")]
+    private = nn.privatize(DroppedFirst())
+    loss_fn = private.loss(lambda model, batch: model(batch["x"]).sum(axis=-1), rng_key="dropout")
+    examples = {"x": np.random.default_rng(0).choice([-1.0, 1.0], (20, 64)).astype(np.float32)}
+
+    def total(indices):
+        batch, is_real = dpsgd.take_batch(examples, np.array(indices))
+        names = {"jax": jax, "batch": batch, "indices": np.array(indices), "i": 3}
+        exec(textwrap.dedent(recipe), names | {"dropout_key": jax.random.key(0)})
+        clipped = clipped_sum(
+            loss_fn, private.params, batch, is_real, l2_clip_norms=(1.0,), leaf_groups=(0,),
+            micro_batch_size=16, per_example_bytes=None,
+        )  # fmt: skip
+        return np.ravel(clipped.gradients["linear/kernel"])
+
+    with_it = total(range(16))
+    moved = [np.linalg.norm(with_it - total([*range(1, 16), last])) for last in (-1, 17)]
+    assert 0.99 < moved[0] < 1.0 + 1e-5
+    assert moved[1] < 2.0 + 1e-5  # another in its place
 
 
 class LinenModel(linen.Module):
