@@ -313,6 +313,40 @@ def test_linen_is_held_apart_and_refused_alike():
         nn.privatize(module, twice)
 
 
+def two_of_one_path_in_nnx():
+    layers = nnx.Dict({"a/b": nnx.Linear(2, 2, rngs=nnx.Rngs(0))})
+    layers["a"] = nnx.Dict(b=nnx.Linear(2, 2, rngs=nnx.Rngs(1)))
+    return (Model(layers=layers),)
+
+
+def two_of_one_path_in_linen():
+    variables = {"params": {"lora": {"kernel": jnp.ones(4)}}, "lora": {"kernel": jnp.zeros(4)}}
+    return LinenModel(), variables
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "places"),
+    [
+        (
+            two_of_one_path_in_nnx,
+            "'layers/a/b/bias'",
+            ["model['layers']['a/b']['bias']", "model['layers']['a']['b']['bias']"],
+        ),
+        (
+            two_of_one_path_in_linen,
+            "'lora/kernel'",
+            ["variables['params']['lora']['kernel']", "variables['lora']['kernel']"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("rules", [{}, {"trainable": "."}, {"trainable": "linear", "frozen": "."}])
+def test_two_arrays_of_one_path_are_refused(model, path, places, rules):
+    """One of them would take the other's place in silence."""
+    with pytest.raises(CoverageError, match="have one path") as error:
+        nn.privatize(*model(), **rules)
+    assert all(word in str(error.value) for word in (path, *places))
+
+
 def test_linen_state_and_dropout():
     module = LinenModel("seen")
     private = nn.privatize(module, linen_variables(module), frozen="^seen/")
