@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from dpfa_jax.core import ArgumentError
+from dpfa_jax.dpsgd.clipped_sum import checked_losses
 from dpfa_jax.dpsgd.parameters import Groups
 from dpfa_jax.nn.coverage import Coverage, covered
 from dpfa_jax.nn.parts import Leaf, Parts
@@ -83,7 +84,7 @@ class PrivateModel:
 
         Errors, once it is called: CoverageError for a model that changes its state, or draws random
         numbers without `rng_key`, by name; ArgumentError for keys that are none, or not
-        threefry's.
+        threefry's, and with `rng_key` for a loss that is not one number an example.
         """
 
         def losses(
@@ -95,7 +96,8 @@ class PrivateModel:
 
             def one(example: PyTree) -> Float[Array, ""]:
                 alone = jax.tree.map(lambda x: x[None], example)
-                return self.parts.run(lambda model: fn(model, alone), values, example[rng_key])[0]
+                own = self.parts.run(lambda model: fn(model, alone), values, example[rng_key])
+                return checked_losses(own, 1)[0]
 
             keys = _checked_keys(batch, rng_key)
             if keys.shape[0] == 1:
@@ -119,7 +121,8 @@ class PrivateModel:
           batch: a batch of at least one example; public or made up, since an error shows its loss.
           groups: the plan's clip groups. None: each parameter is in one.
 
-        Errors: CoverageError for a loss that couples the rows of a batch; those of `loss`.
+        Errors: CoverageError for a loss that couples the rows of a batch; ArgumentError for one
+        that is not one number an example; those of `loss`.
         """
         return covered(loss_fn, self.params, self._frozen_leaves(), batch, groups)
 

@@ -399,6 +399,32 @@ def test_a_loss_that_couples_examples_is_refused(loss):
             private.coverage(private.loss(loss), batch)
 
 
+@pytest.mark.parametrize("reverse", [False, True], ids=["earlier rows", "later rows"])
+def test_a_loss_that_looks_one_way_is_refused(reverse):
+    private = nn.privatize(Model())
+    loss_fn = private.loss(
+        lambda model, batch: jax.lax.cumsum(squares(model, batch), reverse=reverse)
+    )
+    with pytest.raises(CoverageError, match="depends on the others"):
+        private.coverage(loss_fn, BATCH)
+
+
+@pytest.mark.parametrize("rng_key", [None, "dropout"])
+@pytest.mark.parametrize("reduce", [jnp.mean, lambda losses: (losses,)], ids=["mean", "tuple"])
+def test_a_loss_that_is_not_one_number_an_example_is_refused(rng_key, reduce):
+    private = nn.privatize(Model())
+    loss_fn = private.loss(lambda model, batch: reduce(squares(model, batch)), rng_key=rng_key)
+    batch = BATCH | {"dropout": jax.random.split(jax.random.key(0), 3)}
+    calls = [private.coverage] if rng_key is None else [private.coverage, run_on_batch]
+    for call in calls:
+        with pytest.raises(ArgumentError, match=r"loss_fn.*not one floating-point loss an example"):
+            call(loss_fn, batch)
+
+
+def run_on_batch(loss_fn, batch):
+    return loss_fn(nn.privatize(Model()).params, batch)
+
+
 @pytest.mark.parametrize("number", [np.int32(0), np.float32(0), np.bool_(False)])
 def test_rows_of_zeros_hide_no_coupling(number):
     """A product with the mean is zero for an example of zeros, whatever is beside it."""
