@@ -1,6 +1,7 @@
 """Poisson batches as accounted: drawn independently, cut at the capacity, padded to it."""
 
 from collections.abc import Iterator
+from typing import Any
 
 import jax
 import numpy as np
@@ -74,10 +75,18 @@ def take_batch(
       dataset_size: that of the plan. Rows beyond it are never drawn, which the indices of one batch
         do not tell: given, it must be n.
 
-    Errors: ArgumentError for an index outside -1 .. n-1, an example that is in the batch twice, or
-    another number of rows than `dataset_size`.
+    Errors: ArgumentError for indices that are no vector of integers, an index outside -1 .. n-1, an
+    example that is in the batch twice, a leaf that is no array of rows, or another number of rows
+    than `dataset_size`.
     """
     indices = np.asarray(indices)
+    if indices.ndim != 1 or not (np.issubdtype(indices.dtype, np.integer) or not indices.size):
+        raise ArgumentError(
+            "indices",
+            f"array of {indices.dtype}, shape {indices.shape}",
+            "not a vector of integers",
+            "Pass one of those that plan.index_batches gives.",
+        )
     is_real = indices != PADDING
     drawn = np.sort(indices[is_real])
     if (drawn[1:] == drawn[:-1]).any():
@@ -88,7 +97,14 @@ def take_batch(
             "Draw each example at most once a batch, as plan.index_batches does.",
         )
 
-    def rows(leaf: np.ndarray) -> np.ndarray:
+    def rows(path: tuple[Any, ...], leaf: np.ndarray) -> np.ndarray:
+        if not getattr(leaf, "shape", ()):
+            raise ArgumentError(
+                f"examples{jax.tree_util.keystr(path)}",
+                type(leaf),
+                "not an array with one row an example",
+                "Pass arrays, np.asarray(...) of a list, and put numbers for all into the loss.",
+            )
         if dataset_size is not None and len(leaf) != dataset_size:
             raise ArgumentError(
                 "dataset_size",
@@ -107,4 +123,4 @@ def take_batch(
         taken[is_real] = leaf[indices[is_real]]
         return taken
 
-    return jax.tree.map(rows, examples), is_real
+    return jax.tree.map_with_path(rows, examples), is_real

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, PyTree
 
 from dpfa_jax.core import ArgumentError
@@ -223,15 +224,20 @@ def _splitter(
 
 
 def _loss_of_one(params: PyTree, example: PyTree, loss_fn: PerExampleLoss) -> Float[Array, ""]:
-    losses = loss_fn(params, jax.tree.map(lambda x: x[None], example))
-    if getattr(losses, "shape", None) != (1,) or not jnp.issubdtype(losses.dtype, jnp.floating):
+    return checked_losses(loss_fn(params, jax.tree.map(lambda x: x[None], example)), 1)[0]
+
+
+def checked_losses(losses: object, rows: int) -> Float[Array, " rows"]:
+    """What a loss function gave for `rows` examples. Errors: ArgumentError unless one loss each."""
+    shape, dtype = getattr(losses, "shape", None), getattr(losses, "dtype", np.dtype(object))
+    if shape != (rows,) or not jnp.issubdtype(dtype, jnp.floating):
         raise ArgumentError(
             "loss_fn",
-            getattr(losses, "shape", type(losses)),
+            type(losses) if shape is None else shape,
             "not one floating-point loss an example",
             "Return losses of shape (B,) for a batch of B examples: no mean, no sum, no tuple.",
         )
-    return losses[0]
+    return jnp.asarray(losses)
 
 
 def _local(params: PyTree, witnesses: PyTree) -> PyTree:

@@ -9,7 +9,7 @@ from jaxtyping import Array, PyTree
 
 from dpfa_jax import dpsgd
 from dpfa_jax.core import CoverageError
-from dpfa_jax.dpsgd.clipped_sum import PerExampleLoss
+from dpfa_jax.dpsgd.clipped_sum import PerExampleLoss, checked_losses
 from dpfa_jax.dpsgd.parameters import Groups
 from dpfa_jax.nn.parts import Leaf
 
@@ -54,23 +54,28 @@ def covered(
 
 
 def check_uncoupled(loss_fn: PerExampleLoss, params: PyTree, batch: PyTree) -> None:
-    """Changes the second of two examples: the loss of the first must stay the same, bit for bit.
+    """Changes one of two examples: the loss of the other must stay the same, bit for bit.
 
-    Both are tried as the batch has them and with every number changed: beside zeros, or for an
-    example of zeros, much couples that does not show.
+    Each of the two places is changed, since a loss may look at earlier rows alone. Both examples
+    are tried as the batch has them and with every number changed: beside zeros, or for an example
+    of zeros, much couples that does not show.
 
-    Errors: CoverageError where it does not.
+    Errors: CoverageError where it does not; ArgumentError for a loss that is not one number an
+    example.
     """
 
-    def beside(one: Array, other: Array) -> Array:
+    def losses(*rows: PyTree) -> Array:
         # Rows in one program of one shape, so that only what they hold can make a difference.
-        return loss_fn(params, jax.tree.map(lambda *rows: jnp.stack(rows), one, other))[0]
+        pair = jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows)
+        return checked_losses(loss_fn(params, pair), len(rows))
 
     first, last = (jax.tree.map(lambda x, i=i: x[i], batch) for i in (0, -1))
-    run, changed = jax.jit(beside), jax.tree.map(_changed, first)
+    run, changed = jax.jit(losses), jax.tree.map(_changed, first)
     blank = jax.tree.map(lambda x: x if _is_key(x) else jnp.zeros_like(x), first)
     for one in (first, changed):
-        _check_equal([np.asarray(run(one, other)) for other in (one, last, first, changed, blank)])
+        others = (one, last, first, changed, blank)
+        _check_equal([np.asarray(run(one, other)[0]) for other in others])
+        _check_equal([np.asarray(run(other, one)[1]) for other in others])
 
 
 def _changed(x: Array) -> Array:

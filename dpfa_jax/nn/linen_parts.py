@@ -42,8 +42,8 @@ def linen_parts(module: linen.Module, variables: Mapping[str, Any]) -> Parts:
             return fn(merged(values, rng_key))
         except errors.InvalidRngError as error:
             raise CoverageError(
-                "the model draws random numbers. Put one fresh key for each example into the batch "
-                'and name it, loss(fn, rng_key="..."), or call it deterministically.'
+                "the model draws random numbers. Put a key of the step and the example into the "
+                'batch and name it, loss(fn, rng_key="..."), or call it deterministically.'
             ) from error
         except errors.ModifyScopeVariableError as error:
             raise CoverageError(
@@ -57,6 +57,7 @@ def linen_parts(module: linen.Module, variables: Mapping[str, Any]) -> Parts:
 
 def _leaf(path: tuple[Any, ...], value: Array) -> Leaf:
     collection, _, name = jax.tree_util.keystr(path, simple=True, separator="/").partition("/")
+    place = f"variables{jax.tree_util.keystr(path)}"
     if collection == _PARAMETERS:
-        return Leaf(name, collection, "parameter", value)
-    return Leaf(f"{collection}/{name}", collection, "state", value)
+        return Leaf(name, place, collection, "parameter", value)
+    return Leaf(f"{collection}/{name}", place, collection, "state", value)

@@ -66,7 +66,8 @@ def _leaves(state: nnx.State) -> tuple[Leaf, ...]:
     for (path, value), owner in zip(jax.tree.leaves_with_path(state), owners, strict=True):
         variable = type(owner) if isinstance(owner, nnx.Variable) else None
         kind = "array" if variable is None else variable.__name__
-        leaves.append(Leaf(_name(path), kind, _role(variable), value, variable))
+        place = f"model{jax.tree_util.keystr(_owner(path))}"
+        leaves.append(Leaf(_name(path), place, kind, _role(variable), value, variable))
     return tuple(leaves)
 
 
@@ -79,9 +80,12 @@ def _role(variable: type | None) -> Role:
 
 
 def _name(path: tuple[Any, ...]) -> str:
-    if isinstance(path[-1], jax.tree_util.GetAttrKey):  # the array inside its variable
-        path = path[:-1]
-    return jax.tree_util.keystr(path, simple=True, separator="/")
+    return jax.tree_util.keystr(_owner(path), simple=True, separator="/")
+
+
+def _owner(path: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Of the variable, for the path of the array inside it."""
+    return path[:-1] if isinstance(path[-1], jax.tree_util.GetAttrKey) else path
 
 
 def _seeded(leaves: tuple[Leaf, ...], values: list[Array], rng_key: Key[Array, ""]) -> list[Array]:
@@ -110,10 +114,10 @@ def _watched_values(
 
 def _check_nothing_new(model: nnx.Module, leaves: tuple[Leaf, ...]) -> None:
     """Refuses variables that a call has made, but for what `sow` leaves for its caller."""
-    known = {leaf.path for leaf in leaves}
+    known = {leaf.place for leaf in leaves}
     for leaf in _leaves(nnx.state(model)):
         sown = leaf.variable is not None and issubclass(leaf.variable, nnx.Intermediate)
-        if leaf.path not in known and not sown:
+        if leaf.place not in known and not sown:
             raise CoverageError(
                 f"the model makes {leaf.path!r} ({leaf.kind}) when it is called, so it would be "
                 "made anew, and not trained, at every step. Make it when the model is built."
@@ -138,8 +142,8 @@ def _check_unchanged(
             stream = leaf.path.rpartition("/")[0]
             raise CoverageError(
                 f"the model draws from its random stream {stream!r}, which is frozen: every "
-                "example at every step would get the same mask. Put one fresh key for each "
-                'example into the batch and name it, loss(fn, rng_key="..."), or call '
+                "example at every step would get the same mask. Put a key of the step and "
+                'the example into the batch and name it, loss(fn, rng_key="..."), or call '
                 "model.eval() first."
             )
         raise CoverageError(

@@ -17,6 +17,7 @@ class Leaf:
 
     Attributes:
       path: its name, "blocks/0/mlp_in/kernel".
+      place: where it is, in full; alone of its kind where a path might not be.
       kind: the name of its nnx variable class or linen collection.
       role: what it is for.
       value: the array.
@@ -24,6 +25,7 @@ class Leaf:
     """
 
     path: str
+    place: str
     kind: str
     role: Role
     value: Array

@@ -10,9 +10,11 @@ import numpy as np
 from jaxtyping import Array, Float, Key, PyTree
 
 from dpfa_jax.core import ArgumentError
+from dpfa_jax.dpsgd.clipped_sum import checked_losses
 from dpfa_jax.dpsgd.parameters import Groups
 from dpfa_jax.nn.coverage import Coverage, covered
 from dpfa_jax.nn.parts import Leaf, Parts
+from dpfa_jax.noise.keys import is_threefry
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -74,11 +76,15 @@ class PrivateModel:
         Args:
           fn: (model, batch) -> one loss an example, shape (B,). The model is as `model` gives it.
           rng_key: name of the entry of the batch that holds one key an example, shape (B,): the
-            model's random streams (dropout) begin from it. Pass fresh keys at every step
-            (`jax.random.split(key, B)`); they are no noise keys and protect nothing.
+            model's random streams (dropout) begin from it. Make it of the step and the example
+            alone, `jax.vmap(lambda i: jax.random.fold_in(step_key, i))(indices)` of the batch's
+            indices, padding included; then `step_key` need not be secret. Keys by row
+            (`jax.random.split(step_key, B)`) move on where an example is missing: one example then
+            changes the masks of others, which clipping does not bound.
 
         Errors, once it is called: CoverageError for a model that changes its state, or draws random
-        numbers without `rng_key`, by name; ArgumentError for keys that are none.
+        numbers without `rng_key`, by name; ArgumentError for keys that are none, or not
+        threefry's, and with `rng_key` for a loss that is not one number an example.
         """
 
         def losses(
@@ -90,7 +96,8 @@ class PrivateModel:
 
             def one(example: PyTree) -> Float[Array, ""]:
                 alone = jax.tree.map(lambda x: x[None], example)
-                return self.parts.run(lambda model: fn(model, alone), values, example[rng_key])[0]
+                own = self.parts.run(lambda model: fn(model, alone), values, example[rng_key])
+                return checked_losses(own, 1)[0]
 
             keys = _checked_keys(batch, rng_key)
             if keys.shape[0] == 1:
@@ -114,7 +121,8 @@ class PrivateModel:
           batch: a batch of at least one example; public or made up, since an error shows its loss.
           groups: the plan's clip groups. None: each parameter is in one.
 
-        Errors: CoverageError for a loss that couples the rows of a batch; those of `loss`.
+        Errors: CoverageError for a loss that couples the rows of a batch; ArgumentError for one
+        that is not one number an example; those of `loss`.
         """
         return covered(loss_fn, self.params, self._frozen_leaves(), batch, groups)
 
@@ -143,6 +151,15 @@ def _checked_keys(batch: PyTree, name: str) -> Key[Array, " batch"]:
             f"batch[{name!r}]",
             None if keys is None else f"array of {dtype}",
             "not one random key for each example",
-            f"Put batch[{name!r}] = jax.random.split(key, B) into a batch that is a dict.",
+            f"Put batch[{name!r}] = jax.vmap(lambda i: jax.random.fold_in(step_key, i))(indices) "
+            "into a batch that is a dict.",
+        )
+    if not is_threefry(dtype):
+        raise ArgumentError(
+            f"batch[{name!r}]",
+            f"array of {dtype}",
+            "JAX draws for all rows from the first row's key of this kind, so that one example's "
+            "key would decide the masks of others",
+            'Fold the indices into jax.random.key(seed, impl="threefry2x32").',
         )
     return keys

@@ -37,8 +37,9 @@ def privatize(
 
     Errors: CoverageError for a layer that mixes the examples of a batch (BatchNorm, SpectralNorm,
     a "batch_stats" collection), for a floating-point variable that neither argument covers, for a
-    trainable one without a floating-point array, and for two parameters that hold one array;
-    ArgumentError for rules that cover nothing or overlap, and for what is no Flax model.
+    trainable one without a floating-point array, for two parameters that hold one array, and for
+    two arrays of one path; ArgumentError for rules that cover nothing or overlap, and for what is
+    no Flax model.
     """
     if isinstance(model, nnx.Module):
         if variables is not None:

@@ -17,9 +17,10 @@ def trained_leaves(
 ) -> tuple[bool, ...]:
     """For each leaf, whether it is trained.
 
-    Errors: CoverageError for an array that nothing covers, by name; ArgumentError for a rule that
-    covers nothing and for two that overlap.
+    Errors: CoverageError for two arrays of one path and for an array that nothing covers, by name;
+    ArgumentError for a rule that covers nothing and for two that overlap.
     """
+    _check_one_array_each(leaves)
     for name, rule in (("trainable", trainable), ("frozen", frozen)):
         if rule is not None and not any(_matches(rule, leaf) for leaf in leaves):
             raise ArgumentError(
@@ -72,6 +73,18 @@ def _matches(rule: Rule, leaf: Leaf) -> bool:
         "neither a regular expression nor an nnx variable class",
         'Pass e.g. "head|norm" or nnx.LoRAParam, or a tuple of such.',
     )
+
+
+def _check_one_array_each(leaves: tuple[Leaf, ...]) -> None:
+    first: dict[str, Leaf] = {}
+    for leaf in leaves:
+        other = first.setdefault(leaf.path, leaf)
+        if other is not leaf:
+            raise CoverageError(
+                f"{other.place} and {leaf.place} have one path, {leaf.path!r}: only one of the two "
+                "would be kept and trained, in both places. Rename one of them: no name with a "
+                "'/' in it, no linen collection with the name of a submodule."
+            )
 
 
 def _check_one_name_each(leaves: tuple[Leaf, ...], trained: tuple[bool, ...]) -> None:

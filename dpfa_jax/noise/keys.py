@@ -4,6 +4,7 @@ A JAX key made by `jax.random.key(int)` has another type, so it cannot be passed
 jit neither. Messages never show a key's words.
 """
 
+import functools
 import math
 import os
 from collections.abc import Hashable
@@ -113,6 +114,24 @@ def is_key_array(value: object) -> bool:
     """Whether `value` is an array of typed JAX keys of any kind."""
     dtype = getattr(value, "dtype", None)
     return dtype is not None and jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+
+
+def is_threefry(dtype: object) -> bool:
+    """Whether typed keys of `dtype` draw with threefry2x32: noise keys, and plain ones of JAX's.
+
+    Of these each draws under vmap what it draws alone. JAX draws for a whole batch of "rbg" keys
+    from the first of them.
+    """
+    return dtype in _threefry_types()
+
+
+@functools.cache
+def _threefry_types() -> frozenset[object]:
+    words = jax.ShapeDtypeStruct(threefry_prng_impl.key_shape, np.uint32)
+    return frozenset(
+        jax.eval_shape(functools.partial(jax.random.wrap_key_data, impl=impl), words).dtype
+        for impl in ("threefry2x32", *_GENERATORS)
+    )
 
 
 def _generator(parameter: str, noise_key: object) -> Generator:

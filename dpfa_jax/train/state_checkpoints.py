@@ -41,14 +41,18 @@ class StateCheckpoints:
         with LedgerFile.open(path) as ledger, StateCheckpoints(folder, plan) as checkpoints:
             begun = checkpoints.restore(dp.init(params), ledger)
             state, rng = begun.state, np.random.default_rng()
-            for indices in plan.index_batches(rng, begun.left, first_step=begun.charged):
-                ledger, noise_key = charge(ledger, plan.release)
-                batch, is_real = take_batch(examples, indices)
-                state = dp.step(state, batch, is_real, noise_key)
+            batches = plan.index_batches(rng, begun.left, first_step=begun.charged)
+            for block in itertools.batched(batches, 10 * noise_bands):
+                ledger, noise_keys = charge(ledger, plan.release, count=len(block))
+                for indices, noise_key in zip(block, noise_keys, strict=True):
+                    batch, is_real = take_batch(examples, indices)
+                    state = dp.step(state, batch, is_real, noise_key)
                 checkpoints.save(state, ledger)
 
-    Charge and save some steps at a time where a step is short: a crash loses what is charged and
-    not saved. With correlated noise charge whole cycles.
+    A crash loses what is charged and not saved, at most two blocks, and no more is ever charged
+    than the plan's epsilon is of. With correlated noise a block is whole cycles of `noise_bands`
+    steps: every charge is rounded up to cycles, so that b single steps would be paid for as b
+    cycles, and the plan's steps be used up after a b-th of them.
 
     Args:
       folder: of the checkpoints, the newest two; made where it is missing.

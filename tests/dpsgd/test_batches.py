@@ -136,6 +136,31 @@ def test_an_example_twice_in_a_batch_is_refused():
     assert take_batch(data, np.array([-1, -1]))[1].sum() == 0
 
 
+@pytest.mark.parametrize(
+    ("examples", "name"),
+    [
+        ({"x": np.zeros((3, 2)), "t": np.float32(3.0)}, r"examples\['t'\]"),
+        ({"x": [1.0, 2.0, 3.0]}, r"examples\['x'\]\[0\]"),
+        ({"x": np.zeros((3, 2)), "n": 3}, r"examples\['n'\]"),
+    ],
+    ids=["scalar", "list", "number"],
+)
+def test_examples_that_are_no_rows_are_refused(examples, name):
+    with pytest.raises(ArgumentError, match=f"{name} = .*not an array with one row an example"):
+        take_batch(examples, np.array([0, -1]))
+
+
+@pytest.mark.parametrize(
+    "indices",
+    [[0.5, 1.0], [True, False, True], [[0, 1]], 0, ["0"], [None, 0]],
+    ids=["floats", "booleans", "matrix", "number", "text", "objects"],
+)
+def test_indices_that_are_no_vector_of_integers_are_refused(indices):
+    """A boolean mask would be read as indices 1, 0, 1."""
+    with pytest.raises(ArgumentError, match=r"indices = .*not a vector of integers"):
+        take_batch({"x": np.zeros((3, 2))}, np.array(indices))
+
+
 @pytest.mark.parametrize("rows", [4, 6])
 def test_data_of_another_size_than_the_plan_are_refused(rows):
     """V23: more rows would never be drawn, fewer be missing once they are."""

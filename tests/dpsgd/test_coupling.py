@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers.clipping_oracle import clipped_sum
+from jax.extend.random import define_prng_impl
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -189,3 +190,88 @@ def test_a_foreign_function_sees_one_example_at_a_time():
     coverage(loss_with(foreign("sequential")), PARAMS, BATCH)
     with pytest.raises(CoverageError, match="'ffi_call' could see several examples"):
         coverage(loss_with(foreign("broadcast_all")), PARAMS, BATCH)
+
+
+def own_generator():
+    """A key type of one's own; what it does under vmap nobody knows."""
+    return define_prng_impl(
+        key_shape=(4,),
+        seed=lambda seed: jnp.full(4, seed, jnp.uint32),
+        split=lambda key, shape: jnp.broadcast_to(key, (*shape, 4)),
+        random_bits=lambda key, width, shape: jax.random.bits(
+            jax.random.wrap_key_data(key, impl="rbg"), shape, jnp.uint32
+        ),
+        fold_in=lambda key, data: key ^ data,
+        name="dpfa_test_own_generator",
+        tag="dpfa_own",
+    )
+
+
+def words(x):
+    return jax.lax.bitcast_convert_type(jnp.resize(x, 4), jnp.uint32)
+
+
+def of_key(impl):
+    return lambda x: jax.random.uniform(jax.random.wrap_key_data(words(x), impl=impl), (3,))
+
+
+DRAWS = {
+    "rbg": of_key("rbg"),
+    "unsafe_rbg": of_key("unsafe_rbg"),
+    "a generator of one's own": lambda x: of_key(own_generator())(x),
+    "a seed": lambda x: jax.random.uniform(jax.random.key(words(x)[0], impl="rbg"), (3,)),
+    "gamma": lambda x: jax.random.gamma(jax.random.wrap_key_data(words(x), impl="rbg"), 2.0, (3,)),
+    "folded": lambda x: jax.random.key_data(
+        jax.random.fold_in(jax.random.key(0, impl="unsafe_rbg"), words(x)[0])
+    )[:3].astype(jnp.float32),
+    "the primitive": lambda x: jax.lax.rng_bit_generator(words(x), (3,))[1].astype(jnp.float32),
+    "in a loop": lambda x: jax.lax.map(lambda _: of_key("rbg")(x), jnp.arange(2)).sum(axis=0),
+    "in a branch": lambda x: jax.lax.cond(x[0] > 0, of_key("rbg"), jnp.zeros_like, x),
+    "under checkpoint": jax.checkpoint(of_key("rbg")),
+    "by rows": lambda x: jax.custom_batching.sequential_vmap(of_key("rbg"))(x),
+    "without a key": lambda x: jax.lax.rng_uniform(x[0], x[0] + 1.0, (3,)),
+}
+
+
+def dropped_by(draw):
+    def loss(params, batch):
+        return jnp.tanh((draw(batch["x"][0]) * params["w"]).sum(keepdims=True))
+
+    return loss
+
+
+@pytest.mark.parametrize("name", DRAWS)
+def test_random_numbers_that_another_row_may_draw_are_refused(name):
+    """Under vmap JAX draws for a whole batch of "rbg" keys from that of its first row."""
+    with pytest.raises(CoverageError, match=r"'r\w+_\w+'.* other rows of its batch"):
+        clipped(dropped_by(DRAWS[name]))(PARAMS, BATCH)
+
+
+def test_raw_words_under_another_default_generator_are_refused():
+    loss = dropped_by(lambda x: jax.random.uniform(words(x), (3,)))
+    with (
+        jax.default_prng_impl("rbg"),
+        pytest.raises(CoverageError, match=r"'random_wrap' of a key<rbg>"),
+    ):
+        clipped(loss)(PARAMS, BATCH)
+
+
+def test_threefry_keys_draw_alone_what_they_draw_in_a_batch():
+    """The control; with keys of another kind in the batch that nothing draws from."""
+
+    def drawn(x):
+        key = jax.random.wrap_key_data(words(x)[:2], impl="threefry2x32")
+        return jax.random.gamma(jax.random.fold_in(key, 1), 2.0, (3,))
+
+    batch = {
+        "x": 1.0 + jnp.arange(12.0).reshape(4, 3),
+        "unused": jax.random.split(jax.random.key(0, impl="rbg"), 4),
+    }
+    together, alone = (
+        clipped_sum(
+            dropped_by(drawn), PARAMS, batch, jnp.ones(4, bool), l2_clip_norms=(1.0,),
+            leaf_groups=(0,), micro_batch_size=size, per_example_bytes=None,
+        ).gradients["w"]
+        for size in (4, 1)
+    )  # fmt: skip
+    np.testing.assert_allclose(together, alone, rtol=1e-6)

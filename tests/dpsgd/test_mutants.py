@@ -11,7 +11,7 @@ import pytest
 from helpers import dpsgd_cases as cases
 
 from dpfa_jax.clipping import trees
-from dpfa_jax.dpsgd import step, sum_noise
+from dpfa_jax.dpsgd import coupling, step, sum_noise
 from dpfa_jax.noise import fields, grid
 
 pytestmark = pytest.mark.quickly_compiled
@@ -61,6 +61,10 @@ def padding_counts(original):
 
 def nan_passes(original):
     return lambda gradient, scales: original(gradient, scales) + 0.0 * gradient.sum(axis=0)
+
+
+def any_random_generator(original):
+    return lambda eqn: None
 
 
 def one_example_dropped(original):
@@ -133,6 +137,12 @@ def skipped_when_empty(original):
             looser_clip_norm,
         ),
         mutant(cases.check_padding_counts_as_zero, trees, "clip_scales", padding_counts),
+        mutant(
+            cases.check_a_mask_is_drawn_by_its_own_key,
+            coupling,
+            "_check_draw",
+            any_random_generator,
+        ),
         mutant(cases.check_non_finite_examples_count_as_zero, trees, "weighted_sum", nan_passes),
         mutant(cases.check_noise_on_every_number, fields, "parameter_noise", one_leaf_unnoised),
         mutant(cases.check_noise_on_every_number, fields, "parameter_noise", quieter_noise),

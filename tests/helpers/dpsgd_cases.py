@@ -8,6 +8,7 @@ import numpy as np
 import optax
 
 from dpfa_jax import dpsgd
+from dpfa_jax.core import CoverageError
 from dpfa_jax.noise.keys import insecure_test_key
 from dpfa_jax.release import TrainingRelease
 
@@ -150,6 +151,28 @@ def check_padding_counts_as_zero() -> None:
     expected = release(batch, real).vector
     batch["x"][13:] = [[3.0], [np.nan], [np.inf]]
     np.testing.assert_array_equal(release(batch, real).vector, expected)
+
+
+def check_a_mask_is_drawn_by_its_own_key() -> None:
+    """What a padding row's random key is is not seen; generators that would show it are refused."""
+
+    def dropped_out(params, batch):
+        def kept(seed):
+            return jax.random.bernoulli(jax.random.key(seed, impl=impl), 0.5, (5,))
+
+        return loss_fn(params, batch | {"x": batch["x"] * jax.vmap(kept)(batch["seed"])})
+
+    plan, real = plan_of(), np.arange(16) > 2
+    for impl in ("threefry2x32", "rbg", "unsafe_rbg"):
+        release = releasing(plan, loss=dropped_out)
+        batch = batch_of(16) | {"seed": np.arange(16, dtype=np.uint32)}
+        try:
+            expected = release(batch, real).vector
+        except CoverageError:
+            assert impl != "threefry2x32"
+            continue
+        batch["seed"][0] = 99
+        np.testing.assert_array_equal(release(batch, real).vector, expected)
 
 
 def check_noise_on_every_number() -> None:

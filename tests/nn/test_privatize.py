@@ -1,12 +1,16 @@
 """What `privatize` takes, what it refuses by name, and what its pure functions compute (V23)."""
 
+import textwrap
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen, nnx
+from helpers.clipping_oracle import clipped_sum
 
-from dpfa_jax import nn
+from dpfa_jax import dpsgd, nn
 from dpfa_jax.core import ArgumentError, CoverageError
 
 BATCH = {"x": np.arange(12, dtype=np.float32).reshape(3, 4) / 10}
@@ -220,6 +224,49 @@ def test_keys_that_are_none_are_refused(keys):
         private.loss(squares, rng_key="dropout")(private.params, batch)
 
 
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_keys_whose_draw_depends_on_other_rows_are_refused(impl):
+    private = nn.privatize(Dropped(False))
+    keys = jax.random.split(jax.random.key(0, impl=impl), 3)
+    with pytest.raises(ArgumentError, match=r"batch\['dropout'\].*masks of others.*threefry"):
+        private.loss(squares, rng_key="dropout")(private.params, BATCH | {"dropout": keys})
+
+
+class DroppedFirst(nnx.Module):
+    """A gradient that is its example's mask."""
+
+    def __init__(self):
+        self.dropout = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+        self.linear = nnx.Linear(64, 1, use_bias=False, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.linear(self.dropout(x))
+
+
+def test_documented_dropout_keys_belong_to_examples():
+    """Without one example the others keep their masks: a known key moves the sum by C at most."""
+    page = (Path(__file__).parents[2] / "docs/flax.md").read_text()
+    recipe = page[page.index("    step_key =") : page.index("    state = step.step(state, batch")]
+    private = nn.privatize(DroppedFirst())
+    loss_fn = private.loss(lambda model, batch: model(batch["x"]).sum(axis=-1), rng_key="dropout")
+    examples = {"x": np.random.default_rng(0).choice([-1.0, 1.0], (20, 64)).astype(np.float32)}
+
+    def total(indices):
+        batch, is_real = dpsgd.take_batch(examples, np.array(indices))
+        names = {"jax": jax, "batch": batch, "indices": np.array(indices), "i": 3}
+        exec(textwrap.dedent(recipe), names | {"dropout_key": jax.random.key(0)})
+        clipped = clipped_sum(
+            loss_fn, private.params, batch, is_real, l2_clip_norms=(1.0,), leaf_groups=(0,),
+            micro_batch_size=16, per_example_bytes=None,
+        )  # fmt: skip
+        return np.ravel(clipped.gradients["linear/kernel"])
+
+    with_it = total(range(16))
+    moved = [np.linalg.norm(with_it - total([*range(1, 16), last])) for last in (-1, 17)]
+    assert 0.99 < moved[0] < 1.0 + 1e-5
+    assert moved[1] < 2.0 + 1e-5  # another in its place
+
+
 class LinenModel(linen.Module):
     """Dense, and what is asked for."""
 
@@ -264,6 +311,40 @@ def test_linen_is_held_apart_and_refused_alike():
     twice = {"params": {"a": {"kernel": one}, "b": {"kernel": one}}}
     with pytest.raises(CoverageError, match="'a/kernel' and 'b/kernel'"):
         nn.privatize(module, twice)
+
+
+def two_of_one_path_in_nnx():
+    layers = nnx.Dict({"a/b": nnx.Linear(2, 2, rngs=nnx.Rngs(0))})
+    layers["a"] = nnx.Dict(b=nnx.Linear(2, 2, rngs=nnx.Rngs(1)))
+    return (Model(layers=layers),)
+
+
+def two_of_one_path_in_linen():
+    variables = {"params": {"lora": {"kernel": jnp.ones(4)}}, "lora": {"kernel": jnp.zeros(4)}}
+    return LinenModel(), variables
+
+
+@pytest.mark.parametrize(
+    ("model", "path", "places"),
+    [
+        (
+            two_of_one_path_in_nnx,
+            "'layers/a/b/bias'",
+            ["model['layers']['a/b']['bias']", "model['layers']['a']['b']['bias']"],
+        ),
+        (
+            two_of_one_path_in_linen,
+            "'lora/kernel'",
+            ["variables['params']['lora']['kernel']", "variables['lora']['kernel']"],
+        ),
+    ],
+)
+@pytest.mark.parametrize("rules", [{}, {"trainable": "."}, {"trainable": "linear", "frozen": "."}])
+def test_two_arrays_of_one_path_are_refused(model, path, places, rules):
+    """One of them would take the other's place in silence."""
+    with pytest.raises(CoverageError, match="have one path") as error:
+        nn.privatize(*model(), **rules)
+    assert all(word in str(error.value) for word in (path, *places))
 
 
 def test_linen_state_and_dropout():
@@ -316,6 +397,32 @@ def test_a_loss_that_couples_examples_is_refused(loss):
     for batch in (BATCH, same, jax.tree.map(lambda x: x[1:2], BATCH), zeros):
         with pytest.raises(CoverageError, match="depends on the others"):
             private.coverage(private.loss(loss), batch)
+
+
+@pytest.mark.parametrize("reverse", [False, True], ids=["earlier rows", "later rows"])
+def test_a_loss_that_looks_one_way_is_refused(reverse):
+    private = nn.privatize(Model())
+    loss_fn = private.loss(
+        lambda model, batch: jax.lax.cumsum(squares(model, batch), reverse=reverse)
+    )
+    with pytest.raises(CoverageError, match="depends on the others"):
+        private.coverage(loss_fn, BATCH)
+
+
+@pytest.mark.parametrize("rng_key", [None, "dropout"])
+@pytest.mark.parametrize("reduce", [jnp.mean, lambda losses: (losses,)], ids=["mean", "tuple"])
+def test_a_loss_that_is_not_one_number_an_example_is_refused(rng_key, reduce):
+    private = nn.privatize(Model())
+    loss_fn = private.loss(lambda model, batch: reduce(squares(model, batch)), rng_key=rng_key)
+    batch = BATCH | {"dropout": jax.random.split(jax.random.key(0), 3)}
+    calls = [private.coverage] if rng_key is None else [private.coverage, run_on_batch]
+    for call in calls:
+        with pytest.raises(ArgumentError, match=r"loss_fn.*not one floating-point loss an example"):
+            call(loss_fn, batch)
+
+
+def run_on_batch(loss_fn, batch):
+    return loss_fn(nn.privatize(Model()).params, batch)
 
 
 @pytest.mark.parametrize("number", [np.int32(0), np.float32(0), np.bool_(False)])

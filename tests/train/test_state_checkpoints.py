@@ -1,5 +1,10 @@
 """A loop of one's own, cut off and resumed: no charge is lost, no key comes back (V20)."""
 
+import inspect
+import itertools
+import textwrap
+from types import SimpleNamespace
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -125,3 +130,31 @@ def test_a_cycle_charged_in_full_leaves_no_less_than_nothing(tmp_path):
     ):
         charge(ledger, plan.release, count=plan.steps + 1)
         assert checkpoints.restore(first, ledger).left == 0
+
+
+def test_the_documented_loop_spends_what_the_plan_is_of(tmp_path):
+    """Correlated noise, cut off in its second block and resumed: all charged, and no more."""
+    page = inspect.getdoc(train.StateCheckpoints).partition("A loop::\n\n")[2]
+    loop = "\n".join(itertools.takewhile(lambda line: line[:1] in " ", page.splitlines()))
+    plan, dp, _ = parts(noise_strategy=(0.8, 0.6))
+    path, taken = tmp_path / "ledger.jsonl", []
+    loop = textwrap.dedent(loop).replace("10 * noise_bands", "noise_bands")
+
+    def step(state, *given):
+        taken.append(state)
+        if len(taken) == 4:
+            raise KeyboardInterrupt
+        return dp.step(state, *given)
+
+    known = {"LedgerFile": LedgerFile, "charge": charge, "take_batch": dpsgd.take_batch}
+    known |= {"StateCheckpoints": train.StateCheckpoints, "itertools": itertools, "np": np}
+    known |= {"path": path, "folder": tmp_path / "states", "plan": plan, "noise_bands": 2}
+    known |= {"dp": SimpleNamespace(init=dp.init, step=step), "params": params_of()}
+    known |= {"examples": batch_of(plan.release.dataset_size)}
+    LedgerFile.create(path).close()
+    with pytest.raises(KeyboardInterrupt):
+        exec(loop, known)
+    exec(loop, known)
+    with LedgerFile.open(path, read_only=True) as ledger:
+        assert ledger.ledger.count_of(plan.release) == plan.steps
+    assert known["begun"][1:] == (4, 2, 2) and len(taken) == 6
