@@ -54,9 +54,7 @@ def test_a_forced_backend_gives_its_own_reason(monkeypatch):
 
 def test_an_unknown_name_is_refused():
     """V23."""
-    with pytest.raises(
-        ArgumentError, match=r"implementation = 'flash'.*mosaic_gpu, triton, blocked"
-    ):
+    with pytest.raises(ArgumentError, match=r"implementation = 'flash'.*mosaic_gpu.*, blocked"):
         dispatch.choose(SPEC, INPUTS, "flash")
 
 
