@@ -114,11 +114,21 @@ def dot_product_attention(
       (B, T, N) or (T, N), in that dtype.
 
     Where it differs from jax.nn: a row that sees no key gives 0 and log-sum-exp -inf (there: the
-    mean of all values); NaN in a hidden key's bytes never reaches an output or a gradient; float64
-    stays float64 in the softmax; integer lengths of any width are taken. A bias hides a key where
-    it is -inf. A large negative number is a logit: a row of them alone is their softmax, the mean
-    where the sums round to one number; but GPU kernels take logits below -4.6e7 (in float32: below
-    -1e38), as -1e9 and finfo(bfloat16).min, for hidden, and such a row gives 0. Pass a mask.
+    mean of all values); float64 stays float64 in the softmax; integer lengths of any width are
+    taken, and mean what they say beyond the axis too.
+
+    Bytes of hidden keys: where lengths, the mask, or causality and window hide a key from every
+    row, NaN or an infinity in it or its value reaches no output and no gradient, on any backend.
+    Where they hide it from some rows only, those that see it become NaN; on Hopper others of their
+    tile may too (0 * NaN, as all rows do in jax.nn), and gradients may be NaN on any.
+
+    A bias hides a key where it is -inf, a finite key only: its logit and value are multiplied, and
+    NaN in either is NaN in the output. A large negative number is a logit: a row of them alone is
+    their softmax, the mean where the sums round to one number; but GPU kernels take logits below
+    -4.6e7 (in float32: below -1e38), as -1e9 and finfo(bfloat16).min, for hidden, and such a row
+    gives 0. Pass a mask. They do not serve a row whose largest logit is above 4.6e7, as under a
+    bias of 1e9: gradients in 16 bits are wrong, and the output becomes NaN, on Hopper from about
+    1e9 on, on Triton from 2e38 on.
 
     Errors: ArgumentError for arguments that do not fit; UnsupportedBackendError, alone or in an
     ExceptionGroup, where no backend can serve the call.
