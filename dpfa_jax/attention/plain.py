@@ -94,6 +94,10 @@ def dot_product_attention(
         ones. "blocked" also has second ones by forward over reverse (`hessian`), and by reverse
         over reverse up to T S = 2^18, or without causality, window and lengths, whose loops have no
         fixed length. The kernels have first ones.
+        None decides when it is traced, by the platform of `jax.default_device`, or of a committed
+        array outside jit, grad and vmap. Where a program is for another one (arrays on the CPU of a
+        GPU machine under jit; an export or `lower` with `lowering_platforms`), name the backend:
+        "blocked" on a CPU.
       return_residual: also return the log-sum-exp of each row's logits, without gradient.
       logits_soft_cap: c: scale q.k becomes c tanh(scale q.k / c), before bias and mask.
       logits_bound: B: the caller's statement that |scale q.k| <= B, as where query and key are
