@@ -131,7 +131,7 @@ def dot_product_attention(
     their softmax, the mean where the sums round to one number; but GPU kernels take logits below
     -4.6e7 (in float32: below -1e38), as -1e9 and finfo(bfloat16).min, for hidden, and such a row
     gives 0. Pass a mask. They do not serve a row whose largest logit is above 4.6e7, as under a
-    bias of 1e9: gradients in 16 bits are wrong, and the output becomes NaN, on Hopper from about
+    bias of 1e9: gradients in 16 bits are wrong, and the output may be NaN, on Hopper from about
     1e9 on, on Triton from 2e38 on.
 
     Errors: ArgumentError for arguments that do not fit; UnsupportedBackendError, alone or in an
