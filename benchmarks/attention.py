@@ -29,6 +29,7 @@ import sys
 import time
 from typing import Any
 
+from arguments import Help, count, file, require_gpu, seconds
 from row_processes import Limits, in_turn
 from stored_runs import begun, child_environment, write
 
@@ -41,6 +42,15 @@ SHAPES = tuple(
     for length in LENGTHS
     for size in HEAD_SIZES
 ) + tuple((4, 4096, 2 * WIDTH // size, WIDTH // size // 2, size) for size in HEAD_SIZES)
+# What there is to time, and what serves a mask or bias as an argument.
+IMPLEMENTATIONS = (
+    "dpfa", "dpfa_bound", "dpfa_any_order", "dpfa_example", "dpfa_example_bound",
+    "dpfa_example_clipped", "dpfa_memory", "cudnn", "cudnn_posthoc", "tokamax", "torch_sdpa",
+    "dpfa_example_inside", "dpfa_example_after", "dpfa_example_inside_bound",
+    "dpfa_example_after_bound",
+)  # fmt: skip
+WITH_PAIRS = {"boolean": ("cudnn", "dpfa"), "bias": ("cudnn", "dpfa"),
+              "learned_bias": ("cudnn", "dpfa")}  # fmt: skip
 CEILING_SIZE = 8192  # of the matrices whose product is the ceiling
 # To set up one case, and to time it.
 SETUP_SECONDS, TIMING_SECONDS = 300.0, 120.0
@@ -60,8 +70,7 @@ def command(**words: Any) -> list[str]:
     return [sys.executable, __file__, "--child", json.dumps(words)]
 
 
-def run(arguments: argparse.Namespace) -> None:
-    result = begun("benchmarks/attention.py", ("jax", "tokamax", "torch"))
+def run(arguments: argparse.Namespace, result: dict[str, Any]) -> None:
     end = time.monotonic() + arguments.limit_seconds
     shapes = [shape for shape in SHAPES if shape[-1] in arguments.head_sizes]
     cases = list(itertools.product(shapes[: arguments.shapes], arguments.masks))
@@ -96,22 +105,28 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--output", help="JSON file to write, after each case")
-    made.add_argument("--shapes", type=int, default=len(SHAPES), help="the first so many of them")
-    made.add_argument("--head-sizes", nargs="+", type=int, default=HEAD_SIZES)
-    made.add_argument("--implementations", nargs="+", help="some of them; all where left out")
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=Help)
+    made.add_argument("--output", type=file, help="JSON file to write, after each case")
+    made.add_argument("--shapes", type=count, default=len(SHAPES), help="the first so many of them")
+    made.add_argument(
+        "--head-sizes", nargs="+", type=int, default=list(HEAD_SIZES), choices=HEAD_SIZES
+    )
+    made.add_argument(
+        "--implementations", nargs="+", choices=IMPLEMENTATIONS, metavar="NAME",
+        help=f"some of {', '.join(IMPLEMENTATIONS)}; where left out, all but those named last, "
+        "which say where noise is made",
+    )  # fmt: skip
     made.add_argument(
         "--masks",
         nargs="+",
         default=["full", "causal"],
-        choices=("full", "causal", "boolean", "bias", "learned_bias"),
+        choices=("full", "causal", *WITH_PAIRS),
     )
-    made.add_argument("--seconds", type=float, default=0.3, help="of timing, for each figure")
+    made.add_argument("--seconds", type=seconds, default=0.3, help="of timing, for each figure")
     made.add_argument(
-        "--at-once", type=int, default=4, help="cases that set up at once; they are timed in turn"
+        "--at-once", type=count, default=4, help="cases that set up at once; they are timed in turn"
     )
-    made.add_argument("--limit-seconds", type=float, default=math.inf, help="of the whole run")
+    made.add_argument("--limit-seconds", type=seconds, default=math.inf, help="of the whole run")
     return made
 
 
@@ -119,7 +134,16 @@ def main() -> None:
     if sys.argv[1:2] == ["--child"]:
         print(json.dumps(child(json.loads(sys.argv[2]))))
         return
-    run(parser().parse_args())
+    made = parser()
+    arguments = made.parse_args()
+    chosen = arguments.implementations or IMPLEMENTATIONS
+    for mask in arguments.masks:
+        if not set(chosen) & set(WITH_PAIRS.get(mask, IMPLEMENTATIONS)):
+            names = ", ".join(WITH_PAIRS[mask])
+            made.error(f"argument --implementations: none serves the mask {mask}; add {names}")
+    result = begun("benchmarks/attention.py", ("jax", "tokamax", "torch"))
+    require_gpu(made, result["device"])
+    run(arguments, result)
 
 
 if __name__ == "__main__":

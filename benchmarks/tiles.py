@@ -22,75 +22,24 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent import futures
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arguments import Help, seconds
+from tile_tasks import SHAPES, WIDTH, Task, arrays, by_blocks, fields_of, spec_of
 
-from dpfa_jax.kernels import blocked, tile_tables
-from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, ExampleReadout, Plain
+from dpfa_jax.kernels import tile_tables
+from dpfa_jax.kernels.base import AttentionSpec, ExampleReadout, Plain
 from dpfa_jax.kernels.mosaic_gpu import backward, forward, tile_choice, tiles
-from dpfa_jax.kernels.triton import backend as triton
-from dpfa_jax.kernels.triton import backward as triton_backward
-from dpfa_jax.kernels.triton import forward as triton_forward
-from dpfa_jax.kernels.triton import logits
-from dpfa_jax.kernels.triton import tile_choice as triton_choice
-from dpfa_jax.kernels.triton import tiles as triton_tiles
 
 TABLES = Path(tile_tables.__file__).parent / "tile_data"
-SHAPES = {"long": (8, 2048), "short": (32, 512)}  # batch, length
-WIDTH = 2048  # query heads times head size
 GRID = 2.0**-4
 MARGIN = 0.03  # what windows of one tile differ by
 # Of 16-bit results in another order of sums: relative, in the norm. A wrong tile errs by far more.
 MOST_AWAY = 2.0**-7
 WINDOWS = 7
-
-
-class Task(NamedTuple):
-    """One key: candidates as a table writes them, the heuristic's first, and how to run one."""
-
-    key: str
-    candidates: list[dict[str, Any]]
-    run: Callable[[dict[str, Any]], Callable[..., Any]]
-    operands: tuple[Any, ...]
-    expected: Callable[..., Any] | None  # of the operands, by the blocked backend
-    is_noisy: bool = False
-
-
-def fields_of(tile: Any) -> dict[str, Any]:
-    """What differs from the type's defaults; all of it where that is nothing."""
-    whole = dataclasses.asdict(tile)
-    changed = {
-        field.name: whole[field.name]
-        for field in dataclasses.fields(tile)
-        if field.default is dataclasses.MISSING or whole[field.name] != field.default
-    }
-    return changed or whole
-
-
-def arrays(head_size: int, length: str, dtype: Any = jnp.bfloat16) -> list[jax.Array]:
-    batch, rows = SHAPES[length]
-    keys = jax.random.split(jax.random.key(0), 4)
-    shape = (batch, rows, WIDTH // head_size, head_size)
-    return [jax.random.normal(key, shape, dtype) for key in keys]
-
-
-def spec_of(mask: str, head_size: int, readout: Any = Plain(), **more: Any) -> AttentionSpec:  # noqa: B008
-    return AttentionSpec(head_size**-0.5, is_causal=mask == "causal", readout=readout, **more)
-
-
-def by_blocks(spec: AttentionSpec) -> Callable[..., Any]:
-    """Output, log-sum-exp and gradients of a few examples, in float32."""
-
-    def run(query: Any, key: Any, value: Any, cotangent: Any) -> Any:
-        inputs = AttentionInputs(*(x.astype(jnp.float32) for x in (query, key, value)))
-        outputs = blocked.BACKEND.forward(spec, inputs)
-        pulled = cotangent.astype(jnp.float32)
-        return outputs.output, blocked.BACKEND.backward(spec, inputs, outputs, pulled)[:3]
-
-    return run
 
 
 def mosaic_forward(head_size: int, mask: str, length: str, readout_name: str) -> Task:
@@ -202,53 +151,6 @@ def mosaic_backward(head_size: int, mask: str, order: str) -> Task:
     )  # fmt: skip
 
 
-def triton_task(kernel: str, head_size: int) -> Task:
-    """One Triton kernel, without a mask, 16 bits; the others keep their tiles."""
-    spec = spec_of("full", head_size)
-    first = triton_tiles.kernel_tiles(head_size, 2)
-    query, key, value, cotangent = arrays(head_size, "long")
-    found = [fields_of(getattr(first, kernel))]
-    for rows, keys, warps, stages in itertools.product(
-        (32, 64, 128), (32, 64, 128), (4, 8), (1, 2, 3)
-    ):
-        tile = triton_tiles.Tiles(rows, keys, warps, stages)
-        is_there = triton_choice.fits(kernel, tile, head_size=head_size, itemsize=2)
-        if is_there and rows * keys * warps >= 16384 and fields_of(tile) not in found:
-            found.append(fields_of(tile))
-
-    def run(fields: dict[str, Any]) -> Callable[..., Any]:
-        tile = triton_choice.tile_of(fields)
-
-        def call(query: Any, key: Any, value: Any, cotangent: Any, *rows: Any) -> Any:
-            given = logits.Arrays(query, key, value)
-            if kernel == "forward":
-                return triton_forward.attention_forward(
-                    spec, given, None, tile, dtype=query.dtype, keep_unclipped=False,
-                    interpret=False,
-                ).output  # fmt: skip
-            more = triton_backward.BackwardArrays(cotangent, *rows)
-            chosen = first._replace(**{kernel: tile})
-            found = triton_backward.input_gradients(spec, given, more, chosen, interpret=False)
-            return found[:1] if kernel == "queries" else found[1:]
-
-        return call
-
-    rows: tuple[jax.Array, ...] = ()
-    if kernel != "forward":
-        inputs = AttentionInputs(query, key, value)
-        made = jax.jit(lambda x: triton.BACKEND.forward(spec, x))(inputs)
-        answer = made.output.astype(jnp.float32)
-        delta = jnp.einsum("btnh,btnh->bnt", answer, cotangent.astype(jnp.float32))
-        rows = (jnp.swapaxes(made.lse, 1, 2) * logits.LOG2_E, delta)
-    plain = by_blocks(spec)
-    parts = {"forward": lambda x: x[0], "queries": lambda x: x[1][:1], "keys": lambda x: x[1][1:]}
-    return Task(
-        triton_choice.key_of(kernel, head_size, 2), found, run,
-        (query, key, value, cotangent, *rows),
-        lambda q, k, v, c, *_: parts[kernel](plain(q, k, v, c)),
-    )  # fmt: skip
-
-
 def tasks(arguments: argparse.Namespace) -> Iterator[Callable[[], Task]]:
     """Those that matter most first."""
     if "mosaic_gpu" in arguments.backends:
@@ -265,8 +167,9 @@ def tasks(arguments: argparse.Namespace) -> Iterator[Callable[[], Task]]:
         ):
             yield lambda r=readout, s=size, m=mask: mosaic_forward(s, m, "short", r)
     if "triton" in arguments.backends:
-        for size, kernel in itertools.product(arguments.head_sizes, triton_choice.MEASURED):
-            yield lambda size=size, kernel=kernel: triton_task(kernel, size)
+        import triton_tiles
+
+        yield from triton_tiles.tasks(arguments.head_sizes)
 
 
 def distance(found: Any, expected: Any) -> float:
@@ -290,14 +193,14 @@ def is_right(task: Task, found: Any, first: Any) -> bool:
     return bool(np.all(away <= slack) and np.mean(away > 0) <= 0.05)
 
 
-def timed(programs: list[Any], operands: tuple[Any, ...], seconds: float) -> list[list[float]]:
+def timed(programs: list[Any], operands: tuple[Any, ...], budget: float) -> list[list[float]]:
     """Milliseconds a call of each program, in windows that take turns."""
     counts = []
     for program in programs:
         jax.block_until_ready(program(*operands))
         start = time.perf_counter()
         jax.block_until_ready(program(*operands))
-        counts.append(max(2, math.ceil(seconds / WINDOWS / (time.perf_counter() - start))))
+        counts.append(max(2, math.ceil(budget / WINDOWS / (time.perf_counter() - start))))
     times: list[list[float]] = [[] for _ in programs]
     for _ in range(WINDOWS):
         for program, count, own in zip(programs, counts, times, strict=True):
@@ -309,7 +212,7 @@ def timed(programs: list[Any], operands: tuple[Any, ...], seconds: float) -> lis
     return times
 
 
-def measure(task: Task, seconds: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+def measure(task: Task, budget: float) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """The best candidate of a key, and a row for each."""
 
     def compiled(fields: dict[str, Any]) -> Any:
@@ -338,7 +241,7 @@ def measure(task: Task, seconds: float) -> tuple[dict[str, Any], list[dict[str, 
         elif row["is_right"]:
             programs.append((row, building.result()))
     for (row, _), times in zip(
-        programs, timed([x for _, x in programs], task.operands, seconds), strict=True
+        programs, timed([x for _, x in programs], task.operands, budget), strict=True
     ):
         row["milliseconds"] = round(statistics.median(times), 4)
         row["spread"] = round(max(times) - min(times), 4)
@@ -349,13 +252,17 @@ def measure(task: Task, seconds: float) -> tuple[dict[str, Any], list[dict[str, 
 
 
 def parser() -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    made.add_argument("--output", help="JSON file for all timings")
+    made = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=Help)
+    made.add_argument("--output", help="JSON file for all timings; its folder is made")
     made.add_argument("--table", type=Path, help="the table; in the package where left out")
-    made.add_argument("--backends", nargs="+", default=["mosaic_gpu"], help="or triton")
-    made.add_argument("--head-sizes", nargs="+", type=int, default=[64, 128, 256])
-    made.add_argument("--seconds", type=float, default=0.15, help="of timing, a candidate")
-    made.add_argument("--limit-seconds", type=float, default=math.inf, help="start no key after")
+    made.add_argument(
+        "--backends", nargs="+", default=["mosaic_gpu"], choices=("mosaic_gpu", "triton")
+    )
+    made.add_argument(
+        "--head-sizes", nargs="+", type=int, default=[64, 128, 256], choices=(64, 128, 192, 256)
+    )
+    made.add_argument("--seconds", type=seconds, default=0.15, help="of timing, a candidate")
+    made.add_argument("--limit-seconds", type=seconds, default=math.inf, help="start no key after")
     return made
 
 
@@ -364,7 +271,7 @@ def main() -> None:
     began = time.perf_counter()
     kind = tile_tables.device_kind()
     if kind is None:
-        sys.exit("no GPU is visible to JAX")
+        sys.exit("JAX sees no GPU here, and a table is made on its device: run this there")
     present = tile_tables.of_device(kind)
     chosen = {} if present is None else {key: dict(x) for key, x in present.tiles.items()}
     rows: list[dict[str, Any]] = []

@@ -33,6 +33,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from arguments import Help, count, file, require_gpu, seconds
 from largest_batch import GRANULE
 from row_processes import Limits, Turn, in_turn, over_gpus, stage, tuning
 from stored_runs import begun, child_environment
@@ -239,8 +240,14 @@ def _gpus(count: int) -> list[str]:
 
 
 def _case(text: str) -> tuple[str, int, int]:
-    name, length, batch = text.split(":")
-    return name, int(length), int(batch)
+    try:
+        name, length, batch = text.split(":")
+        return name, count(length), count(batch)
+    except (ValueError, argparse.ArgumentTypeError):
+        example = ":".join(map(str, CASES[0]))
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not MODEL:T:BATCH, as {example} is"
+        ) from None
 
 
 def child(words: Mapping[str, Any]) -> dict[str, Any]:
@@ -258,8 +265,8 @@ def child(words: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", help="JSON file to write, after each row")
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=Help)
+    parser.add_argument("--output", type=file, help="JSON file to write, after each row")
     parser.add_argument(
         "--add-to", metavar="FILE",
         help="a stored run of this device and these versions, whose rows are kept, not timed again",
@@ -269,7 +276,7 @@ def parser() -> argparse.ArgumentParser:
         "--largest", action="store_true", help="find largest batches too, beside the timing"
     )
     parser.add_argument(
-        "--largest-seconds", type=float, default=30.0, help="of a search that runs steps (torch)"
+        "--largest-seconds", type=seconds, default=30.0, help="of a search that runs steps (torch)"
     )
     parser.add_argument(
         "--largest-of", metavar="FILE", help="add the largest batch to the rows of a stored run"
@@ -278,31 +285,31 @@ def parser() -> argparse.ArgumentParser:
         "--cases", nargs="*", type=_case, default=[],
         help="MODEL:T:BATCH; if none, the list in this file, or what the stored run has",
     )  # fmt: skip
-    parser.add_argument("--methods", nargs="*", default=METHODS, choices=METHODS)
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument(
-        "--micro-batches", type=int, nargs="+", default=PEER_MICRO_BATCHES,
+        "--micro-batches", type=count, nargs="+", default=list(PEER_MICRO_BATCHES),
         help="sizes of the parts that jax_privacy takes a batch in; the best one is the row",
     )  # fmt: skip
-    parser.add_argument("--gpus", type=int, default=1, help="to spread the cases over")
+    parser.add_argument("--gpus", type=count, default=1, help="to spread the cases over")
     parser.add_argument(
-        "--cases-at-once", type=int, default=1, help="that set up at once on a GPU; timed in turn"
+        "--cases-at-once", type=count, default=1, help="that set up at once on a GPU; timed in turn"
     )
-    parser.add_argument("--seconds", type=float, default=3.0, help="of timing, for each process")
+    parser.add_argument("--seconds", type=seconds, default=3.0, help="of timing, for each process")
     for name, default, what in (
         ("--limit-seconds", math.inf, "of the whole run"),
         ("--row-limit-seconds", math.inf, "to set up the rows of the cases at once"),
         ("--timing-limit-seconds", 120.0, "to time one row"),
     ):
-        parser.add_argument(name, type=float, default=default, help=what)
+        parser.add_argument(name, type=seconds, default=default, help=what)
     parser.add_argument(
         "--at-once",
-        type=int,
+        type=count,
         default=4,
         help="processes that find largest batches and only compile",
     )
     parser.add_argument(
         "--memory-bytes",
-        type=int,
+        type=count,
         help="that a largest batch is to fit; what the device tells if none",
     )
     return parser
@@ -325,6 +332,8 @@ def main() -> None:
     if arguments.output and (stored or os.path.exists(arguments.output)):
         parser().error(f"{arguments.output} would be written anew: --add-to FILE keeps its rows")
     result = begun("benchmarks/train.py", ("jax", "jax-privacy", "torch", "opacus", "fastDP"))
+    if any("tiny" not in name for name, *_ in arguments.cases):  # stand-ins run anywhere
+        require_gpu(parser(), result["device"])
     if stored:
         result = added_to(stored, result)
     run(arguments, Results(stored or arguments.output, result), limits)

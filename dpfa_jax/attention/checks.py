@@ -83,8 +83,8 @@ def arrays(
         value,
         _bias(bias, logits_shape),
         _mask(mask, logits_shape),
-        _lengths("query_seq_lengths", query_seq_lengths, batch),
-        _lengths("key_value_seq_lengths", key_value_seq_lengths, batch),
+        _lengths("query_seq_lengths", query_seq_lengths, batch, length),
+        _lengths("key_value_seq_lengths", key_value_seq_lengths, batch, key.shape[1]),
     )
 
 
@@ -165,6 +165,15 @@ def _array(name: str, x: ArrayLike) -> jax.Array:
         ) from None
 
 
+def _host_array(name: str, x: ArrayLike) -> np.ndarray:
+    try:
+        return np.asarray(x)
+    except (TypeError, ValueError):  # ragged lists
+        raise ArgumentError(
+            name, f"<{type(x).__name__}>", "no array of numbers", "Pass an array."
+        ) from None
+
+
 def _with_batch(name: str, x: ArrayLike) -> Float[Array, "B T N H"]:
     if x is None:
         raise ArgumentError(name, x, "missing", "Pass an array (BTNH or TNH).")
@@ -227,17 +236,30 @@ def _broadcastable(name: str, x: jax.Array, shape: tuple[int, ...]) -> jax.Array
     return full
 
 
-def _lengths(name: str, lengths: ArrayLike | None, batch: int) -> Int[Array, " B"] | None:
+def _lengths(
+    name: str, lengths: ArrayLike | None, batch: int, largest: int
+) -> Int[Array, " B"] | None:
+    """Lengths as int32 in [0, largest], which hide what they did: 2^40 ends no row at 0."""
     if lengths is None:
         return None
-    lengths = _array(name, lengths)
-    if not _is_integer(lengths):
-        raise ArgumentError(name, lengths.dtype, "not integers", "Pass int32 lengths.")
-    if lengths.shape != (batch,):
+    if not any(isinstance(x, jax.Array) for x in jax.tree.leaves(lengths)):
+        host_lengths = _host_array(name, lengths)  # before JAX cuts 64 bits to 32
+        if jnp.issubdtype(host_lengths.dtype, jnp.integer):
+            host_lengths = host_lengths.clip(0, _last(host_lengths.dtype, largest))
+        lengths = host_lengths
+    found = _array(name, lengths)
+    if not _is_integer(found):
+        raise ArgumentError(name, found.dtype, "not integers", "Pass int32 lengths.")
+    if found.shape != (batch,):
         raise ArgumentError(
-            name, lengths.shape, f"not of shape ({batch},)", "Pass one length a batch row."
+            name, found.shape, f"not of shape ({batch},)", "Pass one length a batch row."
         )
-    return lengths.astype(jnp.int32)
+    return found.clip(0, _last(found.dtype, largest)).astype(jnp.int32)
+
+
+def _last(dtype: np.dtype, largest: int) -> int:
+    """`largest`, or what ends `dtype` before it."""
+    return min(largest, int(jnp.iinfo(dtype).max))
 
 
 def _window(window: object, inputs: AttentionInputs) -> tuple[int, int] | None:

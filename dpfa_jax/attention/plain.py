@@ -94,6 +94,10 @@ def dot_product_attention(
         ones. "blocked" also has second ones by forward over reverse (`hessian`), and by reverse
         over reverse up to T S = 2^18, or without causality, window and lengths, whose loops have no
         fixed length. The kernels have first ones.
+        None decides when it is traced, by the platform of `jax.default_device`, or of a committed
+        array outside jit, grad and vmap. Where a program is for another one (arrays on the CPU of a
+        GPU machine under jit; an export or `lower` with `lowering_platforms`), name the backend:
+        "blocked" on a CPU.
       return_residual: also return the log-sum-exp of each row's logits, without gradient.
       logits_soft_cap: c: scale q.k becomes c tanh(scale q.k / c), before bias and mask.
       logits_bound: B: the caller's statement that |scale q.k| <= B, as where query and key are
@@ -114,11 +118,21 @@ def dot_product_attention(
       (B, T, N) or (T, N), in that dtype.
 
     Where it differs from jax.nn: a row that sees no key gives 0 and log-sum-exp -inf (there: the
-    mean of all values); NaN in a hidden key's bytes never reaches an output or a gradient; float64
-    stays float64 in the softmax; integer lengths of any width are taken. A bias hides a key where
-    it is -inf. A large negative number is a logit: a row of them alone is their softmax, the mean
-    where the sums round to one number; but GPU kernels take logits below -4.6e7 (in float32: below
-    -1e38), as -1e9 and finfo(bfloat16).min, for hidden, and such a row gives 0. Pass a mask.
+    mean of all values); float64 stays float64 in the softmax; integer lengths of any width are
+    taken, and mean what they say beyond the axis too.
+
+    Bytes of hidden keys: where lengths, the mask, or causality and window hide a key from every
+    row, NaN or an infinity in it or its value reaches no output and no gradient, on any backend.
+    Where they hide it from some rows only, those that see it become NaN; on Hopper others of their
+    tile may too (0 * NaN, as all rows do in jax.nn), and gradients may be NaN on any.
+
+    A bias hides a key where it is -inf, a finite key only: its logit and value are multiplied, and
+    NaN in either is NaN in the output. A large negative number is a logit: a row of them alone is
+    their softmax, the mean where the sums round to one number; but GPU kernels take logits below
+    -4.6e7 (in float32: below -1e38), as -1e9 and finfo(bfloat16).min, for hidden, and such a row
+    gives 0. Pass a mask. They do not serve a row whose largest logit is above 4.6e7, as under a
+    bias of 1e9: gradients in 16 bits are wrong, and the output may be NaN, on Hopper from about
+    1e9 on, on Triton from 2e38 on.
 
     Errors: ArgumentError for arguments that do not fit; UnsupportedBackendError, alone or in an
     ExceptionGroup, where no backend can serve the call.

@@ -192,7 +192,16 @@ def group_size(inputs: AttentionInputs) -> int:
 
 
 def static_platform(array: jax.Array) -> str:
-    """Platform where `array` lives, or the default one under a trace."""
-    if isinstance(array, jax.core.Tracer):
+    """Platform on which a call with `array` runs: where it is committed, else the default device's.
+
+    A trace does not say where its program will run, nor whether an array lies behind it: there it
+    is `jax.default_device`, and the first platform of JAX where that is not set.
+    """
+    if not isinstance(array, jax.core.Tracer) and array.committed:
+        return next(iter(array.devices())).platform
+    device = jax.config.jax_default_device
+    if device is None:
         return jax.default_backend()
-    return next(iter(array.devices())).platform
+    if isinstance(device, str):  # a platform, by any of its names
+        device = jax.local_devices(backend=device)[0]
+    return device.platform

@@ -42,6 +42,25 @@ def visible_keys(inputs: AttentionInputs) -> Bool[Array, "b S"] | None:
     return seen
 
 
+def shown_keys(spec: AttentionSpec, inputs: AttentionInputs) -> Bool[Array, "b S"] | None:
+    """Keys that lengths, the mask, and causality and window each show to some row; None: all.
+
+    The bytes of the others may be replaced by zeros, since 0 * NaN must not reach a sum.
+    """
+    if inputs.mask is not None:
+        inputs = inputs._replace(mask=inputs.mask.any(axis=(1, 2), keepdims=True))
+    seen = visible_keys(inputs)
+    rows, keys = inputs.query.shape[1], inputs.key.shape[1]
+    left, right = (rows, keys) if spec.local_window is None else spec.local_window
+    right = min(0, right) if spec.is_causal else right
+    begin, end = max(0, -left), min(keys, rows + right) if left + right >= 0 else 0
+    if begin == 0 and end == keys:
+        return seen
+    column = jnp.arange(keys)[None, :]
+    inside = (begin <= column) & (column < end)
+    return inside if seen is None else seen & inside
+
+
 def visible(
     spec: AttentionSpec,
     inputs: AttentionInputs,

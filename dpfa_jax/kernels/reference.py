@@ -43,6 +43,13 @@ def softmax_attention(
     spec: AttentionSpec, inputs: AttentionInputs
 ) -> tuple[Float[Array, "B T N H"], Float[Array, "B T N"]]:
     """Normalised output and log-sum-exp; differentiable by JAX."""
+    is_key = masks.shown_keys(spec, inputs)
+    if is_key is not None:  # gradients of the others: 0 * NaN must not reach a sum
+        key, value = (
+            jnp.where(is_key[:, :, None, None], x, jnp.zeros((), x.dtype))
+            for x in (inputs.key, inputs.value)
+        )
+        inputs = inputs._replace(key=key, value=value)
     tile = whole_matrix(spec, inputs)
     logits_BKGTS = tiles.biased(tiles.raw_logits(spec, tile), tile)
     is_seen = jnp.any(~jnp.isneginf(logits_BKGTS), axis=-1, keepdims=True)

@@ -44,6 +44,47 @@ def test_a_learned_bias_has_a_gradient_and_a_constant_none(bench, mask, gradient
     assert all(abs(x.astype("float32")).max() > 0 for x in found)
 
 
+BAD = {
+    "--implementations foo": "invalid choice: 'foo'",
+    "--implementations dpfa_bound --masks bias": "none serves the mask bias; add cudnn, dpfa",
+    "--head-sizes 48": "invalid choice: 48",
+    "--shapes -3": "'-3' is not a whole number of 1 or more",
+    "--seconds 0": "'0' is not a number above 0",
+    "--output /nonexistent/x.json": "there is no folder /nonexistent; make it first",
+    "--masks full": "no GPU here, only a CPU",
+}
+
+
+@pytest.mark.parametrize("words", BAD)
+def test_what_cannot_work_is_refused_first(bench, words, monkeypatch, capsys):
+    """V23: before a device or a child is asked for, and a CPU before anything is timed."""
+
+    def run(*_):
+        raise AssertionError("nothing is timed")
+
+    monkeypatch.setattr(bench, "run", run)
+    monkeypatch.setattr(bench, "begun", lambda *_: {"device": "cpu"})
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 2
+    assert BAD[words] in capsys.readouterr().err
+
+
+def test_every_implementation_has_its_name_in_the_help(bench):
+    """Peers that may not be installed are named too."""
+    import attention_calls
+
+    for mask in ("full", *bench.WITH_PAIRS):
+        names = {*attention_calls.implementations((1, 16, 2, 2, 64), mask)}
+        if mask == "full":
+            names |= {"tokamax", "torch_sdpa"}
+        assert names == set(bench.WITH_PAIRS.get(mask, bench.IMPLEMENTATIONS))
+    text = bench.parser().format_help()
+    assert all(name in text for name in bench.IMPLEMENTATIONS)
+    assert "(default: 0.3)" in text and "None" not in text
+
+
 @pytest.mark.slow
 def test_what_was_measured_is_in_the_file(bench, tmp_path, monkeypatch):
     """Two cases in two processes; what does not serve a CPU is left out, with its reason."""
@@ -55,6 +96,7 @@ def test_what_was_measured_is_in_the_file(bench, tmp_path, monkeypatch):
     )
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments.split(), str(out)])
     monkeypatch.setattr(bench, "CEILING_SIZE", 256)
+    monkeypatch.setattr(bench, "require_gpu", lambda parser, kind: None)
     bench.main()
     stored = json.loads(out.read_text())
     assert stored["command"].endswith(str(out)) and stored["device"] and stored["date"]
@@ -75,6 +117,7 @@ def test_a_case_that_fails_is_named(bench, tmp_path, monkeypatch):
     monkeypatch.setattr(bench, "SHAPES", ((1, 64, 3, 2, 64),))  # 3 heads of 2 key heads
     arguments = f"--implementations dpfa --masks causal --seconds 0.001 --output {out}"
     monkeypatch.setattr(bench, "CEILING_SIZE", 256)
+    monkeypatch.setattr(bench, "require_gpu", lambda parser, kind: None)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *arguments.split()])
     bench.main()
     stored = json.loads(out.read_text())

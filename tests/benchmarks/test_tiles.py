@@ -14,7 +14,9 @@ from dpfa_jax.kernels import tile_tables
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "tiles.py"
 spec = importlib.util.spec_from_file_location("benchmarks_tiles", SCRIPT)
 script = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(script)
+with pytest.MonkeyPatch.context() as patch:
+    patch.syspath_prepend(str(SCRIPT.parent))
+    spec.loader.exec_module(script)
 
 
 def task_of(change):

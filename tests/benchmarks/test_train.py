@@ -194,6 +194,27 @@ def _words(monkeypatch, tmp_path, *more):
     return out
 
 
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--cases gpt2-small", "'gpt2-small' is not MODEL:T:BATCH, as gpt2-small:1024:32 is"),
+        ("--cases gpt2-small:8:0", "'gpt2-small:8:0' is not"),
+        ("--gpus 0", "'0' is not a whole number of 1 or more"),
+        ("--methods foo", "invalid choice: 'foo'"),
+        ("--output /nonexistent/x.json", "there is no folder /nonexistent; make it first"),
+        ("", "no GPU here, only a CPU"),
+    ],
+)
+def test_what_cannot_work_is_refused_first(bench, words, said, monkeypatch, capsys):
+    """V23: before a process is started for a row."""
+    monkeypatch.setattr(bench, "begun", lambda *_: {"device": "cpu", "rows": []})
+    monkeypatch.setattr(sys, "argv", ["train.py", *words.split()])
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.slow
 def test_a_whole_run_from_the_command_line(bench, monkeypatch, tmp_path):
     """One process a row; what is stored has the documented form, and takes the largest batch."""

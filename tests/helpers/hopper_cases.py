@@ -167,7 +167,7 @@ def two_kernels(spec, head_size, keys, **_):
 
 
 def fused(spec, head_size, keys, **_):
-    return FusedTiles()
+    return FusedTiles(heads=16)
 
 
 def use_tiles(monkeypatch, tiles_of):

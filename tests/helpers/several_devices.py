@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from dpfa_jax import dpsgd
@@ -21,6 +22,10 @@ from dpfa_jax.noise import insecure_test_key
 from dpfa_jax.release import ExampleRelease, RecordRelease, TrainingRelease
 
 CAPACITY = 16
+CALLS = (
+    "one key head a query head", "grouped", "one key head", "example", "noise of an example",
+    "memory",
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -256,6 +261,20 @@ def check_step(sizes: Sizes, devices: list[Any], implementation: str | None) -> 
             near = grid + slack + 4 * 2.0**-24 * release.expected_batch_size * 8
             assert np.abs(away).max() <= near, name
             assert np.linalg.norm(away) <= slack + grid * away.size**0.5, name
+
+
+def gpus(count: int) -> list[Any]:
+    """So many GPUs; skips the test where there are fewer."""
+    found = [device for device in jax.devices() if device.platform == "gpu"]
+    if len(found) < count:
+        pytest.skip(f"{count} GPUs are due, {len(found)} are here")
+    return found[:count]
+
+
+def check_on_gpus(name: str, count: int, implementation: str) -> None:
+    """Forward, backward, GQA, MQA, both private readouts; batch, and batch and heads in pieces."""
+    sizes = Sizes()
+    check(sizes, cases(sizes, implementation)[name], meshes(gpus(count)), is_kernel=True)
 
 
 @contextlib.contextmanager

@@ -4,19 +4,13 @@ import dataclasses
 import json
 from pathlib import Path
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from helpers import triton_cases
 
 from dpfa_jax.core import TileTableError
 from dpfa_jax.kernels import tile_tables
-from dpfa_jax.kernels.base import AttentionInputs, AttentionSpec, ExampleReadout
+from dpfa_jax.kernels.base import AttentionSpec, ExampleReadout
 from dpfa_jax.kernels.mosaic_gpu import tile_choice, tiles
 from dpfa_jax.kernels.mosaic_gpu.tiles import BackwardTiles, ForwardTiles, FusedTiles
-from dpfa_jax.kernels.triton import tile_choice as triton_choice
-from dpfa_jax.kernels.triton import tiles as triton_tiles
-from dpfa_jax.kernels.triton.backend import TritonBackend
 
 pytestmark = pytest.mark.quickly_compiled
 
@@ -51,12 +45,8 @@ def test_shipped_tables(file):
         backend, kernel, size, *rest = key.split("/")
         size = int(size)
         spec = AttentionSpec(1.0, is_causal=rest[0] == "causal")
-        if backend == "triton":
-            itemsize = int(rest[0].split()[0]) // 8
-            assert triton_choice.key_of(kernel, size, itemsize) == key
-            tile = triton_choice.tile_of(fields)
-            assert triton_choice.fits(kernel, tile, head_size=size, itemsize=itemsize)
-        elif kernel == "forward":
+        assert backend == "mosaic_gpu"
+        if kernel == "forward":
             is_noisy = rest[2] == "example"
             spec = dataclasses.replace(spec, readout=(NOISY if is_noisy else FULL).readout)
             keys = {"long": 2048, "short": 512}[rest[1]]
@@ -81,17 +71,11 @@ def test_a_table_decides(table):
         "mosaic_gpu/forward/64/full/long/example": {"noise_warpgroup": False},
         "mosaic_gpu/backward/128/full/long/any order": {"kernels": "two", "block_kv_dq": 128},
         "mosaic_gpu/backward/128/causal/long/same bits": {"kernels": "two", "stages": 3},
-        "triton/forward/64/16 bits": {"block_q": 128, "block_kv": 32, "warps": 8},
-        "triton/memory/64/16 bits": {"block_q": 128, "block_kv": 64},
     })  # fmt: skip
     assert tile_choice.forward_tiles(FULL, 64, 4096) == ForwardTiles(**wanted)
     assert not tile_choice.forward_tiles(NOISY, 64, 4096).noise_warpgroup
     assert tile_choice.backward_tiles(FREE, 128, 4096) == BackwardTiles(block_kv_dq=128)
     assert tile_choice.backward_tiles(CAUSAL, 128, 4096) == BackwardTiles(stages=3)
-    found = triton_choice.kernel_tiles(64, 2)
-    heuristic = triton_tiles.kernel_tiles(64, 2)
-    # The step of a memory readout is part of its sensitivity bound.
-    assert found == heuristic._replace(forward=triton_tiles.Tiles(128, 32, 8))
     assert tile_tables.in_use() == "measured on a GPU, 2026-11-28"
     # What is in no table: other sizes, lengths, masks, windows, arrays of pairs.
     for spec, size, keys, pairs in (
@@ -124,7 +108,6 @@ def test_an_unknown_device_has_the_heuristic(monkeypatch):
     monkeypatch.setattr(tile_tables, "device_kind", lambda: "NVIDIA H900")
     assert tile_choice.forward_tiles(FULL, 64, 4096) == tiles.forward_tiles(FULL, 64, 4096)
     assert tile_choice.backward_tiles(FREE, 64, 4096) == FusedTiles(heads=8)
-    assert triton_choice.kernel_tiles(128, 2) == triton_tiles.kernel_tiles(128, 2)
     assert tile_tables.in_use() == "heuristic"
 
 
@@ -134,14 +117,12 @@ def test_a_tile_that_does_not_fit_is_passed_over(table):
         "mosaic_gpu/backward/64/full/long/same bits": {"kernels": "two", "block_kv_dq": 512},
         "mosaic_gpu/backward/256/full/long/same bits": {"kernels": "two"},
         "mosaic_gpu/backward/128/causal/long/same bits": {"kernels": "two", "block_kv_dq": 256},
-        "triton/keys/256/16 bits": {"block_q": 128, "block_kv": 128},
     })  # fmt: skip
     assert tile_choice.forward_tiles(FULL, 256, 4096) == tiles.forward_tiles(FULL, 256, 4096)
     for size in (64, 256):
         chosen = tile_choice.backward_tiles(FULL, size, 4096)
         assert chosen == tiles.backward_tiles(FULL, size, 4096)
     assert tile_choice.backward_tiles(CAUSAL, 128, 4096) == tiles.backward_tiles(CAUSAL, 128, 4096)
-    assert triton_choice.kernel_tiles(256, 2) == triton_tiles.kernel_tiles(256, 2)
 
 
 @pytest.mark.parametrize(
@@ -174,26 +155,3 @@ def test_a_table_of_another_device_is_refused(monkeypatch, tmp_path):
     with pytest.raises(TileTableError, match="NVIDIA H100"):
         tile_tables.of_device.__wrapped__("NVIDIA H200")
     assert tile_tables.of_device.__wrapped__("NVIDIA H300") is None
-
-
-def test_tiles_change_no_release(table):
-    """V10: the noise alone, bit for bit; with values, to a cell of the grid. Mosaic's likewise."""
-    backend = TritonBackend(interpret=True)
-    rng = np.random.default_rng(0)
-    query, key, value = (
-        jnp.asarray(rng.standard_normal((2, 40, 2, 16)), jnp.bfloat16) for _ in range(3)
-    )
-    noise = triton_cases.noise_inputs(2)
-
-    def released(value):
-        run = triton_cases.quickly(lambda x: backend.forward(NOISY, x).output)
-        inputs = AttentionInputs(query, key, value, noise=noise)
-        return np.asarray(run(inputs), np.float32)
-
-    silent, spoken = released(jnp.zeros_like(value)), released(value)
-    table({"triton/forward/16/16 bits": {"block_q": 16, "block_kv": 32}})
-    assert triton_choice.kernel_tiles(16, 2).forward == triton_tiles.Tiles(16, 32)
-    np.testing.assert_array_equal(released(jnp.zeros_like(value)), silent)
-    again = released(value)
-    assert np.abs(again - spoken).max() <= 2.0**-5 + 2.0**-7 * np.abs(spoken).max()
-    assert np.abs(silent).min() < 1 < np.abs(silent - spoken).sum()

@@ -62,14 +62,12 @@ def _keep_rows(x: Float[Array, "B T N H"], lengths: jax.Array | None) -> Float[A
     return jnp.where(is_row[:, :, None, None], x, 0)
 
 
-def _keep_keys(x: Float[Array, "B S K H"], inputs: AttentionInputs) -> Float[Array, "B S K H"]:
-    """As `_keep_rows`, for keys past their length or shown by the mask to no row of no head."""
-    if inputs.mask is None:
-        return _keep_rows(x, inputs.key_lengths)
-    by_key = inputs._replace(mask=inputs.mask.any(axis=(1, 2), keepdims=True))
-    is_key = masks.visible_keys(by_key)
-    assert is_key is not None
-    return jnp.where(is_key[:, :, None, None], x, 0)
+def _keep_keys(
+    x: Float[Array, "B S K H"], spec: AttentionSpec, inputs: AttentionInputs
+) -> Float[Array, "B S K H"]:
+    """As `_keep_rows`, for keys that no row sees."""
+    is_key = masks.shown_keys(spec, inputs)
+    return x if is_key is None else jnp.where(is_key[:, :, None, None], x, 0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +122,7 @@ class MosaicGpuBackend:
         arrays = ForwardArrays(
             inputs.query,
             inputs.key,
-            _keep_keys(inputs.value, inputs),
+            _keep_keys(inputs.value, spec, inputs),
             inputs.query_lengths,
             inputs.key_lengths,
             mask=inputs.mask,
@@ -196,7 +194,7 @@ class MosaicGpuBackend:
         else:  # they may leave a row no key
             is_empty = jnp.isneginf(outputs.lse)[..., None]
             query, cotangent = (jnp.where(is_empty, jnp.zeros((), x.dtype), x) for x in rows)
-        key, value = (_keep_keys(x, inputs) for x in (inputs.key, inputs.value))
+        key, value = (_keep_keys(x, spec, inputs) for x in (inputs.key, inputs.value))
         delta = jnp.einsum(
             "btnh,btnh->btn", answer.astype(jnp.float32), cotangent.astype(jnp.float32)
         )

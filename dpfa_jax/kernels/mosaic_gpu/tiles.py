@@ -162,7 +162,7 @@ class FusedTiles:
         programs of one head at a time, which wait less for each other and share fewer loads.
     """
 
-    heads: int = 16
+    heads: int
 
 
 # Tiles of queries and cotangents in flight in the one kernel.

@@ -126,7 +126,7 @@ def test_warps_and_places_of_dq():
 @pytest.mark.slow
 def test_sharded_and_mapped_gradients_lower(deterministic, monkeypatch):
     """The mutable sum of dQ, and its counters, are no obstacle to shard_map and vmap."""
-    monkeypatch.setattr(backend, "backward_tiles", lambda *_, **__: FusedTiles())
+    monkeypatch.setattr(backend, "backward_tiles", lambda *_, **__: FusedTiles(heads=16))
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     split = PartitionSpec("data")
     spec = AttentionSpec(0.1, deterministic=deterministic)
@@ -153,7 +153,7 @@ def test_no_effect_reaches_the_partitioner():
     wide, rows = struct((1, 64, 1, 64), jnp.bfloat16), struct((1, 1, 64), jnp.float32)
 
     def gradients(*arrays):
-        return attention_backward(AttentionSpec(0.1), *arrays, None, FusedTiles())
+        return attention_backward(AttentionSpec(0.1), *arrays, None, FusedTiles(heads=16))
 
     assert not jax.make_jaxpr(gradients)(*[wide] * 4, rows, rows).effects
 

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import attention_oracle as oracle
+from helpers import hidden_bytes
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from dpfa_jax.kernels import epilogue, pieces
@@ -216,3 +217,19 @@ def test_vmap_folds_into_the_batch():
     mapped = jax.vmap(jax.vmap(lambda x: folding(x, shared)[0]))(x)
     assert np.array_equal(np.asarray(mapped), np.asarray(x + shared))
     assert ((24, 5), (24, 5)) in seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["causality", "window", "mask of pairs"])
+def test_keys_that_no_row_sees_hold_any_bytes(name):
+    is_masked = name.startswith("mask")
+    hidden_bytes.check(BACKEND, name, jnp.nan, dtype=jnp.bfloat16, has_bias=is_masked)
+
+
+@pytest.mark.parametrize("name", hidden_bytes.CASES)
+def test_hidden_values_are_zero_before_the_kernel(name):
+    """V6: what the simulator shows above, without it; 0 * NaN would reach rows of the same tile."""
+    options, arrays = hidden_bytes.CASES[name]
+    values = jnp.zeros((1, hidden_bytes.KEYS, 1, 8)).at[:, hidden_bytes.HIDDEN].set(jnp.nan)
+    inputs = AttentionInputs(jnp.zeros((1, hidden_bytes.ROWS, 2, 8)), values, values, **arrays)
+    assert not backend._keep_keys(values, AttentionSpec(1.0, **options), inputs).any()

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from helpers import attention_oracle as oracle
-from helpers import padding_cases, triton_cases
+from helpers import hidden_bytes, padding_cases, triton_cases
 from jax.sharding import Mesh, PartitionSpec
 
 from dpfa_jax.attention import core
@@ -292,3 +292,9 @@ def test_sensitivity_of_the_kernels_own_output(dtype):
     """
     found, delta = triton_cases.masked_change(BACKEND, dtype, keys=4096, bound=0.3)
     assert 0.9 * delta <= found <= (1 + 1e-3) * delta, found / delta
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", hidden_bytes.CASES)
+def test_keys_that_no_row_sees_hold_any_bytes(name):
+    hidden_bytes.check(BACKEND, name, jnp.nan, dtype=jnp.bfloat16, has_bias=True)

@@ -1,7 +1,7 @@
 """V10 on eight devices, the kernels as plain JAX: the same numbers, and no gather under jit."""
 
 import pytest
-from helpers import forced_devices
+from helpers import forced_devices, several_devices
 
 PROGRAM = """
 import sys
@@ -87,3 +87,12 @@ def test_eight_devices(part):
     Explicit axes are in test_lowering.py: the interpreter knows nothing of varying axes.
     """
     assert forced_devices.printed(8, "-c", PROGRAM, part) == "passed"
+
+
+@pytest.mark.gpu
+# A kernel that an earlier test has traced is lowered anew, under this test's own filters.
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend:DeprecationWarning")
+@pytest.mark.parametrize("count", [2, 4])
+@pytest.mark.parametrize("name", several_devices.CALLS)
+def test_calls_on_gpus(name, count):
+    several_devices.check_on_gpus(name, count, "triton")
