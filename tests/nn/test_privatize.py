@@ -9,6 +9,8 @@ from flax import linen, nnx
 from dpfa_jax import nn
 from dpfa_jax.core import ArgumentError, CoverageError
 
+pytestmark = pytest.mark.quickly_compiled
+
 BATCH = {"x": np.arange(12, dtype=np.float32).reshape(3, 4) / 10}
 
 

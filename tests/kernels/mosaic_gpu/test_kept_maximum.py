@@ -28,7 +28,7 @@ def kept_from_the_first_step(monkeypatch):
 
 @functools.cache
 def compiled(is_causal, tile, softmax_of=None, kept=softmax.KEPT):
-    """One program for all numbers of a shape; the last two are what is patched where it is traced."""
+    """One program for all numbers of a shape; the last two name what is patched as it is traced."""
     del softmax_of, kept
     return jax.jit(
         functools.partial(
