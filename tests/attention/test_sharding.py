@@ -1,5 +1,6 @@
 """V10 on eight devices: the same numbers, and no gather, under jit and under shard_map."""
 
+import pytest
 from helpers import forced_devices
 
 SETUP = """
@@ -51,17 +52,16 @@ calls = ((plain, (x,), ()), (plain, (one_head,), ()), (memory, (x, silent), (key
 steps = {memory: max(records.grids), whole_example: max(release.grids)}
 steps[private] = steps[whole_example]
 from helpers import several_devices
-for block in (contextlib.nullcontext(), several_devices.small_blocks()):
-    with block:
-        for f, given, extra in calls:
-            placed = [[several_devices.split(explicit, a) for a in whole] for whole in given]
-            compiled = jax.jit(f).lower(*placed[0], *extra).compile()
-            assert "all-gather" not in compiled.as_text(), f
-            for whole, pieces in zip(given, placed):
-                found, expected = compiled(*pieces, *extra), jax.jit(f)(*whole, *extra)
-                close = 0 if whole is silent else steps.get(f, 1e-6)
-                for mine, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
-                    np.testing.assert_allclose(mine, theirs, atol=close, rtol=0)
+with BLOCKS:
+    for f, given, extra in calls:
+        placed = [[several_devices.split(explicit, a) for a in whole] for whole in given]
+        compiled = jax.jit(f).lower(*placed[0], *extra).compile()
+        assert "all-gather" not in compiled.as_text(), f
+        for whole, pieces in zip(given, placed):
+            found, expected = compiled(*pieces, *extra), jax.jit(f)(*whole, *extra)
+            close = 0 if whole is silent else steps.get(f, 1e-6)
+            for mine, theirs in zip(*map(jax.tree.leaves, (found, expected)), strict=True):
+                np.testing.assert_allclose(mine, theirs, atol=close, rtol=0)
 print("passed")
 """
 
@@ -134,9 +134,18 @@ except ArgumentError:
 """
 
 
-def test_no_gather_under_jit():
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        "several_devices.small_blocks()",
+        # One block has the mesh beside the types in the quick suite.
+        pytest.param("contextlib.nullcontext()", marks=pytest.mark.slow),
+    ],
+)
+def test_no_gather_under_jit(blocks):
     """Over batch and heads, with the mesh beside the types and in them."""
-    assert forced_devices.printed(8, "-c", SETUP + JIT) == "passed"
+    program = SETUP + JIT.replace("BLOCKS", blocks)
+    assert forced_devices.printed(8, "-c", program) == "passed"
 
 
 def test_named_axes_under_shard_map():

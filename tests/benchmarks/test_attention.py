@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.quickly_compiled
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 SCRIPT = FOLDER / "attention.py"
 

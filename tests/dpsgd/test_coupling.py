@@ -15,6 +15,8 @@ from dpfa_jax.core import CoverageError
 from dpfa_jax.dpsgd.coverage import coverage
 from dpfa_jax.kernels import pieces
 
+pytestmark = pytest.mark.quickly_compiled
+
 PARAMS = {"w": jnp.ones((3,))}
 BATCH = {"x": jnp.ones((4, 3))}
 

@@ -1,6 +1,7 @@
 """The plan refuses what contradicts itself, and keeps its budget (V18, V23)."""
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +9,11 @@ import optax
 import pytest
 from helpers.dpsgd_cases import batch_of, loss_fn, params_of, plan_of
 
-from dpfa_jax import dpsgd
+from dpfa_jax import accounting, dpsgd
 from dpfa_jax.core import ArgumentError, BudgetExceededError, CoverageError, KeyReuseError
 from dpfa_jax.noise.keys import insecure_test_key, new_noise_key
+
+pytestmark = pytest.mark.quickly_compiled
 
 GROUPS = (("bias", "head"), ("kernel",))
 
@@ -151,10 +154,12 @@ def test_the_calibrated_plan_keeps_its_budget():
         *(pytest.param(*x, marks=pytest.mark.slow) for x in ((0.1, 2), (1e-9, 1), (10.0, 108))),
     ],
 )
-def test_epochs_stand_for_steps(epochs, steps):
+def test_epochs_stand_for_steps(epochs, steps, monkeypatch):
     """ceil(epochs * dataset_size / expected_batch_size), and never a step more by rounding."""
     numbers = {"epsilon": 3.0, "delta": 1e-5, "dataset_size": 5485, "expected_batch_size": 512}
     rest = {"l2_clip_norm": 1.0, "num_parameters": 9}
+    # The same question takes its seconds once.
+    monkeypatch.setattr(accounting, "calibrate", functools.cache(accounting.calibrate))
     plan = dpsgd.DPSGDPlan.calibrated(epochs=epochs, **numbers, **rest)
     assert plan.steps == steps and plan.epsilon <= 3.0
     assert plan == dpsgd.DPSGDPlan.calibrated(steps=steps, **numbers, **rest)

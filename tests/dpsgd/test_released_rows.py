@@ -24,6 +24,8 @@ from dpfa_jax.kernels import gradient_products, released_rows
 from dpfa_jax.noise import bind, fields, grid, insecure_test_key, key_words, new_noise_key
 from dpfa_jax.release import AdaptiveClipping
 
+pytestmark = pytest.mark.quickly_compiled
+
 ROWS, TOKENS = 16, 6
 SHAPES = {"a": (8, 12), "b": (12, 2, 4), "table": (5, 8)}  # b: heads, as of attention
 LEAVES = len(SHAPES)

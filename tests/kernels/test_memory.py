@@ -1,5 +1,6 @@
 """A private memory's sums: sensitivity of the kernel's own output, hidden bytes, odd logits."""
 
+import functools
 import itertools
 
 import jax
@@ -53,11 +54,18 @@ def exact(two):
     return np.asarray(two.high, np.float64) + np.asarray(two.low, np.float64)
 
 
+@functools.cache
+def sums_by(spec):
+    return jax.jit(functools.partial(memory_loop.sums, spec, spec.readout))
+
+
+ratio = jax.jit(epilogue.ratio)
+
+
 def change_of(form, one, other, spec):
-    sums = jax.jit(lambda x: memory_loop.sums(spec, spec.readout, x))
-    pair = [sums(one), sums(other)]
+    pair = [sums_by(spec)(x) for x in (one, other)]
     if form == "ratio":
-        pair = [jax.jit(epilogue.ratio)(x) for x in pair]
+        pair = [ratio(x) for x in pair]
     return np.linalg.norm(exact(pair[0]) - exact(pair[1]))
 
 
@@ -117,9 +125,9 @@ def test_float32_accumulation_would_not_do(form):
     spec = AttentionSpec(1.0, readout=readout(form, bound))
 
     def plain(x):
-        sums = memory_loop.sums(spec, spec.readout, x)
+        sums = sums_by(spec)(x)
         if form == "ratio":
-            sums = epilogue.ratio(sums)
+            sums = ratio(sums)
         return np.asarray(sums.high, np.float64)
 
     two_float = change_of(form, one, other, spec)
@@ -135,8 +143,8 @@ def test_sums_agree_with_float64_and_with_the_reference():
     query = jnp.asarray(rng.standard_normal((1, 300, 1, SIZE)), jnp.float32)
     inputs = one._replace(query=query)
     spec = AttentionSpec(1.0, readout=readout("sum", 1.0))
-    sums = exact(memory_loop.sums(spec, spec.readout, inputs))
-    whole = exact(reference.memory_sums(spec, spec.readout, inputs))
+    sums = exact(sums_by(spec)(inputs))
+    whole = exact(jax.jit(functools.partial(reference.memory_sums, spec, spec.readout))(inputs))
     np.testing.assert_allclose(sums, whole, atol=1e-4)
     q, k, v = (np.asarray(x, np.float64)[0, :, 0] for x in inputs[:3])
     logits = jnp.asarray(q @ k.T, jnp.float32)[None, None, None]
@@ -157,7 +165,7 @@ def test_hidden_slots_hold_any_bytes(keys, dtype):
     base = AttentionInputs(draw(1, 300, 2, SIZE), draw(1, keys, 1, SIZE), draw(1, keys, 1, SIZE))
     base = base._replace(mask=~hidden[None, None, None])
     spec = AttentionSpec(0.3, readout=readout("sum", 1.0))
-    sums = jax.jit(lambda x: memory_loop.sums(spec, spec.readout, x))
+    sums = sums_by(spec)
     first = sums(base)
     for filler in (0.0, 1e30, jnp.inf, jnp.nan):
         put = lambda x: jnp.where(hidden[None, :, None, None], filler, x).astype(dtype)  # noqa: B023, E731
@@ -177,7 +185,7 @@ def test_odd_logits_are_clamped(form, odd):
         least = np.exp(-1.0) if form == "ratio" else 0.0
         assert (least <= e).all() and (e <= 1).all()
     inputs = AttentionInputs(*(jnp.full((1, 4, 1, SIZE), odd, jnp.float32) for _ in range(3)))
-    sums = memory_loop.sums(AttentionSpec(1.0, readout=readout_), readout_, inputs)
+    sums = sums_by(AttentionSpec(1.0, readout=readout_))(inputs)
     assert np.isfinite(exact(sums)).all()
 
 
@@ -219,7 +227,7 @@ def test_no_keys_no_queries():
     for rows, keys in ((3, 0), (0, 3)):
         shapes = ((1, rows, 2, SIZE), (1, keys, 1, SIZE), (1, keys, 1, SIZE))
         inputs = AttentionInputs(*(jnp.ones(s) for s in shapes))
-        sums = jax.jit(lambda x: memory_loop.sums(spec, spec.readout, x))(inputs)
+        sums = sums_by(spec)(inputs)
         assert sums.high.shape == (1, rows, 2, SIZE + 1)
         assert not np.any(sums.high)
         output = jax.jit(lambda x: softmax_loop.forward(spec, x)[0])(inputs)

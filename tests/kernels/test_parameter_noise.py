@@ -35,10 +35,15 @@ def test_the_field_continues_a_radius(monkeypatch):
     """V9: XLA's field too: with this key pair 479 has first word 0."""
     words = jnp.asarray([7, 3158553], jnp.uint32)
     monkeypatch.setattr(fields.counters, "bind_parameter", lambda *_: words)
-    noise = np.asarray(fields.parameter_noise(KEY, 0, (960,)))
-    drawn = [threefry2x32(*words, jnp.uint32(high), jnp.uint32(479)) for high in (0, 1)]
-    assert int(drawn[0][0]) == 0
-    exact = np.ravel(normal_pair(*drawn[0], drawn[1][0]))
+
+    @jax.jit
+    def field_and_pair():
+        drawn = [threefry2x32(*words, jnp.uint32(high), jnp.uint32(479)) for high in (0, 1)]
+        pair = normal_pair(*drawn[0], drawn[1][0])
+        return fields.parameter_noise(KEY, 0, (960,)), drawn[0][0], jnp.stack(pair)
+
+    noise, first_word, exact = map(np.asarray, field_and_pair())
+    assert first_word == 0
     np.testing.assert_allclose(noise[958:], exact, rtol=1e-6)
     assert np.hypot(*noise[958:]) > 6.6
 

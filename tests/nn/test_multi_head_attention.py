@@ -1,5 +1,7 @@
 """The drop-in layer, its release, and the adapter that serves nnx and linen."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -134,7 +136,9 @@ def test_stacks_couple_no_examples(stack):
 def test_the_decoder_sees_no_later_position_and_the_encoder_does():
     x = inputs(1, 5, 16)
     changed = x.at[0, 4].set(3.0)
-    decoder = Decoder(16, 4, 32, 1, rngs=nnx.Rngs(0))
-    encoder = Encoder(16, 4, 32, 1, rngs=nnx.Rngs(0))
+    decoder, encoder = (
+        functools.partial(nnx.jit(stack.__call__), stack(16, 4, 32, 1, rngs=nnx.Rngs(0)))
+        for stack in (Decoder, Encoder)
+    )
     np.testing.assert_array_equal(decoder(x)[0, :4], decoder(changed)[0, :4])
     assert (encoder(x)[0, :4] != encoder(changed)[0, :4]).any()

@@ -13,6 +13,8 @@ from helpers.clipping_oracle import clipped_sum
 from dpfa_jax import dpsgd, nn
 from dpfa_jax.core import ArgumentError, CoverageError
 
+pytestmark = pytest.mark.quickly_compiled
+
 BATCH = {"x": np.arange(12, dtype=np.float32).reshape(3, 4) / 10}
 
 

@@ -8,6 +8,8 @@ from dpfa_jax.core import ArgumentError
 from dpfa_jax.noise import attention_counter, bind, insecure_test_key, key_words
 from dpfa_jax.noise.counters import bind_parameter, check_attention_ranges
 
+pytestmark = pytest.mark.quickly_compiled
+
 LIMITS = {"batch": 2**20, "head": 2**12, "row": 2**23, "pair": 2**9}
 
 

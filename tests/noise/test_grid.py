@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,6 +66,12 @@ def _is_shifted_noise(y):
     )
 
 
+@functools.cache
+def _noise():
+    draw = jax.jit(parameter_noise, static_argnums=(1, 2))
+    return np.asarray(draw(insecure_test_key(3), 0, (40_000, COLUMNS)), np.float32)
+
+
 def _gain(is_snapped):
     """How much knowing float32 adds to the advantage of the Gaussian optimum, on the same answers.
 
@@ -72,7 +80,7 @@ def _gain(is_snapped):
     have given y, the attacker knows; else the Gaussian threshold decides. Half of the answers tell
     whether knowing so much helps, the other half is attacked.
     """
-    z = np.asarray(parameter_noise(insecure_test_key(3), 0, (40_000, COLUMNS)), np.float32)
+    z = _noise()
     secret = np.random.default_rng(4).integers(0, 2, len(z))
     y = STDDEV * z + np.where(secret == 1, SHIFT, np.float32(0))[:, None]
     if is_snapped:

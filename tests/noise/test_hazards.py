@@ -7,6 +7,8 @@ from dpfa_jax.core import KeyReuseError
 from dpfa_jax.noise import guard, insecure_test_key, new_noise_key
 from dpfa_jax.noise.hazards import require_offsets_under_manual_mesh
 
+pytestmark = pytest.mark.quickly_compiled
+
 X, BATCH = jnp.ones(4), jnp.ones((3, 4))
 
 

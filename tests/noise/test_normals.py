@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,9 +17,13 @@ from dpfa_jax.noise import insecure_test_key, normal_pair, parameter_noise
 
 DRAWS = 200_000
 
+_leaf = jax.jit(parameter_noise, static_argnums=(1, 2))
+_pair = jax.jit(normal_pair)
 
+
+@functools.cache
 def _noise(size, seed=1):
-    return np.asarray(parameter_noise(insecure_test_key(seed), 0, (size,)), np.float64)
+    return np.asarray(_leaf(insecure_test_key(seed), 0, (size,)), np.float64)
 
 
 def _words(n, k):
@@ -61,10 +67,10 @@ def test_wrong_scale_would_be_caught():
 
 def test_declared_tail_is_the_largest_draw():
     """V9: the extreme word gives `BOX_MULLER_TAIL` and the tail exceeds what D = 1e6 can tell."""
-    largest = np.abs(np.asarray(normal_pair(*_words([0, 0], [2**23, 2**23 - 1]))[0])).max()
+    largest = np.abs(np.asarray(_pair(*_words([0, 0], [2**23, 2**23 - 1]))[0])).max()
     assert largest == pytest.approx(BOX_MULLER_TAIL, rel=2e-7)
     n = np.concatenate([np.arange(1000), 2**40 - 1 - np.arange(1000)])
-    every = np.abs(np.asarray(normal_pair(*_words(n, np.full_like(n, 2**23)))[0]))
+    every = np.abs(np.asarray(_pair(*_words(n, np.full_like(n, 2**23)))[0]))
     assert every.max() <= BOX_MULLER_TAIL * (1 + 2e-7)
     assert THREEFRY.tail == BOX_MULLER_TAIL
     assert 2e6 * special.ndtr(-THREEFRY.tail) < 1e-6
@@ -78,13 +84,13 @@ def test_third_word_continues_the_radius_and_changes_nothing_else():
     fine = fine.astype(np.int64)
     more = jnp.asarray((fine << 8 | 255).astype(np.uint32))  # its low 8 bits are not used
     k = np.full_like(n, 2**23)
-    z0, z1 = (np.asarray(z, np.float64) for z in normal_pair(*_words(n, k), more))
+    z0, z1 = (np.asarray(z, np.float64) for z in _pair(*_words(n, k), more))
     radius = np.sqrt(-2 * np.log((n + (fine + 0.5) * 2.0**-24) * 2.0**-40))
     assert np.abs(np.hypot(z0, z1) / radius - 1).max() < 4e-7
     assert np.abs(z0).max() == pytest.approx(LONG_TAIL, rel=4e-7)
     assert THREEFRY_LONG.tail == LONG_TAIL > 9.4
     words = _words(rng.integers(256, 2**40, 5000), rng.integers(0, 2**24, 5000))
-    for z, short in zip(normal_pair(*words, more), normal_pair(*words), strict=True):
+    for z, short in zip(_pair(*words, more), _pair(*words), strict=True):
         assert np.array_equal(np.asarray(z), np.asarray(short))
 
 
@@ -108,7 +114,7 @@ def test_both_ends_of_the_radius_are_accurate():
     n = np.concatenate([[0], n, 2**40 - 1 - n])
     k = rng.integers(0, 2**24, len(n))
     radius, cosine, sine = _exact(n, k)
-    z0, z1 = (np.asarray(z, np.float64) for z in normal_pair(*_words(n, k)))
+    z0, z1 = (np.asarray(z, np.float64) for z in _pair(*_words(n, k)))
     assert (np.abs(z0 - cosine) / radius).max() < 5e-7
     assert (np.abs(z1 - sine) / radius).max() < 5e-7
     assert np.abs(np.hypot(z0, z1) / radius - 1).max() < 4e-7

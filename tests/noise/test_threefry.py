@@ -1,10 +1,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax.experimental import pallas as pl
 from jax.extend.random import threefry2x32_p
 
 from dpfa_jax.noise import insecure_test_key, key_words, threefry2x32
+
+pytestmark = pytest.mark.quickly_compiled
 
 WORDS = key_words(insecure_test_key(2024))
 

@@ -7,9 +7,11 @@ import math
 import shutil
 import signal
 
+import jax
 import numpy as np
 import pytest
 from helpers.tiny_run import PARAMETERS, tiny_config, write_csv
+from jax.experimental.compilation_cache import compilation_cache
 
 import dpfa_jax.train.loop as loop
 from dpfa_jax.accounting import Budget, Entry, Ledger, LedgerFile, epsilon
@@ -23,6 +25,23 @@ from dpfa_jax.train.run_folder import RunFolder
 from dpfa_jax.train.run_ledger import create_run_ledger, open_run_ledger
 
 pytestmark = pytest.mark.quickly_compiled
+
+
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_earlier_runs(tmp_path_factory):
+    """Each run builds its step anew; the same program is compiled once."""
+    options = {
+        "jax_compilation_cache_dir": str(tmp_path_factory.mktemp("programs")),
+        "jax_persistent_cache_min_compile_time_secs": 0.5,
+        "jax_persistent_cache_min_entry_size_bytes": -1,
+    }
+    before = {name: jax.config.values[name] for name in options}
+    for values in (options, before):
+        for name, value in values.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+        if values is options:
+            yield
 
 
 @pytest.fixture(scope="module")

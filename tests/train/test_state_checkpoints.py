@@ -1,5 +1,6 @@
 """A loop of one's own, cut off and resumed: no charge is lost, no key comes back (V20)."""
 
+import functools
 import inspect
 import itertools
 import textwrap
@@ -20,9 +21,15 @@ from dpfa_jax.train.checkpoints import Checkpoints
 pytestmark = pytest.mark.quickly_compiled
 
 
-def parts(**changes):
+@functools.cache
+def built(**changes):
+    """A plan and its step, which is compiled once."""
     plan = plan_of(steps=6, insecure_test_noise=False, **changes)
-    dp = dpsgd.make_dp_step(loss_fn, optax.adam(0.1), plan)
+    return plan, dpsgd.make_dp_step(loss_fn, optax.adam(0.1), plan)
+
+
+def parts(**changes):
+    plan, dp = built(**changes)
     return plan, dp, dp.init(params_of())
 
 

@@ -44,12 +44,15 @@ def noise_arrays(noise, readout):
     return release_pass.NoiseArrays(*noise, stddevs, grids, ones)
 
 
+_field = jax.jit(attention_noise, static_argnames=("heads", "rows", "columns"))
+
+
 def cells_away(readout, found, answer, noise):
     """Grid cells between what was released and clip, noise and grid in float64 of the field."""
     found, answer = (np.asarray(x, np.float64) for x in (found, answer))
     stddevs, grids = (np.asarray(x)[:, None] for x in (readout.noise_stddevs, readout.grids))
     drawn = stddevs * np.asarray(
-        attention_noise(
+        _field(
             *noise, heads=found.shape[2], row_start=0, rows=found.shape[1], columns=found.shape[3]
         ),
         np.float64,

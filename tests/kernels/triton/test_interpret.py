@@ -3,6 +3,7 @@
 What only a GPU shows (layouts, approximate functions, tensor cores) is in test_gpu.py.
 """
 
+import functools
 import itertools
 
 import jax
@@ -133,6 +134,7 @@ def inputs_of(dtype, size=40, heads=4):
     )
 
 
+@functools.cache
 def output_of(backend, spec):
     return triton_cases.quickly(lambda inputs: backend.forward(spec, inputs).output)
 
