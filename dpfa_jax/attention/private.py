@@ -112,7 +112,12 @@ def dp_attention(
     witnesses = [x for x in jax.tree.leaves(inputs) if x is not None]
     drawn = tuple(part.drawn for part in place)
     noise_key = guard(
-        noise_key, *witnesses, uses=(release_id, layer), spans=drawn, promise=release.record()
+        noise_key,
+        *witnesses,
+        uses=(release_id, layer),
+        spans=drawn,
+        names=("release_id", "layer", "batch_start", "head_start"),
+        promise=release.record(),
     )
     inputs = inputs._replace(
         noise=_noise_inputs(noise_key, release_id, layer, place, inputs.query.shape[0])
