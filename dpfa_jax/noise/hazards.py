@@ -111,8 +111,8 @@ def require_offsets_under_manual_mesh(
 
     Errors: ArgumentError for a name that is no manual mesh axis here, or an axis along which all
     shards hold the same data, which each would answer. KeyReuseError under a manual mesh axis
-      - for an offset that was not given;
-      - for a number that may differ between shards: any traced one without `check_vma`;
+      - for an offset that was not given, unless the key differs wherever the data do;
+      - for a number that may differ between shards of one key: any traced one without `check_vma`;
       - where a witness may differ over a mesh axis over which neither the key does nor an offset
         is named. Without `check_vma` no type tells: each manual axis is due.
     """
@@ -126,22 +126,24 @@ def require_offsets_under_manual_mesh(
     if not manual:
         return
     has_types = bool(varying_axes(jax.lax.axis_index(min(manual))))
+    own, differing = frozenset[object](), manual
+    if has_types:
+        own = _differs_over(noise_key)
+        differing = manual & varying_axes(*jax.tree.leaves(witnesses))
     for name, offset in offsets.items():
-        if offset is None:
+        if offset is None and differing - own:
             raise KeyReuseError(
-                f"{name} is missing inside shard_map over {sorted(manual)}: every shard would "
-                f"count from 0 and draw the same noise. {_NAME_THE_AXIS}"
+                f"{name} is missing inside shard_map or pmap over {sorted(manual)}: every shard "
+                f"would count from 0 and draw the same noise. {_NAME_THE_AXIS}"
             )
-        if isinstance(offset, jax.core.Tracer) and (not has_types or varying_axes(offset) & manual):
+        if isinstance(offset, jax.core.Tracer) and (
+            not has_types or varying_axes(offset) & manual - own
+        ):
             raise KeyReuseError(
                 f"{name} is computed inside shard_map over {sorted(manual)}: whether shards "
                 f"overlap, and draw the same noise, cannot be seen. {_NAME_THE_AXIS}"
             )
-    differing = manual
-    if has_types:
-        leaves = jax.tree.leaves(witnesses)
-        differing = manual & frozenset().union(*(varying_axes(leaf) for leaf in leaves))
-    repeated = differing - varying_axes(noise_key) - set(named)
+    repeated = differing - own - set(named)
     if repeated:
         raise KeyReuseError(
             f"the data may differ over mesh axes {sorted(repeated)}, but neither noise_key nor "
@@ -158,8 +160,15 @@ def require_offsets_under_manual_mesh(
 
 _NAME_THE_AXIS = (
     'Pass the mesh axis along which the batch, or the heads, are cut: batch_start="data"; 0 for '
-    "what is whole on each shard. Or pass one key a shard."
+    "what is whole on each shard. Or pass different keys, charge(ledger, release, count=shards), "
+    "cut along that axis by jax.shard_map; pmap and check_vma=False hide that they differ."
 )
+
+
+def _differs_over(noise_key: object) -> frozenset[object]:
+    """Mesh axes over which a key differs: its type says so, and it is not only marked as such."""
+    program = _program_of(noise_key)
+    return varying_axes(noise_key) & program.origin(noise_key).varies if program else frozenset()
 
 
 def mesh_axes(offset: object) -> tuple[str, ...] | None:
@@ -177,8 +186,8 @@ def _register(noise_key: Any, numbers: list[Array | np.ndarray], sizes: list[int
     words = np.asarray(jax.random.key_data(noise_key)).reshape(-1, 2)
     if any(np.size(number) not in (1, len(words)) for number in numbers):
         raise KeyReuseError(
-            "one noise key serves several (release_id, layer) at once under vmap. Map the key too, "
-            "with in_axes=0: charge(ledger, release, count=size) pays for and gives that many."
+            "one noise key serves several (release_id, layer) at once under vmap. Map over different "
+            "keys too: charge(ledger, release, count=size) pays for and gives that many."
         )
     columns = [np.broadcast_to(np.ravel(number), len(words)).tolist() for number in numbers]
     plain = len(numbers) - len(sizes)

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from dpfa_jax.noise import origins, reuse
 from dpfa_jax.noise.keys import is_key_array
+from dpfa_jax.noise.varying import varying_axes
 
 # Transformations that do not stage a program: tracers of theirs wrap a value of the same scope.
 _WRAPPED_IN = {"BatchTracer": "val", "JVPTracer": "primal", "LinearizeTracer": "primal"}
@@ -72,7 +73,7 @@ class Program:
         frame = getattr(tracer._trace, "frame", None)
         if hasattr(tracer, "parent") and frame is not None and held in frame.constvar_to_val:
             return self._constant(frame.constvar_to_val[held])
-        return origins.Value(self._reader.values.fresh())
+        return origins.Value(self._reader.values.fresh(), varying_axes(tracer))
 
     def _constant(self, value: object) -> origins.Value:
         if is_key_array(value):

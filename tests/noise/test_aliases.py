@@ -254,7 +254,7 @@ def test_uses_in_loops(name):
     if is_fine:
         check_no_reuse(program)(insecure_test_key(0))
     else:
-        with pytest.raises(KeyReuseError, match="iterations of a loop|two answers"):
+        with pytest.raises(KeyReuseError, match=r"iterations of a loop|two answers"):
             check_no_reuse(program)(insecure_test_key(0))
 
 
