@@ -38,6 +38,7 @@ def guard(
     spans: tuple[tuple[int | Array | np.ndarray, int], ...] = (),
     names: tuple[str, ...] = (),
     promise: Hashable = None,
+    is_answer: bool = True,
 ) -> Key[Array, "..."]:
     """`noise_key`, once it is sure that this use of it is not a repeated one.
 
@@ -50,18 +51,22 @@ def guard(
       names: what to call `uses` and starts in errors.
       promise: the record of the release that is answered; None where a caller has asked already.
 
+      is_answer: False where a function within, traced apart, guards the key for the answer itself.
+
     Errors: ArgumentError where an eager key of `charge` was charged for another promise.
     KeyReuseError
       - under vmap, where a witness has the mapped axis and the key has not;
       - where the key is closed over by jit, scan, while, cond, checkpoint or shard_map, or made
         inside from what is: only as an argument is it new in each call (or derive one inside from
         an argument: `jax.random.fold_in(key, step)`). Test keys may be made inside;
-      - at a second use of the same (key, uses) whose spans overlap those of the first: eager ones
-        in this process, staged ones in one traced program. Test keys are exempt.
+      - where the keys of a vmap repeat one, as far as the traced function shows it;
+      - at a second use of the same (key, uses) whose spans overlap those of the first, or, traced,
+        may do so: eager ones in this process, staged ones in one traced function. Test keys are
+        exempt.
 
-    Not seen from inside: a compiled function that is called twice with one key, a key that a loop
-    carries unchanged or picks twice from an array (`check_no_reuse` finds some of these in one
-    program). Take keys from `charge`, which gives each once.
+    Not seen from inside: a function, or a loop's body, that is traced apart and gets one key twice
+    (`check_no_reuse` finds this in one program); keys picked from an array, or folded, by computed
+    numbers that turn out equal. Take keys from `charge`, which gives each once.
     """
     generator = generator_of(noise_key)
     if tracing.scope_of_value(noise_key) is not tracing.scope_of_trace(find_top_trace(())):
@@ -90,7 +95,7 @@ def guard(
     # As many axes as the key has, so that vmap can keep them in line with it.
     operands = [_with_axes(jax.numpy.asarray(use, np.uint32), noise_key.ndim) for use in uses]
     operands += [jax.lax.stop_gradient(w) for leaf in witnesses for w in jax.tree.leaves(leaf)]
-    return guard_p.bind(noise_key, *operands, sizes=sizes, names=names)
+    return guard_p.bind(noise_key, *operands, sizes=sizes, names=names, is_answer=is_answer)
 
 
 def require_offsets_under_manual_mesh(
@@ -186,8 +191,8 @@ def _register(noise_key: Any, numbers: list[Array | np.ndarray], sizes: list[int
     words = np.asarray(jax.random.key_data(noise_key)).reshape(-1, 2)
     if any(np.size(number) not in (1, len(words)) for number in numbers):
         raise KeyReuseError(
-            "one noise key serves several (release_id, layer) at once under vmap. Map over different "
-            "keys too: charge(ledger, release, count=size) pays for and gives that many."
+            "one noise key serves several (release_id, layer) at once under vmap. Map over "
+            "different keys too: charge(ledger, release, count=size) pays for and gives that many."
         )
     columns = [np.broadcast_to(np.ravel(number), len(words)).tolist() for number in numbers]
     plain = len(numbers) - len(sizes)

@@ -103,6 +103,8 @@ class Origins:
     def derive(self, equation: Any, operands: list[Value]) -> list[Value]:
         """The values of an equation without a body."""
         name, params = equation.primitive.name, equation.params
+        if not equation.outvars:
+            return []
         shapes = [_shape(atom) for atom in equation.invars]
         repeats = _repeats(name, params, operands, shapes, _shape(equation.outvars[0]))
         if name in _IDENTITIES and len(equation.outvars) <= len(operands):

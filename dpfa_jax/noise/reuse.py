@@ -179,7 +179,7 @@ class Reader:
             )
         shapes = [getattr(atom.aval, "shape", ()) for atom in equation.invars]
         require_distinct(use, shapes[: 1 + len(use.numbers)])
-        if counts:
+        if counts and params["is_answer"]:
             require_different(self.values, use, self._used, params["names"])
             self._used.append(use)
 

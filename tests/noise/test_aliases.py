@@ -237,6 +237,7 @@ IN_A_LOOP = {
         ],
         True,
     ),
+    "an effect beside it": (lambda k: (jax.debug.print("{}", X), use(k, X))[1], True),
     "either of two keys": (
         lambda k: jax.lax.map(
             lambda a: use(jax.lax.cond(a[0] > 1, lambda a, b: a, lambda a, b: b, *a[1]), X),
@@ -300,3 +301,16 @@ def test_one_key_on_all_shards_is_found(name):
     else:
         with pytest.raises(KeyReuseError, match="all shards of mesh axes"):
             check_no_reuse(program)(insecure_test_key(0))
+
+
+def test_a_key_guarded_again_for_the_same_answer():
+    """A training step guards its key, then its compiled part does: one answer."""
+    inner = jax.jit(lambda key, x: use(key, x))
+
+    def program(key, answers):
+        key = guard(key, X, uses=(0, 0), spans=((0, 4),), is_answer=False)
+        return [inner(key, X) for _ in range(answers)]
+
+    check_no_reuse(lambda key: program(key, 1))(insecure_test_key(0))
+    with pytest.raises(KeyReuseError, match="two answers"):
+        check_no_reuse(lambda key: program(key, 2))(insecure_test_key(0))
