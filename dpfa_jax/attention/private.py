@@ -8,7 +8,7 @@ from dpfa_jax.attention import checks, core, placement, private_checks
 from dpfa_jax.kernels import dispatch
 from dpfa_jax.kernels.base import NoiseInputs
 from dpfa_jax.kernels.row_clip import clip_rows_stored
-from dpfa_jax.noise import bind, guard, key_words
+from dpfa_jax.noise import bind, guard, is_word, key_words
 from dpfa_jax.release import ExampleRelease, RecordRelease
 
 
@@ -56,8 +56,9 @@ def dp_attention(
       deterministic: as `dot_product_attention`; of gradients, the release always has the same bits.
       release: the promise, which must match the shapes (rows T, heads N, head size H).
       noise_key: the key of this release, from `charge`. An argument, never closed over.
-      release_id, layer: tell several uses of one key apart, 32 bits each. Each use is one release
-        and must have been charged; the key does not know how often it was paid for.
+      release_id, layer: tell several uses of one key apart, 32 bits each; the answer is NaN where
+        a traced one is negative. Each use is one release and must have been charged; the key does
+        not know how often it was paid for.
       batch_start, head_start: global index of the first batch row and query head, where this call
         sees a part of them. The noise depends on global indices only. Heads end with the release's:
         beyond, an error, and NaN where the index is traced. Both are due inside shard_map: the
@@ -107,18 +108,26 @@ def dp_attention(
     place = placement.of_call(
         inputs, noise_key, release.num_heads, batch_start=batch_start, head_start=head_start
     )
+    is_use = is_word(release_id, layer)
     release_id = private_checks.use("release_id", release_id)
     layer = private_checks.use("layer", layer)
     witnesses = [x for x in jax.tree.leaves(inputs) if x is not None]
     drawn = tuple(part.drawn for part in place)
     noise_key = guard(
-        noise_key, *witnesses, uses=(release_id, layer), spans=drawn, promise=release.record()
+        noise_key,
+        *witnesses,
+        uses=(release_id, layer),
+        spans=drawn,
+        names=("release_id", "layer", "batch_start", "head_start"),
+        promise=release.record(),
     )
     inputs = inputs._replace(
         noise=_noise_inputs(noise_key, release_id, layer, place, inputs.query.shape[0])
     )
     backend = dispatch.choose(spec, inputs, checks.implementation(implementation))
     output, _ = core.attend(backend, spec, inputs)
+    if is_use is not None:
+        output = jnp.where(is_use, output, jnp.nan)
     return place.answered(output).reshape(jnp.shape(query))
 
 

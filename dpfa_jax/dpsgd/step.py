@@ -179,7 +179,11 @@ def make_dp_step(
                 )
         if not jax.config.jax_disable_jit:  # else noisy_sum's own guard already sees the key
             noise_key = hazards.guard(
-                noise_key, step_number, uses=(TRAINING_LAYER,), promise=promise
+                noise_key,
+                step_number,
+                uses=(TRAINING_LAYER,),
+                promise=promise,
+                is_answer=False,
             )
         after = jitted(step_number, *state[1:], batch, is_real, noise_key, held)
         following = step_number + 1

@@ -1,7 +1,4 @@
-"""Inside shard_map, arrays carry the mesh axes over which they vary; loops want these to agree.
-
-The only file that reads that part of an array's type: its name has changed between JAX releases.
-"""
+"""Inside shard_map, arrays carry the mesh axes over which they vary; loops want these to agree."""
 
 from collections.abc import Callable
 from typing import Any
@@ -11,14 +8,9 @@ import jax.numpy as jnp
 from jax.extend.core import jaxpr_as_fun
 from jaxtyping import Array, Shaped
 
+from dpfa_jax.noise.varying import manual_axis_type, varying_axes
 
-def varying_axes(*arrays: jax.Array | None) -> frozenset[str]:
-    """Manual mesh axes over which any of `arrays` varies; empty outside shard_map."""
-    axes: frozenset[str] = frozenset()
-    for array in arrays:
-        if array is not None:
-            axes |= getattr(jax.typeof(array).manual_axis_type, "varying", frozenset())
-    return axes
+__all__ = ["result", "unaware", "vary_over", "varying_axes", "zeros"]
 
 
 def vary_over(array: Shaped[Array, "*shape"], axes: frozenset[str]) -> Shaped[Array, "*shape"]:
@@ -38,7 +30,7 @@ def result(
     shape: tuple[int, ...], dtype: jnp.dtype, like: Shaped[Array, "..."]
 ) -> jax.ShapeDtypeStruct:
     """The shape of a kernel's result that varies over the same axes as its operand `like`."""
-    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=jax.typeof(like).manual_axis_type)
+    return jax.ShapeDtypeStruct(shape, dtype, manual_axis_type=manual_axis_type(like))
 
 
 def unaware(function: Callable[..., Any]) -> Callable[..., tuple[jax.Array, ...]]:

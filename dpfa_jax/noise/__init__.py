@@ -4,6 +4,7 @@ from dpfa_jax.noise.counters import (
     attention_counter,
     bind,
     check_attention_ranges,
+    is_word,
     parameter_counter,
     word,
 )
@@ -30,6 +31,7 @@ __all__ = [
     "generator_of",
     "guard",
     "insecure_test_key",
+    "is_word",
     "key_words",
     "mesh_axes",
     "new_noise_key",

@@ -4,11 +4,13 @@ A release's key is first bound to its domain and to (release id, layer); the cou
 batch row, head, query row and pair of columns. Every map here is one-to-one.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, UInt32
+from jaxtyping import Array, Bool, UInt32
 
 from dpfa_jax.core import ArgumentError
 from dpfa_jax.noise.threefry import threefry2x32
@@ -112,15 +114,36 @@ def _derive(
 def word(name: str, value: object) -> int | UInt32[Array, "..."]:
     """`value` as 32 bits: a concrete number as an int, a traced one as uint32.
 
-    Errors: ArgumentError for a concrete number outside 0 .. 2^32 - 1, which would pass for another
-    one and repeat its noise, and for what is not of an integer type.
+    A traced negative number becomes a large one: no other of its type, but one that `is_word` of
+    the number tells a caller to leave without an answer.
+
+    Errors: ArgumentError for a concrete number outside 0 .. 2^32 - 1, or a traced one of more than
+    32 bits, which would pass for another one and repeat its noise, and for what is not of an
+    integer type.
     """
     dtype = jnp.dtype(int) if type(value) is int else getattr(value, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.integer):
         raise ArgumentError(name, value, "not an integer", "Pass an int or an integer array.")
     if isinstance(value, jax.core.Tracer):
+        if dtype.itemsize > 4:
+            raise ArgumentError(
+                name,
+                f"traced {dtype}",
+                "more than 32 bits, which would be cut: 2^32 would be 0 again",
+                "Pass .astype(jnp.uint32) of a number that is known to fit.",
+            )
         return jnp.asarray(value).astype(jnp.uint32)
     number = np.asarray(value)
     if not np.all((number >= 0) & (number < 2**32)):
         raise ArgumentError(name, value, "not within 32 bits", "Pass an int in 0 .. 2^32 - 1.")
     return int(number) if number.ndim == 0 else jnp.asarray(number.astype(np.uint32))
+
+
+def is_word(*values: object) -> Bool[Array, "..."] | None:
+    """Where only a run can tell, whether signed values are all 0 or more; None: they are."""
+    signed = [
+        jnp.asarray(value) >= 0
+        for value in values
+        if isinstance(value, jax.core.Tracer) and jnp.issubdtype(value.dtype, jnp.signedinteger)
+    ]
+    return functools.reduce(jnp.logical_and, signed) if signed else None

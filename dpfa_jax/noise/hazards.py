@@ -17,23 +17,18 @@ from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Key
 
 from dpfa_jax.core import INSECURE_TEST, ArgumentError, KeyReuseError
-from dpfa_jax.noise import promises
+from dpfa_jax.noise import promises, reuse, tracing
 from dpfa_jax.noise.keys import generator_of
+from dpfa_jax.noise.origins import Use
+from dpfa_jax.noise.varying import varying_axes
 
-guard_p = Primitive("dpfa_guard_noise_key")
-
-# Transformations that do not stage a program: tracers of theirs wrap a value of the same scope.
-# These names and the attributes read in `_scope_of_*` are private to JAX; the tests pin them.
-_WRAPPED_IN = {"BatchTracer": "val", "JVPTracer": "primal", "LinearizeTracer": "primal"}
-_SEE_THROUGH = {"BatchTrace", "JVPTrace", "LinearizeTrace"}
+guard_p = Primitive(reuse.GUARD)
 
 # (key, uses) -> the boxes of indices, one (start, stop) a span, that have been drawn.
 _Box = tuple[tuple[int, int], ...]
 _used: dict[tuple[bytes, tuple[int, ...]], list[_Box]] = {}
 _used_lock = threading.Lock()
-# The same for programs that are being traced: what each has drawn so far, as (key, uses, starts,
-# sizes). A traced number is known by its variable.
-_drawn_in: weakref.WeakKeyDictionary[Any, list[tuple[Any, ...]]] = weakref.WeakKeyDictionary()
+_programs: weakref.WeakKeyDictionary[Any, tracing.Program] = weakref.WeakKeyDictionary()
 
 
 def guard(
@@ -41,7 +36,9 @@ def guard(
     *witnesses: Array | np.ndarray | None,
     uses: tuple[int | Array | np.ndarray, ...] = (),
     spans: tuple[tuple[int | Array | np.ndarray, int], ...] = (),
+    names: tuple[str, ...] = (),
     promise: Hashable = None,
+    is_answer: bool = True,
 ) -> Key[Array, "..."]:
     """`noise_key`, once it is sure that this use of it is not a repeated one.
 
@@ -51,7 +48,10 @@ def guard(
       uses: what else tells this use from others of the same key, e.g. (release_id, layer).
       spans: (start, size) of each range of counters that this use draws, e.g. batch rows and heads;
         uses of one key may share all of `uses` where they are disjoint in one span.
+      names: what to call `uses` and starts in errors.
       promise: the record of the release that is answered; None where a caller has asked already.
+
+      is_answer: False where a function within, traced apart, guards the key for the answer itself.
 
     Errors: ArgumentError where an eager key of `charge` was charged for another promise.
     KeyReuseError
@@ -59,39 +59,43 @@ def guard(
       - where the key is closed over by jit, scan, while, cond, checkpoint or shard_map, or made
         inside from what is: only as an argument is it new in each call (or derive one inside from
         an argument: `jax.random.fold_in(key, step)`). Test keys may be made inside;
-      - at a second use of the same (key, uses) whose spans overlap those of the first: eager ones
-        in this process, staged ones in one traced program. Test keys are exempt.
+      - where the keys of a vmap repeat one, as far as the traced function shows it;
+      - at a second use of the same (key, uses) whose spans overlap those of the first, or, traced,
+        may do so: eager ones in this process, staged ones in one traced function. Test keys are
+        exempt.
 
-    Not seen from inside: a compiled function that is called twice with one key, a key that a loop
-    carries unchanged or picks twice from an array (`check_no_reuse` finds some of these in one
-    program). Take keys from `charge`, which gives each once.
+    Not seen from inside: a function, or a loop's body, that is traced apart and gets one key twice
+    (`check_no_reuse` finds this in one program); keys picked from an array, or folded, by computed
+    numbers that turn out equal. Take keys from `charge`, which gives each once.
     """
     generator = generator_of(noise_key)
-    if _scope_of_value(noise_key) is not _scope_of_trace(find_top_trace(())):
+    if tracing.scope_of_value(noise_key) is not tracing.scope_of_trace(find_top_trace(())):
         raise KeyReuseError(
             "noise_key is closed over by a traced function (jit, scan, while_loop, cond, "
             "checkpoint, shard_map), which may run more than once with it. Pass it as an argument "
             "(a scan: keys as xs), or derive one inside: jax.random.fold_in(noise_key, step)."
         )
-    if generator is not INSECURE_TEST and not _new_in_each_call(noise_key):
+    if generator is not INSECURE_TEST and not tracing.is_new_in_each_call(noise_key):
         raise KeyReuseError(
             "noise_key is made inside a traced function (jit, scan, ...) from values that are "
             "closed over or constant, so every run of it would draw the same noise. Pass the key, "
             "or the array of keys and the number that picks one, as arguments (a scan: as xs)."
         )
-    concrete = _concrete(noise_key)
+    concrete = tracing.concrete(noise_key)
     if concrete is not None and promise is not None and generator is not INSECURE_TEST:
         promises.require(np.asarray(jax.random.key_data(concrete)), promise)
     uses = (*uses, *(start for start, _ in spans))
-    numbers = [number for use in uses if (number := _concrete(use)) is not None]
+    numbers = [number for use in uses if (number := tracing.concrete(use)) is not None]
     staged = concrete is None or len(numbers) < len(uses)
     if generator is not INSECURE_TEST and not staged:
         _register(concrete, numbers, [size for _, size in spans])
+    sizes = (1,) * (len(uses) - len(spans)) + tuple(size for _, size in spans)
     if generator is not INSECURE_TEST and staged:
-        _register_staged(noise_key, uses, [size for _, size in spans])
-    operands = [jax.numpy.asarray(use, np.uint32) for use in uses]
+        _register_staged(noise_key, uses, sizes, names)
+    # As many axes as the key has, so that vmap can keep them in line with it.
+    operands = [_with_axes(jax.numpy.asarray(use, np.uint32), noise_key.ndim) for use in uses]
     operands += [jax.lax.stop_gradient(w) for leaf in witnesses for w in jax.tree.leaves(leaf)]
-    return guard_p.bind(noise_key, *operands, num_uses=len(uses))
+    return guard_p.bind(noise_key, *operands, sizes=sizes, names=names, is_answer=is_answer)
 
 
 def require_offsets_under_manual_mesh(
@@ -112,8 +116,8 @@ def require_offsets_under_manual_mesh(
 
     Errors: ArgumentError for a name that is no manual mesh axis here, or an axis along which all
     shards hold the same data, which each would answer. KeyReuseError under a manual mesh axis
-      - for an offset that was not given;
-      - for a number that may differ between shards: any traced one without `check_vma`;
+      - for an offset that was not given, unless the key differs wherever the data do;
+      - for a number that may differ between shards of one key: any traced one without `check_vma`;
       - where a witness may differ over a mesh axis over which neither the key does nor an offset
         is named. Without `check_vma` no type tells: each manual axis is due.
     """
@@ -126,23 +130,25 @@ def require_offsets_under_manual_mesh(
             )
     if not manual:
         return
-    has_types = bool(_varying(jax.lax.axis_index(min(manual))))
+    has_types = bool(varying_axes(jax.lax.axis_index(min(manual))))
+    own, differing = frozenset[object](), manual
+    if has_types:
+        own = _differs_over(noise_key)
+        differing = manual & varying_axes(*jax.tree.leaves(witnesses))
     for name, offset in offsets.items():
-        if offset is None:
+        if offset is None and differing - own:
             raise KeyReuseError(
-                f"{name} is missing inside shard_map over {sorted(manual)}: every shard would "
-                f"count from 0 and draw the same noise. {_NAME_THE_AXIS}"
+                f"{name} is missing inside shard_map or pmap over {sorted(manual)}: every shard "
+                f"would count from 0 and draw the same noise. {_NAME_THE_AXIS}"
             )
-        if isinstance(offset, jax.core.Tracer) and (not has_types or _varying(offset) & manual):
+        if isinstance(offset, jax.core.Tracer) and (
+            not has_types or varying_axes(offset) & manual - own
+        ):
             raise KeyReuseError(
                 f"{name} is computed inside shard_map over {sorted(manual)}: whether shards "
                 f"overlap, and draw the same noise, cannot be seen. {_NAME_THE_AXIS}"
             )
-    differing = manual
-    if has_types:
-        leaves = jax.tree.leaves(witnesses)
-        differing = manual & frozenset().union(*(_varying(leaf) for leaf in leaves))
-    repeated = differing - _varying(noise_key) - set(named)
+    repeated = differing - own - set(named)
     if repeated:
         raise KeyReuseError(
             f"the data may differ over mesh axes {sorted(repeated)}, but neither noise_key nor "
@@ -159,8 +165,15 @@ def require_offsets_under_manual_mesh(
 
 _NAME_THE_AXIS = (
     'Pass the mesh axis along which the batch, or the heads, are cut: batch_start="data"; 0 for '
-    "what is whole on each shard. Or pass one key a shard."
+    "what is whole on each shard. Or pass different keys, charge(ledger, release, count=shards), "
+    "cut along that axis by jax.shard_map; pmap and check_vma=False hide that they differ."
 )
+
+
+def _differs_over(noise_key: object) -> frozenset[object]:
+    """Mesh axes over which a key differs: its type says so, and it is not only marked as such."""
+    program = _program_of(noise_key)
+    return varying_axes(noise_key) & program.origin(noise_key).varies if program else frozenset()
 
 
 def mesh_axes(offset: object) -> tuple[str, ...] | None:
@@ -168,16 +181,6 @@ def mesh_axes(offset: object) -> tuple[str, ...] | None:
     if isinstance(offset, str):
         return (offset,)
     return tuple(offset) if isinstance(offset, tuple) else None
-
-
-def _varying(value: object) -> frozenset[object]:
-    """Mesh axes over which a value differs between shards, as far as its type tells."""
-    if value is None or not isinstance(value, jax.core.Tracer):
-        return frozenset()
-    described = jax.typeof(value)
-    # `vma` became `manual_axis_type.varying` in JAX 0.11.
-    axes = getattr(getattr(described, "manual_axis_type", None), "varying", None)
-    return frozenset(getattr(described, "vma", ()) if axes is None else axes)
 
 
 def _register(noise_key: Any, numbers: list[Array | np.ndarray], sizes: list[int]) -> None:
@@ -188,8 +191,8 @@ def _register(noise_key: Any, numbers: list[Array | np.ndarray], sizes: list[int
     words = np.asarray(jax.random.key_data(noise_key)).reshape(-1, 2)
     if any(np.size(number) not in (1, len(words)) for number in numbers):
         raise KeyReuseError(
-            "one noise key serves several (release_id, layer) at once under vmap. Map the key too, "
-            "with in_axes=0: charge(ledger, release, count=size) pays for and gives that many."
+            "one noise key serves several (release_id, layer) at once under vmap. Map over "
+            "different keys too: charge(ledger, release, count=size) pays for and gives that many."
         )
     columns = [np.broadcast_to(np.ravel(number), len(words)).tolist() for number in numbers]
     plain = len(numbers) - len(sizes)
@@ -212,124 +215,81 @@ def _register(noise_key: Any, numbers: list[Array | np.ndarray], sizes: list[int
             _used.setdefault(use, []).extend(boxes)
 
 
-def _register_staged(noise_key: object, uses: tuple[Any, ...], sizes: list[int]) -> None:
-    """Notes each use in the program that is being traced; numbers it cannot compare differ.
+def _register_staged(
+    noise_key: object, uses: Sequence[Any], sizes: Sequence[int], names: tuple[str, ...]
+) -> None:
+    """Notes each use in the program that is being traced.
 
-    Errors: KeyReuseError at the second time.
+    Errors: KeyReuseError at the second time, and where it may be one.
     """
-    key = _staged(noise_key)
-    if not isinstance(key, jax.core.Tracer):
-        return
-    names = [_name(use) for use in uses]
-    plain = len(names) - len(sizes)
-    new = (_name(key), tuple(names[:plain]), tuple(names[plain:]), tuple(sizes))
+    program = _program_of(noise_key)
+    if program is not None:
+        numbers = tuple(program.origin(use) for use in uses)
+        with _used_lock:
+            program.draw(Use(program.origin(noise_key), numbers, tuple(sizes)), names)
+
+
+def _program_of(value: object) -> tracing.Program | None:
+    trace = tracing.scope_of_value(value)
+    if trace is None:
+        return None
     with _used_lock:
-        drawn = _drawn_in.setdefault(key._trace, [])
-        if any(_same_draw(new, old) for old in drawn):
-            raise KeyReuseError(
-                "noise_key serves two answers of one program: their difference is noise-free. "
-                "Take one key for each: charge(ledger, release) gives one each time; release_id "
-                "and layer tell charged uses of one key apart."
-            )
-        drawn.append(new)
-
-
-def _same_draw(one: tuple[Any, ...], other: tuple[Any, ...]) -> bool:
-    if one[:2] != other[:2]:
-        return False
-    places = zip(one[2], other[2], one[3], other[3], strict=True)
-    return all(
-        a == b or (isinstance(a, int) and isinstance(b, int) and a < b + m and b < a + n)
-        for a, b, n, m in places
-    )
-
-
-def _name(value: object) -> object:
-    """What tells a number: itself, or the variable that stands for it in the traced program."""
-    known = _concrete(value)
-    if known is None:
-        tracer = _staged(value)
-        return getattr(tracer, "val", tracer)
-    return int(known) if np.size(known) == 1 else tuple(np.ravel(known).tolist())
-
-
-def _staged(value: object) -> object:
-    """The value below vmap and differentiation."""
-    while type(value).__name__ in _WRAPPED_IN:
-        value = getattr(value, _WRAPPED_IN[type(value).__name__])
-    return value
+        return _programs.setdefault(trace, tracing.Program())
 
 
 def _overlap(one: _Box, other: _Box) -> bool:
     return all(a < d and c < b for (a, b), (c, d) in zip(one, other, strict=True))
 
 
-def _concrete(value: object) -> Array | np.ndarray | None:
-    """The concrete array below vmap and differentiation, or None where a program is staged."""
-    value = _staged(value)
-    if isinstance(value, jax.core.Tracer):
-        return None
-    return value if isinstance(value, jax.Array) else np.asarray(value)
-
-
-def _new_in_each_call(value: object) -> bool:
-    """Whether a staged value depends on an argument of the program that is being traced."""
-    value = _staged(value)
-    if not isinstance(value, jax.core.Tracer):
-        return True
-    frame = getattr(value._trace, "frame", None)  # None in an eager shard_map
-    return frame is None or bool(frame.find_progenitors(value)[0])
-
-
-def _scope_of_value(value: object) -> object:
-    """The trace of the staged program that holds `value`; None for a concrete value."""
-    value = _staged(value)
-    return value._trace if isinstance(value, jax.core.Tracer) else None
-
-
-def _scope_of_trace(trace: Any) -> object:
-    """The trace of the staged program that is being traced now; None in eager execution."""
-    while type(trace).__name__ in _SEE_THROUGH:
-        trace = trace.parent_trace
-    return None if type(trace).__name__ == "EvalTrace" else trace
-
-
 @guard_p.def_impl
-def _impl(noise_key: Array, *operands: Array, num_uses: int) -> Array:
-    del operands, num_uses
+def _impl(noise_key: Array, *operands: Array, **params: object) -> Array:
+    del operands, params
     return noise_key
 
 
 @guard_p.def_abstract_eval
-def _abstract_eval(noise_key: Any, *operands: Any, num_uses: int) -> Any:
-    del operands, num_uses
+def _abstract_eval(noise_key: Any, *operands: Any, **params: object) -> Any:
+    del operands, params
     return noise_key
 
 
-def _jvp(primals: Sequence[Any], tangents: Sequence[Any], *, num_uses: int) -> tuple[Any, Any]:
+def _jvp(primals: Sequence[Any], tangents: Sequence[Any], **params: Any) -> tuple[Any, Any]:
     del tangents  # keys have no tangent
-    out = guard_p.bind(*primals, num_uses=num_uses)
+    out = guard_p.bind(*primals, **params)
     return out, ad.Zero(jax.typeof(out).to_tangent_aval())
 
 
-def _batch(
-    operands: Sequence[Any], axes: Sequence[int | None], *, num_uses: int
-) -> tuple[Any, int]:
-    if axes[0] is None:
+def _batch(operands: Sequence[Any], axes: Sequence[int | None], **params: Any) -> tuple[Any, int]:
+    noise_key, axis, count = operands[0], axes[0], len(params["sizes"])
+    if axis is None:
         raise KeyReuseError(
-            "vmap maps the data but not noise_key: every element would get the same noise. Map the "
-            "key too, with in_axes=0: charge(ledger, release, count=size) pays for and gives that "
-            "many; where every element is another individual, jax.random.split(noise_key, size) "
-            "of one charge will do. Or keep the batch axis and call once without vmap."
+            "vmap maps the data but not noise_key: every element would get the same noise. Map "
+            "over different keys (one key repeated would not do): charge(ledger, release, "
+            "count=size) pays for and gives that many; where every element is another individual, "
+            "jax.random.split(noise_key, size) of one charge will do. Or keep the batch axis and "
+            "call once without vmap."
         )
-    # The mapped axis of other operands is not needed below; index 0 stands for all of it.
-    operands = [
-        operand if axis is None or place == 0 else jax.lax.index_in_dim(operand, 0, axis, False)
-        for place, (operand, axis) in enumerate(zip(operands, axes, strict=True))
+    pairs = list(zip(operands[1:], axes[1:], strict=True))
+    numbers = [
+        jax.numpy.expand_dims(x, axis) if at is None else jax.numpy.moveaxis(x, at, axis)
+        for x, at in pairs[:count]
     ]
-    return guard_p.bind(*operands, num_uses=num_uses), axes[0]
+    program = _program_of(noise_key)
+    if program is not None and generator_of(noise_key) is not INSECURE_TEST:
+        known = tuple(program.origin(number) for number in numbers)
+        use = Use(program.origin(noise_key), known, params["sizes"])
+        reuse.require_distinct(use, [noise_key.shape, *(number.shape for number in numbers)])
+    # The mapped axis of the witnesses is not needed below; index 0 stands for all of it.
+    witnesses = [
+        x if at is None else jax.lax.index_in_dim(x, 0, at, False) for x, at in pairs[count:]
+    ]
+    return guard_p.bind(noise_key, *numbers, *witnesses, **params), axis
+
+
+def _with_axes(number: Array, count: int) -> Array:
+    return number.reshape((1,) * (count - number.ndim) + number.shape)
 
 
 ad.primitive_jvps[guard_p] = _jvp
 batching.primitive_batchers[guard_p] = _batch
-mlir.register_lowering(guard_p, lambda ctx, noise_key, *operands, num_uses: [noise_key])
+mlir.register_lowering(guard_p, lambda ctx, noise_key, *operands, **params: [noise_key])

@@ -288,6 +288,20 @@ def test_a_traced_index_beyond_the_release_answers_nothing(name):
         assert np.isnan(answer(KEY, 0, jnp.int64(2**32))).all()
 
 
+@pytest.mark.parametrize("name", ["release_id", "layer"])
+def test_a_traced_negative_use_answers_nothing(name):
+    """V11: without tracing it is refused; as 32 bits it would be the noise of a large number."""
+
+    @jax.jit
+    def call(number):
+        return dp_attention(
+            *draw(), release=EXAMPLE, noise_key=insecure_test_key(0), **{name: number}
+        )
+
+    assert jnp.isnan(call(jnp.int32(-1))).all()
+    assert (call(jnp.int32(3)) == call(jnp.uint32(3))).all()
+
+
 @pytest.mark.parametrize("name", RELEASES)
 def test_float16_holds_the_largest_noise_that_is_taken(name):
     """A release just below the bound is finite, where every normal were the sampler's largest."""

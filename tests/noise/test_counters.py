@@ -1,5 +1,6 @@
 import itertools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -69,3 +70,19 @@ def test_ranges_are_checked():
     for name, bad in itertools.product(("release_id", "layer"), (-1, 2**32, 1.5)):
         with pytest.raises(ArgumentError, match=name):
             bind(key_words(insecure_test_key(0)), **{"release_id": 0, "layer": 0, name: bad})
+
+
+@pytest.mark.parametrize("name", ["release_id", "layer"])
+def test_a_traced_number_of_64_bits_is_refused(name):
+    """V23: 2^32 would be 0 again, and repeat its noise."""
+    words = key_words(insecure_test_key(0))
+
+    def bound(number):
+        return bind(words, **{"release_id": 0, "layer": 0, name: number})
+
+    with jax.enable_x64(True):
+        for dtype in (jnp.int64, jnp.uint64):
+            with pytest.raises(ArgumentError, match=f"{name} = .*64"):
+                jax.jit(bound)(jnp.asarray(2**32, dtype))
+        for dtype in (jnp.uint8, jnp.int32, jnp.uint32):
+            assert (jax.jit(bound)(jnp.asarray(3, dtype)) == bound(3)).all()

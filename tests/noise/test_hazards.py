@@ -235,3 +235,28 @@ def test_one_key_for_many_mapped_uses_is_refused():
     """V11: an eager vmap over release ids with one key is an error of the library's own."""
     with pytest.raises(KeyReuseError, match="under vmap"):
         jax.vmap(lambda release_id: use(new_noise_key(), X, uses=(release_id, 0)))(jnp.arange(3))
+
+
+def test_one_key_a_shard_needs_no_offsets():
+    """V11: as the errors advise; a key that is only marked as varying is one key on all shards."""
+    mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def answer(own, spec, **options):
+        def local(key, x):
+            key = own(key)
+            require_offsets_under_manual_mesh(key, x, batch_start=None, head_start=None)
+            return use(key, x)
+
+        specs = {"mesh": mesh, "in_specs": (spec, P("d")), "out_specs": P("d")}
+        return jax.jit(jax.shard_map(local, **specs, **options))
+
+    answer(lambda keys: keys[0], P("d"))(new_noise_key((1,)), BATCH)
+    answer(lambda key: jax.random.fold_in(key, jax.lax.axis_index("d")), P())(
+        new_noise_key(), BATCH
+    )
+    with pytest.raises(KeyReuseError, match="check_vma=False hide"):
+        answer(lambda keys: keys[0], P("d"), check_vma=False)(new_noise_key((1,)), BATCH)
+    with pytest.raises(KeyReuseError, match="every shard would count from 0"):
+        answer(lambda key: jax.lax.pcast(key, "d", to="varying"), P())(new_noise_key(), BATCH)
+    with pytest.raises(KeyReuseError, match="every shard would count from 0"):
+        answer(lambda key: key, P())(new_noise_key(), BATCH)

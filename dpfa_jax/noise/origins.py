@@ -1,0 +1,394 @@
+"""Where traced values come from: which are equal, which repeat, which numbers surely differ.
+
+Values of a program are numbered so that equal derivations get one number. A key is the same after
+`reshape` or `clone`; child i of `split` and `fold_in(key, i)` are one key; an integer is known up
+to a multiple and a sum of what it comes from. What is not known to be equal counts as another
+value; two numbers that are not known to differ are `UNSURE`.
+"""
+
+import itertools
+import math
+from typing import Any, Final, Literal, NamedTuple, TypeGuard
+
+import jax.numpy as jnp
+import numpy as np
+
+SAME: Final = "same"
+DIFFERENT: Final = "different"
+UNSURE: Final = "unsure"
+Verdict = Literal["same", "different", "unsure"]
+_WORD = 2**32  # numbers of uses are taken modulo this
+_NOTHING: frozenset[Any] = frozenset()
+
+
+def _set_of(names: str) -> frozenset[str]:
+    return frozenset(names.split())
+
+
+# Primitives that hand their first operands on unchanged.
+_IDENTITIES = _set_of(
+    "dpfa_guard_noise_key optimization_barrier copy copy_p sharding_constraint pvary pcast reshard "
+    "random_clone random_wrap random_unwrap"
+)
+# The same elements in the same order, if only axes of size 1 come or go.
+_RESHAPES = _set_of("reshape squeeze expand_dims broadcast_in_dim tile slice transpose")
+# Several inputs give one result: what changes does not make it change.
+_COLLAPSES = _set_of(
+    "div rem and or not max min clamp sign floor ceil round is_finite eq ne lt le gt ge argmax "
+    "argmin reduce_sum reduce_max reduce_min reduce_and reduce_or shift_right_logical "
+    "shift_right_arithmetic population_count"
+)
+_ACCUMULATES = _set_of("cumsum cumprod cummax cummin cumlogsumexp")
+
+
+class Value(NamedTuple):
+    """What is known of one value.
+
+    Attributes:
+      identity: equal for equal values.
+      varies: the loops and the mesh axes over which it may change.
+      repeats: array axes along which two places hold the same.
+    """
+
+    identity: object
+    varies: frozenset[object] = _NOTHING
+    repeats: frozenset[int] = _NOTHING
+
+
+class Affine(NamedTuple):
+    """An integer as factor * base + offset, modulo 2^32; a known number has no base."""
+
+    base: object
+    factor: int
+    offset: int
+
+
+class Use(NamedTuple):
+    """One use of a key: the numbers that tell it from others, and how many follow each of them."""
+
+    key: Value
+    numbers: tuple[Value, ...]
+    sizes: tuple[int, ...]
+
+
+def constant(value: object, aval: object = "") -> Value:
+    """The value of a literal."""
+    array = np.asarray(value) if isinstance(value, (bool, int, np.ndarray, np.generic)) else None
+    if array is not None and array.size == 1 and array.dtype.kind in "iu":
+        return Value(Affine(None, 0, int(array.reshape(())) % _WORD))
+    if array is not None:
+        return Value(("array", str(array.dtype), array.shape, array.tobytes()))
+    return Value(("literal", str(value), str(aval)))
+
+
+class Origins:
+    """Numbers values, so that equal derivations get one number."""
+
+    def __init__(self) -> None:
+        self._count = itertools.count()
+        self._numbers: dict[object, int] = {}
+        self._made: dict[object, tuple[Any, ...]] = {}
+
+    def fresh(self) -> int:
+        """A number that no value has."""
+        return next(self._count)
+
+    def number(self, *made: object) -> int:
+        """The number of what is made so."""
+        if made not in self._numbers:
+            self._numbers[made] = self.fresh()
+            self._made[self._numbers[made]] = made
+        return self._numbers[made]
+
+    def derive(self, equation: Any, operands: list[Value]) -> list[Value]:
+        """The values of an equation without a body."""
+        name, params = equation.primitive.name, equation.params
+        if not equation.outvars:
+            return []
+        shapes = [_shape(atom) for atom in equation.invars]
+        repeats = _repeats(name, params, operands, shapes, _shape(equation.outvars[0]))
+        if name in _IDENTITIES and len(equation.outvars) <= len(operands):
+            outvars = equation.outvars
+            return [
+                value._replace(repeats=repeats if len(outvars) == 1 else value.repeats)
+                for value, _ in zip(operands, outvars, strict=False)
+            ]
+        places = range(len(equation.outvars))
+        found = [self._identity(equation, operands, place) for place in places]
+        varies = _varies(name, operands)
+        return [Value(made, _NOTHING if _is_known(made) else varies, repeats) for made in found]
+
+    def _identity(self, equation: Any, operands: list[Value], place: int) -> object:
+        name, params = equation.primitive.name, equation.params
+        before = [_shape(atom) for atom in equation.invars]
+        after = _shape(equation.outvars[place])
+        own = [value.identity for value in operands]
+        number = _arithmetic(name, equation, own)
+        if number is not None:
+            return number
+        if name in _RESHAPES and _solid(before[0]) == _solid(after):
+            order = [axis for axis in params.get("permutation", ()) if before[0][axis] != 1]
+            if order == sorted(order):
+                return own[0]
+        at = own[1].offset if len(own) > 1 and _is_known(own[1]) else None
+        if name == "iota" and len(after) == 1:
+            return self.number("iota", after[0])
+        if name == "random_fold_in" and at is not None and before[0] == ():
+            return self.number("child", own[0], at)
+        if name == "random_split" and before[0] == () and len(after) == 1:
+            return self.number("children", own[0], after[0])
+        if name == "stack" and params["axis"] == 0 and not any(before):
+            return self.number("stack", *own)
+        if name == "unstack" and len(before[0]) == 1:
+            return self._element(own[0], place)
+        if name == "slice" and len(before[0]) == 1 and params["strides"] in (None, (1,)):
+            start = params["start_indices"][0]
+            return (
+                self._element(own[0], start)
+                if after == (1,)
+                else self.number("part", own[0], start)
+            )
+        if name == "dynamic_slice" and len(before[0]) == 1 and after == (1,) and at is not None:
+            return self._element(own[0], min(at, before[0][0] - 1))
+        made = (name, tuple(sorted((k, str(v)) for k, v in params.items())), *own)
+        return (self.number(*made), place)
+
+    def _element(self, array: object, index: int) -> object:
+        made = self._made.get(array, ("",))
+        if made[0] == "stack":
+            return made[1 + index]
+        if made[0] == "children":
+            return self.number("child", made[1], index)
+        if made[0] == "part":
+            return self._element(made[1], made[2] + index)
+        return self.number("element", array, index)
+
+    def each(self, array: object) -> object:
+        """The identity of one slice after the other of `array`, in a scan."""
+        if isinstance(array, Affine):
+            return _plain(self.number("each", array.base), array.factor, array.offset)
+        return self.number("each", array)
+
+    def _spans(self, key: object) -> list[tuple[object, float, float]]:
+        """Where the key, or array of keys, lies: (among the elements of what, from, to before)."""
+        kind, *made = self._made.get(key, ("",))
+        if kind == "child":
+            return [(("children of", made[0]), made[1], made[1] + 1)]
+        if kind == "children":
+            return [(("children of", made[0]), 0, made[1])]
+        if kind == "element":
+            return [(made[0], made[1], made[1] + 1)]
+        if kind == "each":
+            return self._spans(made[0])
+        if kind == "stack":
+            return [span for member in made for span in self._spans(member)]
+        if kind == "part":
+            return [(group, at + made[1], end) for group, at, end in self._spans(made[0])]
+        return [(key, 0, math.inf)]
+
+    def compare(self, one: Use, other: Use) -> Verdict:
+        """Whether two uses draw the same noise."""
+        pairs = itertools.product(self._spans(one.key.identity), self._spans(other.key.identity))
+        if not any(a[0] == b[0] and a[1] < b[2] and b[1] < a[2] for a, b in pairs):
+            return DIFFERENT
+        if len(one.numbers) != len(other.numbers):
+            return DIFFERENT
+        verdicts = [self.apart(one, other, place) for place in range(len(one.numbers))]
+        if DIFFERENT in verdicts:
+            return DIFFERENT
+        return UNSURE if UNSURE in verdicts else SAME
+
+    def apart(self, one: Use, other: Use, place: int) -> Verdict:
+        """Whether the ranges from one number of two uses share no number."""
+        size, other_size = one.sizes[place], other.sizes[place]
+        a, b = (_affine(use.numbers[place].identity) for use in (one, other))
+        if a.base != b.base or a.factor != b.factor:
+            (least, most), (other_least, other_most) = self._bounds(a), self._bounds(b)
+            is_apart = most + size <= other_least or other_most + other_size <= least
+            return DIFFERENT if is_apart else UNSURE
+        distance = (b.offset - a.offset) % _WORD
+        if one.numbers[place].varies <= one.key.varies & other.key.varies:
+            is_apart = size <= distance <= _WORD - other_size
+        else:  # of any two iterations: distances are off by multiples of the factor
+            least, most = self._bounds(a)
+            step = min(a.factor, _WORD - a.factor)
+            is_apart = size <= distance % step <= step - other_size if step else False
+            is_apart |= most - least + size <= distance <= _WORD - (most - least) - other_size
+        if is_apart:
+            return DIFFERENT
+        return SAME if distance < size or _WORD - distance < other_size else UNSURE
+
+    def _bounds(self, number: Affine) -> tuple[float, float]:
+        """The least and the largest value, where they are known to be 32-bit words."""
+        if number.base is None:
+            return number.offset, number.offset
+        kind, *made = self._made.get(number.base, ("",))
+        if kind == "each":
+            kind, *made = self._made.get(made[0], ("",))
+        most = number.offset + number.factor * (made[0] - 1) if kind == "iota" else _WORD
+        return (number.offset, most) if most < _WORD else (-math.inf, math.inf)
+
+
+def repeated_axes(key: Value, shape: tuple[int, ...], numbers: list[tuple[Value, Any]]) -> set[int]:
+    """Axes of a use of several keys along which two places have the same key and numbers.
+
+    `numbers` are values with their shapes, which broadcast to that of the keys.
+    """
+    return {
+        axis
+        for axis in key.repeats
+        if shape[axis] > 1
+        and all(
+            not size or size[axis] == 1 or axis in number.repeats
+            for number, size in numbers
+            if len(size) in (0, len(shape))
+        )
+    }
+
+
+def _is_known(identity: object) -> TypeGuard[Affine]:
+    return isinstance(identity, Affine) and identity.base is None
+
+
+def _affine(identity: object) -> Affine:
+    return identity if isinstance(identity, Affine) else Affine(identity, 1, 0)
+
+
+def _arithmetic(name: str, equation: Any, own: list[object]) -> object | None:
+    """The identity of integers of 32 bits or more after `add`, `sub`, `mul` by a known number."""
+    types = [getattr(atom.aval, "dtype", None) for atom in (*equation.invars, equation.outvars[0])]
+    if not all(t is not None and _is_word(t) for t in types):
+        return None
+    if name == "convert_element_type":
+        return own[0]
+    if name not in ("add", "sub", "mul"):
+        return None
+    a, b = (_affine(identity) for identity in own)
+    if name == "mul":
+        if a.base is None:
+            a, b = b, a
+        if b.base is not None:
+            return None
+        return _plain(a.base, a.factor * b.offset, a.offset * b.offset)
+    if name == "sub":
+        b = Affine(b.base, -b.factor, -b.offset)
+    if a.base is not None and b.base is not None:
+        return None
+    base, factor = (a.base, a.factor) if b.base is None else (b.base, b.factor)
+    return _plain(base, factor, a.offset + b.offset)
+
+
+def _plain(base: object, factor: int, offset: int) -> object:
+    factor, offset = factor % _WORD, offset % _WORD
+    if base is not None and (factor, offset) == (1, 0):
+        return base
+    return Affine(base if factor else None, factor if base is not None else 0, offset)
+
+
+def _is_word(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize >= 4
+
+
+def _varies(name: str, operands: list[Value]) -> frozenset[object]:
+    if name in _COLLAPSES:
+        return _NOTHING
+    if name == "select_n":
+        return chosen_varies(operands[1:])
+    return _union(operands)
+
+
+def chosen_varies(choices: list[Value]) -> frozenset[object]:
+    """Over which loops one of several values changes, whichever is chosen."""
+    return frozenset.intersection(*(value.varies for value in choices))
+
+
+def _union(values: list[Value]) -> frozenset[object]:
+    return _NOTHING.union(*(value.varies for value in values))
+
+
+def _repeats(
+    name: str,
+    params: dict[str, Any],
+    operands: list[Value],
+    shapes: list[tuple[int, ...]],
+    shape: tuple[int, ...],
+) -> frozenset[int]:
+    """Axes of the first result along which two places hold the same."""
+    if name == "iota":
+        return frozenset(a for a, n in enumerate(shape) if a != params["dimension"] and n > 1)
+    if not operands or not shape:
+        return _NOTHING
+    before, held = shapes[0], operands[0].repeats
+    if name == "broadcast_in_dim":
+        source = dict(zip(params["broadcast_dimensions"], range(len(before)), strict=True))
+        return frozenset(
+            axis
+            for axis, size in enumerate(shape)
+            if size > 1 and (axis not in source or before[source[axis]] == 1)
+        ) | {axis for axis, place in source.items() if place in held}
+    if name == "tile":
+        new = len(shape) - len(before)
+        return frozenset(axis + new for axis in held) | {
+            axis for axis, times in enumerate(params["reps"]) if times > 1
+        }
+    if name == "reshape":
+        return _after_reshape(before, shape, held)
+    if name == "transpose":
+        return frozenset(to for to, axis in enumerate(params["permutation"]) if axis in held)
+    if name == "squeeze":
+        kept = [axis for axis in range(len(before)) if axis not in params["dimensions"]]
+        return frozenset(to for to, axis in enumerate(kept) if axis in held)
+    if name == "unstack":
+        axis = params["axis"]
+        return frozenset(a - (a > axis) for a in held if a != axis)
+    if name in ("stack", "concatenate"):
+        return _joined(name, params, operands)
+    if name in ("random_wrap", "random_unwrap", "random_split"):
+        return frozenset(axis for axis in held if axis < len(shape))
+    if name in ("slice", "dynamic_slice", "rev", "sort"):
+        return frozenset(axis for axis in held if shape[axis] > 1)
+    if name == "gather" and not params["dimension_numbers"].offset_dims:
+        return frozenset(axis for axis in operands[1].repeats if axis < len(shape))
+    whole = [v.repeats for v, size in zip(operands, shapes, strict=True) if size == shape]
+    small = [size for size in shapes if size != shape and math.prod(size) != 1]
+    if name in _ACCUMULATES or small or not whole:
+        return _NOTHING
+    return frozenset.intersection(*whole)  # element by element
+
+
+def _joined(name: str, params: dict[str, Any], operands: list[Value]) -> frozenset[int]:
+    axis = params["axis" if name == "stack" else "dimension"]
+    everywhere = frozenset.intersection(*(value.repeats for value in operands))
+    twice = len({value.identity for value in operands}) < len(operands)
+    if name == "stack":
+        everywhere = frozenset(a + (a >= axis) for a in everywhere)
+    elif any(axis in value.repeats for value in operands):
+        twice = True
+    return everywhere | {axis} if twice else everywhere
+
+
+def _after_reshape(
+    before: tuple[int, ...], after: tuple[int, ...], held: frozenset[int]
+) -> frozenset[int]:
+    """Runs of axes of equal products belong together: one that repeats stands for its run."""
+    found: set[int] = set()
+    i = j = 0
+    while i < len(before) and j < len(after):
+        first, start, left, right = i, j, before[i], after[j]
+        i, j = i + 1, j + 1
+        while left != right and (i < len(before) if left < right else j < len(after)):
+            if left < right:
+                left, i = left * before[i], i + 1
+            else:
+                right, j = right * after[j], j + 1
+        if held & set(range(first, i)):
+            found |= {axis for axis in range(start, j) if after[axis] > 1}
+    return frozenset(found)
+
+
+def _solid(shape: tuple[int, ...]) -> list[int]:
+    return [size for size in shape if size != 1]
+
+
+def _shape(atom: Any) -> tuple[int, ...]:
+    return getattr(atom.aval, "shape", ())
