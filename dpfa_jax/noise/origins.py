@@ -88,6 +88,7 @@ class Origins:
         self._count = itertools.count()
         self._numbers: dict[object, int] = {}
         self._made: dict[object, tuple[Any, ...]] = {}
+        self.carries: dict[object, object] = {}  # identity of a carry -> its loop
 
     def fresh(self) -> int:
         """A number that no value has."""
@@ -115,7 +116,7 @@ class Origins:
             ]
         places = range(len(equation.outvars))
         found = [self._identity(equation, operands, place) for place in places]
-        varies = _varies(name, operands)
+        varies = self._varies(name, operands)
         return [Value(made, _NOTHING if _is_known(made) else varies, repeats) for made in found]
 
     def _identity(self, equation: Any, operands: list[Value], place: int) -> object:
@@ -146,7 +147,7 @@ class Origins:
             return (
                 self._element(own[0], start)
                 if after == (1,)
-                else self.number("part", own[0], start)
+                else self._part(own[0], start, params["limit_indices"][0])
             )
         if name == "dynamic_slice" and len(before[0]) == 1 and after == (1,) and at is not None:
             return self._element(own[0], min(at, before[0][0] - 1))
@@ -157,17 +158,43 @@ class Origins:
         made = self._made.get(array, ("",))
         if made[0] == "stack":
             return made[1 + index]
+        if made[0] == "iota":
+            return Affine(None, 0, index)
         if made[0] == "children":
             return self.number("child", made[1], index)
         if made[0] == "part":
             return self._element(made[1], made[2] + index)
         return self.number("element", array, index)
 
-    def each(self, array: object) -> object:
+    def _part(self, array: object, start: int, stop: int) -> object:
+        kind, *made = self._made.get(array, ("",))
+        if kind == "stack":
+            return self.number("stack", *made[start:stop])
+        if kind == "part":
+            return self._part(made[0], made[1] + start, made[1] + stop)
+        return self.number("part", array, start, stop)
+
+    def each(self, array: object, loop: object) -> object:
         """The identity of one slice after the other of `array`, in a scan."""
         if isinstance(array, Affine):
-            return _plain(self.number("each", array.base), array.factor, array.offset)
-        return self.number("each", array)
+            return _plain(self.number("each", array.base, loop), array.factor, array.offset)
+        return self.number("each", array, loop)
+
+    def _varies(self, name: str, operands: list[Value]) -> frozenset[object]:
+        if name in _COLLAPSES:
+            return _NOTHING
+        if name == "select_n":
+            return self.chosen_varies(operands[1:])
+        return _NOTHING.union(*(value.varies for value in operands))
+
+    def chosen_varies(self, choices: list[Value]) -> frozenset[object]:
+        """Over which loops one of several values changes, whichever is chosen.
+
+        A carry that is chosen as it is does not change there.
+        """
+        return frozenset.intersection(
+            *(value.varies - {self.carries.get(value.identity)} for value in choices)
+        )
 
     def _spans(self, key: object) -> list[tuple[object, float, float]]:
         """Where the key, or array of keys, lies: (among the elements of what, from, to before)."""
@@ -183,7 +210,9 @@ class Origins:
         if kind == "stack":
             return [span for member in made for span in self._spans(member)]
         if kind == "part":
-            return [(group, at + made[1], end) for group, at, end in self._spans(made[0])]
+            return [
+                (g, at + made[1], min(end, at + made[2])) for g, at, end in self._spans(made[0])
+            ]
         return [(key, 0, math.inf)]
 
     def compare(self, one: Use, other: Use) -> Verdict:
@@ -202,29 +231,39 @@ class Origins:
         """Whether the ranges from one number of two uses share no number."""
         size, other_size = one.sizes[place], other.sizes[place]
         a, b = (_affine(use.numbers[place].identity) for use in (one, other))
-        if a.base != b.base or a.factor != b.factor:
+        # Element by element only where the keys are the same ones in the same order.
+        is_aligned = one.key.identity == other.key.identity
+        is_aligned &= not (one.key.repeats or other.key.repeats)
+        if not is_aligned or self._root(a.base) != self._root(b.base) or a.factor != b.factor:
             (least, most), (other_least, other_most) = self._bounds(a), self._bounds(b)
             is_apart = most + size <= other_least or other_most + other_size <= least
             return DIFFERENT if is_apart else UNSURE
         distance = (b.offset - a.offset) % _WORD
-        if one.numbers[place].varies <= one.key.varies & other.key.varies:
+        is_same = a.base == b.base
+        if is_same and one.numbers[place].varies <= one.key.varies & other.key.varies:
             is_apart = size <= distance <= _WORD - other_size
         else:  # of any two iterations: distances are off by multiples of the factor
             least, most = self._bounds(a)
-            step = min(a.factor, _WORD - a.factor)
-            is_apart = size <= distance % step <= step - other_size if step else False
+            away = (distance + _WORD // 2) % _WORD - _WORD // 2  # signed, where nothing wraps
+            wraps = math.isinf(least)
+            step = math.gcd(a.factor, _WORD) if wraps else a.factor
+            is_apart = size <= away % step <= step - other_size if a.factor else False
             is_apart |= most - least + size <= distance <= _WORD - (most - least) - other_size
         if is_apart:
             return DIFFERENT
-        return SAME if distance < size or _WORD - distance < other_size else UNSURE
+        is_met = distance < size or _WORD - distance < other_size
+        return SAME if is_same and is_met else UNSURE
+
+    def _root(self, base: object) -> object:
+        """What a loop goes through, for the number of an iteration."""
+        kind, *made = self._made.get(base, ("",))
+        return made[0] if kind == "each" else base
 
     def _bounds(self, number: Affine) -> tuple[float, float]:
         """The least and the largest value, where they are known to be 32-bit words."""
         if number.base is None:
             return number.offset, number.offset
-        kind, *made = self._made.get(number.base, ("",))
-        if kind == "each":
-            kind, *made = self._made.get(made[0], ("",))
+        kind, *made = self._made.get(self._root(number.base), ("",))
         most = number.offset + number.factor * (made[0] - 1) if kind == "iota" else _WORD
         return (number.offset, most) if most < _WORD else (-math.inf, math.inf)
 
@@ -287,23 +326,6 @@ def _plain(base: object, factor: int, offset: int) -> object:
 
 def _is_word(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.integer) and dtype.itemsize >= 4
-
-
-def _varies(name: str, operands: list[Value]) -> frozenset[object]:
-    if name in _COLLAPSES:
-        return _NOTHING
-    if name == "select_n":
-        return chosen_varies(operands[1:])
-    return _union(operands)
-
-
-def chosen_varies(choices: list[Value]) -> frozenset[object]:
-    """Over which loops one of several values changes, whichever is chosen."""
-    return frozenset.intersection(*(value.varies for value in choices))
-
-
-def _union(values: list[Value]) -> frozenset[object]:
-    return _NOTHING.union(*(value.varies for value in values))
 
 
 def _repeats(

@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
 
 from dpfa_jax.core import KeyReuseError
 from dpfa_jax.noise import origins, varying
@@ -154,6 +154,11 @@ class Reader:
             results = self._body(body, operands, loops, counts)
             if len(results) == len(equation.outvars):
                 return results
+        elif any(_draws(inner) for inner in jaxprs_in_params(params)):
+            raise KeyReuseError(
+                f"a noise key draws inside {name!r}, whose body cannot be read: whether it runs "
+                "more than once with one key, nobody can tell. Call it without that."
+            )
         return self.values.derive(equation, operands)
 
     def _use(
@@ -221,7 +226,7 @@ class Reader:
     def _chosen(self, choices: tuple[Value, ...]) -> Value:
         if len({value.identity for value in choices}) == 1:
             return choices[0]
-        return Value(self.values.fresh(), origins.chosen_varies([*choices]))
+        return Value(self.values.fresh(), self.values.chosen_varies([*choices]))
 
     def _scan(
         self, equation: JaxprEqn, operands: list[Value], loops: frozenset[object], counts: bool
@@ -250,13 +255,18 @@ class Reader:
     def _each(self, array: Value, loop: object) -> Value:
         changes = array.varies if 0 in array.repeats else array.varies | {loop}
         repeats = frozenset(axis - 1 for axis in array.repeats if axis)
-        return Value(self.values.each(array.identity), changes, repeats)
+        return Value(self.values.each(array.identity, loop), changes, repeats)
 
     def _while(
         self, params: dict, operands: list[Value], loops: frozenset[object], counts: bool
     ) -> list[Value]:
         skip, first = params["cond_nconsts"], params["body_nconsts"]
         loop = object()
+        if _draws(_open(params["cond_jaxpr"])):
+            raise KeyReuseError(
+                "a noise key draws in the condition of a while_loop, which runs once more than its "
+                "body. Draw in the body, and carry what the condition needs."
+            )
         consts, carry = operands[skip : skip + first], operands[skip + first :]
         body = _open(params["body_jaxpr"])
         return self._loop(body, consts, carry, [], loop, loops | {loop}, counts)
@@ -277,6 +287,7 @@ class Reader:
         """
         changing = [True] * len(carry)
         identities = [self.values.fresh() for _ in carry]
+        self.values.carries |= dict.fromkeys(identities, loop)
         while True:
             inputs = [
                 Value(identity, value.varies | {loop} if changes else value.varies)
@@ -334,9 +345,17 @@ def _open(jaxpr: Any) -> Jaxpr:
     return getattr(jaxpr, "jaxpr", jaxpr)
 
 
+def _draws(jaxpr: Jaxpr) -> bool:
+    return any(
+        equation.primitive.name == GUARD
+        or any(_draws(inner) for inner in jaxprs_in_params(equation.params))
+        for equation in jaxpr.eqns
+    )
+
+
 def _only_body(params: dict) -> Jaxpr | None:
     """The body of a call-like equation (jit, checkpoint, custom_vjp, shard_map), if it has one."""
-    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
+    for name in ("jaxpr", "call_jaxpr", "fun_jaxpr", "call"):
         if name in params:
             return _open(params[name])
     return None

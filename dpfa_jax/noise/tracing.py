@@ -76,6 +76,8 @@ class Program:
         return origins.Value(self._reader.values.fresh(), varying_axes(tracer))
 
     def _constant(self, value: object) -> origins.Value:
+        if isinstance(staged(value), jax.core.Tracer):  # closed over, from a program around
+            return self.origin(value)
         if is_key_array(value):
             self._held.append(value)
             return origins.Value(("key", id(value)))
