@@ -10,7 +10,8 @@ from jax.extend.core import Jaxpr, JaxprEqn, Literal, Var, jaxprs_in_params
 from dpfa_jax.core import KeyReuseError
 from dpfa_jax.noise import origins, varying
 from dpfa_jax.noise.keys import is_key_array
-from dpfa_jax.noise.origins import Origins, Use, Value
+from dpfa_jax.noise.origins import Origins, Use
+from dpfa_jax.noise.repeats import Value
 
 GUARD = "dpfa_guard_noise_key"
 

@@ -12,6 +12,7 @@ from jaxtyping import Array
 
 from dpfa_jax.noise import origins, reuse
 from dpfa_jax.noise.keys import is_key_array
+from dpfa_jax.noise.repeats import Value
 from dpfa_jax.noise.varying import varying_axes
 
 # Transformations that do not stage a program: tracers of theirs wrap a value of the same scope.
@@ -24,7 +25,7 @@ class Program:
 
     def __init__(self) -> None:
         self._reader = reuse.Reader()
-        self._known: dict[object, origins.Value] = {}
+        self._known: dict[object, Value] = {}
         self._held: list[object] = []  # so that no other value gets the id of one known by it
         self._drawn: list[origins.Use] = []
 
@@ -33,7 +34,7 @@ class Program:
         reuse.require_different(self._reader.values, use, self._drawn, names)
         self._drawn.append(use)
 
-    def origin(self, value: object) -> origins.Value:
+    def origin(self, value: object) -> Value:
         """What is known of `value`, which is a constant or belongs to this program."""
         value = staged(value)
         if not isinstance(value, jax.core.Tracer):
@@ -66,21 +67,21 @@ class Program:
         self._held.append(held)
         return id(held)
 
-    def _leaf(self, tracer: Any) -> origins.Value:
+    def _leaf(self, tracer: Any) -> Value:
         held = getattr(tracer, "val", tracer)
         if isinstance(held, Literal):
             return origins.constant(held.val, held.aval)
         frame = getattr(tracer._trace, "frame", None)
         if hasattr(tracer, "parent") and frame is not None and held in frame.constvar_to_val:
             return self._constant(frame.constvar_to_val[held])
-        return origins.Value(self._reader.values.fresh(), varying_axes(tracer))
+        return Value(self._reader.values.fresh(), varying_axes(tracer))
 
-    def _constant(self, value: object) -> origins.Value:
+    def _constant(self, value: object) -> Value:
         if isinstance(staged(value), jax.core.Tracer):  # closed over, from a program around
             return self.origin(value)
         if is_key_array(value):
             self._held.append(value)
-            return origins.Value(("key", id(value)))
+            return Value(("key", id(value)))
         return origins.constant(np.asarray(value))
 
 
